@@ -1,0 +1,106 @@
+"""Picks the implementation of an op and can say why.
+
+Every op has the forms `reference` (obvious, any dtype, every derivative) and `xla` (no quadratic memory, runs anywhere), and
+may have kernels in `pallas_kernels.table`. An explicit `impl` runs or raises with the reason; `auto` takes, on each platform,
+the first kernel without a reason against it, else `xla`. Nothing falls back silently.
+"""
+
+import difflib
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from pallas_kernels import table
+
+FORMS = ('reference', 'xla')
+
+
+class Choice(NamedTuple):
+    """One implementation of an op: on which platform it would run, and the reason against it (None: it runs)."""
+
+    impl: str
+    platform: str
+    reason: str | None
+    function: Callable | None = None
+
+
+def nearest(name: str, valid) -> str:
+    """The phrase that ends an error: the nearest valid name, and all of them."""
+    valid = sorted(map(str, valid))
+    close = difflib.get_close_matches(str(name), valid, n=1)
+    hint = f'did you mean {close[0]!r}? ' if close else ''
+    return f'{hint}valid: {", ".join(valid) or "none"}'
+
+
+def kernels(op: str) -> tuple[table.Kernel, ...]:
+    return tuple(row for row in table.KERNELS if row.op == op)
+
+
+def choices(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any]) -> list[Choice]:
+    """Every implementation of `op` for these arguments, in the order in which `auto` considers them."""
+    found = []
+    for row in kernels(op):
+        try:
+            module = importlib.import_module(row.module)
+        except ImportError as error:
+            found.append(Choice(row.impl, row.platform, f'{row.module} does not import: {error}'))
+            continue
+        reason = module.unsupported(*args, **kwargs)
+        found.append(Choice(row.impl, row.platform, reason, getattr(module, op)))
+    found += [Choice(name, 'any', None, forms[name]) for name in ('xla', 'reference') if name in forms]
+    return found
+
+
+def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any]):
+    """Runs `op` by `impl`.
+
+    Raises:
+      ValueError: `impl` is unknown, or refuses these arguments; the message holds the reason and what does run.
+    """
+    if impl in forms:
+        return forms[impl](*args, **kwargs)
+    rows = kernels(op)
+    valid = ['auto', *forms, *(row.impl for row in rows)]
+    if impl not in valid:
+        raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
+    if impl == 'auto' and not rows:
+        return forms['xla'](*args, **kwargs)
+    options = choices(op, forms, args, kwargs)
+    if impl != 'auto':
+        chosen = next(c for c in options if c.impl == impl)
+        if chosen.reason or chosen.function is None:
+            able = [c.impl for c in options if c.reason is None]
+            raise ValueError(f'{op}: impl {impl!r} refuses this call: {chosen.reason}; these run: {", ".join(able)}')
+        return chosen.function(*args, **kwargs)
+    by_platform = {}
+    for choice in options:
+        if choice.reason is None and choice.platform != 'any':
+            by_platform.setdefault(choice.platform, choice.function)
+    if not by_platform:
+        return forms['xla'](*args, **kwargs)
+    branches = {platform: lambda a, k, f=f: f(*a, **k) for platform, f in by_platform.items()}
+    return _platform_dependent(branches, lambda a, k: forms['xla'](*a, **k), args, dict(kwargs))
+
+
+def _platform_dependent(branches, default, args, kwargs):
+    # Static arguments must not become tracers: only array leaves pass through platform_dependent.
+    leaves, tree = jax.tree.flatten((args, kwargs))
+    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) or hasattr(leaf, '__array__')]
+
+    def rebuilt(function):
+        def call(*arrays):
+            full = list(leaves)
+            for i, array in zip(where, arrays):
+                full[i] = array
+            a, k = jax.tree.unflatten(tree, full)
+            return function(a, k)
+
+        return call
+
+    return jax.lax.platform_dependent(
+        *(leaves[i] for i in where),
+        default=rebuilt(default),
+        **{platform: rebuilt(function) for platform, function in branches.items()},
+    )

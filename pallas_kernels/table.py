@@ -1,0 +1,18 @@
+"""The one list of kernels: op -> ordered implementations, as data.
+
+A row's module holds a function named as the op, with the op's exact signature (no `impl`) and its own derivative rule, and
+`unsupported(*args, **kwargs) -> str | None`: why this call can't run there, or None. Modules load only when asked for.
+"""
+
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    op: str
+    impl: str  # what `impl=` takes
+    module: str
+    platform: str  # jax's name: 'cuda', 'tpu'
+    hardware: str  # least hardware, for people
+
+
+KERNELS: tuple[Kernel, ...] = ()

@@ -1,0 +1,24 @@
+"""Eight simulated CPU devices, cheap compiles, a persistent compilation cache. Set before jax starts."""
+
+import os
+import pathlib
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
+    flags = os.environ.get('XLA_FLAGS', '')
+    if flag.split('=')[0] not in flags:
+        os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
+
+import jax
+import pytest
+
+_CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
+jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_CACHE', str(_CACHE)))
+jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def pytest_collection_modifyitems(items):
+    if jax.default_backend() != 'gpu':
+        for item in items:
+            if item.get_closest_marker('gpu'):
+                item.add_marker(pytest.mark.skip(reason='needs an NVIDIA GPU'))
