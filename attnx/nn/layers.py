@@ -1,0 +1,108 @@
+"""Small shared layers. Parameters are float32 unless told; the product runs in `dtype`; norms in float32."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx import ops
+from attnx.nn.params import normal, param
+from attnx.spec import Dims
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), W [in, out] ~ N(0, scale²/in)."""
+
+    def __init__(
+        self,
+        num_in: int,
+        num_out: int,
+        axes: tuple[str | None, str | None],
+        dims: Dims,
+        *,
+        rngs: nnx.Rngs,
+        bias: bool = False,
+        scale: float = 1.0,
+    ):
+        self.kernel = param(normal(rngs, (num_in, num_out), scale * num_in**-0.5, dims.param_dtype), axes)
+        self.bias = param(jnp.zeros((num_out,), dims.param_dtype), axes[1:]) if bias else None
+        self.dtype = dims.dtype
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(mean(x²) + eps) over the last dimension, in float32."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
+
+
+def l2_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
+    """x / sqrt(sum(x²) + eps) over the last dimension, in float32; the dtype of x comes back."""
+    y = x.astype(jnp.float32)
+    return (y * jax.lax.rsqrt(jnp.sum(jnp.square(y), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """rms_normalize(x) * scale over the last dimension (the width of a head, if x is [B, T, N, H])."""
+
+    def __init__(self, width: int, dims: Dims, *, rngs: nnx.Rngs, eps: float = 1e-6, axis: str = 'embed'):
+        self.scale = param(jnp.ones((width,), dims.param_dtype), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return (rms_normalize(x, self.eps) * self.scale[...]).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / sqrt(var + eps) * scale + bias over the last dimension."""
+
+    def __init__(self, width: int, dims: Dims, *, rngs: nnx.Rngs, eps: float = 1e-5, axis: str = 'embed'):
+        self.scale = param(jnp.ones((width,), dims.param_dtype), (axis,))
+        self.bias = param(jnp.zeros((width,), dims.param_dtype), (axis,))
+        self.eps = eps
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
+
+
+class ShortConv(nnx.Module):
+    """Depthwise causal convolution over time; windows do not cross documents. State: the last `taps` - 1 inputs."""
+
+    def __init__(self, width: int, taps: int, dims: Dims, *, rngs: nnx.Rngs, axis: str = 'heads'):
+        self.kernel = param(normal(rngs, (taps, width), taps**-0.5, dims.param_dtype), ('conv', axis))
+
+    def init_state(self, batch: int, dtype: Any) -> jax.Array:
+        taps, width = self.kernel[...].shape
+        return jnp.zeros((batch, taps - 1, width), dtype)
+
+    def __call__(self, x, state=None, segment_ids=None, impl='auto'):
+        """x [B, T, D] -> (y [B, T, D], next state [B, taps - 1, D])."""
+        kernel = self.kernel[...].astype(x.dtype)
+        return ops.short_conv(x, kernel, initial_state=state, segment_ids=segment_ids, impl=impl)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Zeroes entries with probability `rate`, scales the rest; the identity without a key."""
+    if key is None or rate == 0.0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0).astype(x.dtype)
+
+
+def split_heads(x: jax.Array, num_heads: int) -> jax.Array:
+    """[B, T, N * H] -> [B, T, N, H]"""
+    return x.reshape(*x.shape[:-1], num_heads, x.shape[-1] // num_heads)
+
+
+def merge_heads(x: jax.Array) -> jax.Array:
+    """[B, T, N, H] -> [B, T, N * H]"""
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

@@ -1,0 +1,160 @@
+"""What softmax mechanisms share: positions, masks, scores, sinks, dropout and the cache around the op.
+
+A mechanism projects; `Core` does the rest. Every option here works for every mechanism built on it, in training, prefill and
+decoding, through whichever implementation of the op runs.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx import ops
+from attnx.dispatch import nearest
+from attnx.nn.layers import RMSNorm
+from attnx.nn.params import normal, param
+from attnx.nn.state import Cache, Keys, attend_to, positions
+from attnx.spec import Context, Dims
+
+MASKS = ('window', 'dilated', 'strided', 'global_window', 'block_causal')
+SCORES = ('alibi', 'softcap', 'temperature', 't5')
+POSITIONS = ('rope', 'none')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rope:
+    """Rotary positions."""
+
+    base: float = 10_000.0  # theta of the slowest-but-one wave
+    fraction: float = 1.0  # share of the head width that is rotated
+    scaling: str = 'none'  # none, linear, ntk, yarn
+    factor: float = 1.0  # context extension of the scaling
+    original_length: int = 2048  # length the frequencies were trained for (yarn)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of every softmax mechanism; its Config inherits them."""
+
+    position: str = 'rope'  # rope, none
+    rope: Rope = Rope()  # used where position is rope
+    masks: tuple = ()  # further masks, all must allow: (('window', 1024), ('strided', 64))
+    scores: tuple = ()  # score terms, applied in order: (('alibi',), ('softcap', 30.0))
+    qk_norm: bool = False  # RMSNorm of queries and keys per head, learned scale
+    sinks: bool = False  # a learned logit per head in the denominator
+    dropout: float = 0.0  # of attention weights
+    scale: float = 0.0  # multiplies logits; 0: head_dim ** -0.5
+
+    def __post_init__(self):
+        if self.position not in POSITIONS:
+            raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
+        for what, entries, valid in (('masks', self.masks, MASKS), ('scores', self.scores, SCORES)):
+            for entry in entries:
+                if not isinstance(entry, tuple) or not entry or entry[0] not in valid:
+                    name = entry[0] if isinstance(entry, tuple) and entry else entry
+                    raise ValueError(f"{what}: {entry!r} is not ('name', parameters…); {nearest(name, valid)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
+
+
+def heads_of(num_heads: int, head_dim: int, width: int) -> int:
+    """The head width: `head_dim`, or width / num_heads where it is 0."""
+    if head_dim:
+        return head_dim
+    if num_heads < 1 or width % num_heads:
+        raise ValueError(f'width {width} does not divide into {num_heads} heads; set head_dim, or heads that divide it')
+    return width // num_heads
+
+
+class Core(nnx.Module):
+    """Softmax attention of projected heads under `Options`."""
+
+    def __init__(self, options: Options, dims: Dims, num_heads: int, head_dim: int, *, rngs: nnx.Rngs):
+        self.options, self.causal, self.num_heads = options, dims.causal, num_heads
+        self.query_norm = self.key_norm = None
+        if options.qk_norm:
+            self.query_norm = RMSNorm(head_dim, dims, rngs=rngs, axis='head_dim')
+            self.key_norm = RMSNorm(head_dim, dims, rngs=rngs, axis='head_dim')
+        self.sink = param(jnp.zeros((num_heads,), dims.param_dtype), ('heads',)) if options.sinks else None
+        buckets = next((s[1] if len(s) > 1 else 32 for s in options.scores if s[0] == 't5'), 0)
+        self.buckets = None
+        if buckets:
+            table = normal(rngs, (buckets, num_heads), 0.02, dims.param_dtype)
+            self.buckets = param(table, ('features', 'heads'))
+
+    def rotate(self, x: jax.Array, where: jax.Array) -> jax.Array:
+        """Applies the position code to heads [B, T, N, H] at positions [B or 1, T]."""
+        if self.options.position == 'none':
+            return x
+        rope = self.options.rope
+        return ops.positions.rope(
+            x,
+            where,
+            base=rope.base,
+            rotary_dim=int(x.shape[-1] * rope.fraction) // 2 * 2,
+            scaling=rope.scaling,
+            factor=rope.factor,
+            original_length=rope.original_length,
+        )
+
+    def mask(self, keys: Keys, *, causal: bool | None = None):
+        """The conjunction of causality, documents and the options' masks."""
+        slots = (keys.query_slots, keys.key_slots)
+        found = []
+        if self.causal if causal is None else causal:
+            found.append(ops.masks.causal(*slots))
+        if keys.query_ids is not None:
+            found.append(ops.masks.segments(keys.query_ids, keys.key_ids))
+        for name, *arguments in self.options.masks:
+            make = getattr(ops.masks, name)
+            found.append(make(*arguments, query_positions=slots[0], key_positions=slots[1]))
+        mask = None
+        for m in found:
+            mask = m if mask is None else mask & m
+        return mask
+
+    def score(self, keys: Keys):
+        """The options' score terms in order."""
+        slots = {'query_positions': keys.query_slots, 'key_positions': keys.key_slots}
+        score = None
+        for name, *arguments in self.options.scores:
+            if name == 'alibi':
+                term = ops.scores.alibi(ops.scores.alibi_slopes(self.num_heads), **slots)
+            elif name == 't5':
+                term = ops.scores.t5(self.buckets[...], *arguments[1:], bidirectional=not self.causal, **slots)
+            else:
+                term = getattr(ops.scores, name)(*arguments)
+            score = term if score is None else score >> term
+        return score
+
+    def init_state(self, batch: int, capacity: int, shapes, dtype: Any, window: int = 0) -> Cache:
+        return Cache.init(batch, min(window, capacity) if window else capacity, shapes, dtype, ring=bool(window))
+
+    def __call__(self, query, key, value, ctx: Context, state: Cache | None = None, **extra):
+        """query [B, T, N, H], key [B, T, K, H], value [B, T, K, Hv] -> (out [B, T, N, Hv], next state)."""
+        if self.query_norm is not None:
+            query, key = self.query_norm(query), self.key_norm(key)
+        where = positions(ctx, query.shape[1], 0 if state is None else state.index)
+        state, keys = attend_to(state, ctx, (self.rotate(key, where), value))
+        out = self.attend(self.rotate(query, where), *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra)
+        return out, state
+
+    def attend(self, query, key, value, ctx: Context, mask, score, **extra):
+        """The op under the options' scale, sinks and dropout."""
+        rate, drop = self.options.dropout, None
+        if rate and ctx.key is not None:
+            drop = ops.Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
+        return ops.softmax_attention(
+            query,
+            key.astype(query.dtype),
+            value.astype(query.dtype),
+            mask=mask,
+            score=score,
+            scale=self.options.scale or None,
+            sinks=None if self.sink is None else self.sink[...].astype(jnp.float32),
+            dropout=drop,
+            impl=ctx.impl,
+            **extra,
+        )

@@ -1,0 +1,126 @@
+"""States that several mechanisms share, and the one rule for documents in them.
+
+Segment ids number the documents of a packed row; 0 is padding. A state remembers the segment of its last token, so that a
+recurrence that goes on in another document starts from zero. Ragged prompts are padded on the left.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from attnx.spec import Context
+
+
+def _dataclass(cls):
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
+
+
+@_dataclass
+class Recurrent:
+    """State of a recurrence."""
+
+    memory: Any  # pytree of arrays [B, …]: matrix or vector states (float32), convolution windows
+    segment: jax.Array  # int32 [B]: document of the last token; 0 before the first
+
+    @classmethod
+    def init(cls, memory: Any) -> 'Recurrent':
+        batch = jax.tree.leaves(memory)[0].shape[0]
+        return cls(memory=memory, segment=jnp.zeros((batch,), jnp.int32))
+
+    def resume(self, ctx: Context, batch: int, length: int) -> tuple[Any, jax.Array]:
+        """(memory to go on from: zero in rows that begin another document, segment ids [B, T])."""
+        ids = ctx.segment_ids
+        if ids is None:  # the document of the last token goes on
+            ids = jnp.broadcast_to(jnp.maximum(self.segment, 1)[:, None], (batch, length))
+        same = self.segment == ids[:, 0]
+        memory = jax.tree.map(lambda m: jnp.where(same.reshape(-1, *[1] * (m.ndim - 1)), m, 0).astype(m.dtype), self.memory)
+        return memory, ids
+
+    def advance(self, memory: Any, ids: jax.Array) -> 'Recurrent':
+        memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, self.memory)
+        return Recurrent(memory=memory, segment=ids[:, -1])
+
+
+@_dataclass
+class Keys:
+    """What a query block attends to. Slots are absolute token indices; None: the last key is the last query's own."""
+
+    arrays: tuple[jax.Array, ...]  # each [B, S, …]
+    query_ids: jax.Array | None  # int32 [B, T]
+    key_ids: jax.Array | None  # int32 [B, S], 0 = empty or padding
+    query_slots: jax.Array | None = None  # int32 [1, T]
+    key_slots: jax.Array | None = None  # int32 [1, S]
+
+
+@_dataclass
+class Cache:
+    """Arrays of past tokens with room for `capacity`; a ring where it must hold only the last `capacity`."""
+
+    arrays: tuple[jax.Array, ...]  # each [B, capacity, …], such as keys and values, or a latent
+    segment_ids: jax.Array  # int32 [B, capacity], 0 = empty or padding
+    index: jax.Array  # int32 []: tokens seen
+    ring: bool = dataclasses.field(default=False, metadata={'static': True})
+
+    @classmethod
+    def init(cls, batch: int, capacity: int, shapes: tuple[tuple[int, ...], ...], dtype, ring: bool = False) -> 'Cache':
+        return cls(
+            arrays=tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes),
+            segment_ids=jnp.zeros((batch, capacity), jnp.int32),
+            index=jnp.zeros((), jnp.int32),
+            ring=ring,
+        )
+
+    def segments(self, ctx: Context, length: int) -> jax.Array:
+        """Segment ids [B, T] of new tokens; without any in the context the last document goes on."""
+        if ctx.segment_ids is not None:
+            return ctx.segment_ids
+        batch, capacity = self.segment_ids.shape
+        last = jnp.take_along_axis(self.segment_ids, jnp.full((batch, 1), (self.index - 1) % capacity), axis=1)
+        return jnp.broadcast_to(jnp.maximum(last, 1), (batch, length))
+
+    def extend(self, ctx: Context, arrays: tuple[jax.Array, ...]) -> tuple['Cache', Keys]:
+        """Appends tokens [B, T, …]. Writing past the capacity of a cache that is no ring is the caller's error."""
+        length, capacity = arrays[0].shape[1], self.segment_ids.shape[1]
+        ids = self.segments(ctx, length)
+        new = tuple(a.astype(old.dtype) for a, old in zip(arrays, self.arrays))
+        old = (*self.arrays, self.segment_ids)
+        if not self.ring:
+            write = lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, self.index, axis=1)
+            *stored, stored_ids = map(write, old, (*new, ids))
+            slots = (self.index + jnp.arange(length))[None], jnp.arange(capacity)[None]
+            keys = Keys(arrays=tuple(stored), query_ids=ids, key_ids=stored_ids, query_slots=slots[0], key_slots=slots[1])
+        else:
+            last = min(length, capacity)
+            where = (self.index + jnp.arange(length - last, length)) % capacity
+            *stored, stored_ids = (o.at[:, where].set(n[:, -last:]) for o, n in zip(old, (*new, ids)))
+            if length == 1:  # the ring holds just the window: attend to it in place
+                slots = self.index - (self.index - jnp.arange(capacity)) % capacity
+                keys = Keys(
+                    arrays=tuple(stored),
+                    query_ids=ids,
+                    key_ids=stored_ids,
+                    query_slots=self.index[None, None],
+                    key_slots=slots[None],
+                )
+            else:  # unrolled ring, then the new tokens: consecutive
+                order = (self.index + jnp.arange(capacity)) % capacity
+                *past, past_ids = (jnp.concatenate([o[:, order], n], axis=1) for o, n in zip(old, (*new, ids)))
+                keys = Keys(arrays=tuple(past), query_ids=ids, key_ids=past_ids)
+        cache = dataclasses.replace(
+            self, arrays=tuple(stored), segment_ids=stored_ids, index=self.index + length
+        )
+        return cache, keys
+
+
+def attend_to(cache: Cache | None, ctx: Context, arrays: tuple[jax.Array, ...]) -> tuple[Cache | None, Keys]:
+    """The cache's keys after these, or just these where there is no cache."""
+    if cache is not None:
+        return cache.extend(ctx, arrays)
+    return None, Keys(arrays=arrays, query_ids=ctx.segment_ids, key_ids=ctx.segment_ids)
+
+
+def positions(ctx: Context, length: int, start: jax.Array | int = 0) -> jax.Array:
+    """int32 [B or 1, T]: the context's positions, or `start`, start + 1, …"""
+    return ctx.positions if ctx.positions is not None else (start + jnp.arange(length))[None]
