@@ -1,0 +1,1 @@
+"""Training: `loop.run(config)` and its parts."""
