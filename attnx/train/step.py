@@ -1,0 +1,204 @@
+"""The training step and the evaluation step: pure functions over a flat dict of parameters.
+
+`forward(params, batch, key) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with `weights`
+and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from attnx.dispatch import nearest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """What one update minimises and how it is computed."""
+
+    z_loss: float = 0.0  # weight of logsumexp(logits)²; keeps logits small (1e-4 in PaLM)
+    label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
+    aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of auxiliary losses by name; else 1
+    accumulate: int = 1  # micro-batches per update, by a scan; must divide the batch
+    max_skipped: int = 0  # updates with a NaN or Inf that are skipped before the run stops
+
+    def __post_init__(self):
+        if self.accumulate < 1:
+            raise ValueError(f'step.accumulate must be >= 1, was given {self.accumulate}')
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f'step.label_smoothing must be in [0, 1), was given {self.label_smoothing}')
+        if self.z_loss < 0 or self.max_skipped < 0:
+            raise ValueError(f'step.z_loss {self.z_loss} and step.max_skipped {self.max_skipped} must be >= 0')
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, ...]:
+    """Negative log-likelihood, its smoothed form, and logsumexp; all float32 [...].
+
+    nll = lse - logits[target]; smoothed = (1 - e) nll + e (lse - mean logits).
+
+    Args:
+      logits: [..., V], any float dtype; computed in float32.
+      targets: int [...], inside [0, V): out of range is clamped by XLA, so check ids on the host.
+    """
+    logits = logits.astype(jnp.float32)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    nll = lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    smoothed = nll
+    if label_smoothing:
+        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits, axis=-1))
+    return nll, smoothed, lse
+
+
+def _targets(batch):
+    return batch['targets'] if 'targets' in batch else batch['label']
+
+
+def aux_losses(aux: Any, weights: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The weighted sum of every entry whose name ends in '_loss' (summed over layers), and all entries for the log.
+
+    Raises:
+      ValueError: `weights` names a loss that the model does not have.
+    """
+    total, found = jnp.float32(0), {}
+    for path, value in jax.tree_util.tree_flatten_with_path(aux)[0]:
+        name = str(getattr(path[-1], 'key', getattr(path[-1], 'name', path[-1])))
+        value = jnp.asarray(value, jnp.float32)
+        if name.endswith('_loss'):
+            found[name] = found.get(name, 0.0) + jnp.sum(value)
+        else:
+            found.setdefault(name, jnp.mean(value))
+    losses = {name: value for name, value in found.items() if name.endswith('_loss')}
+    if unknown := [name for name in weights if name not in losses]:
+        raise ValueError(f'step.aux_weights: this model has no {unknown[0]!r}; {nearest(unknown[0], losses)}')
+    for name, value in losses.items():
+        total += weights.get(name, 1.0) * value
+    return total, found
+
+
+def objective(forward: Callable, params, batch, key, config: Config):
+    """(sum over tokens of weight * loss, auxiliary loss, sums for the log): sums, so that micro-batches add up."""
+    logits, aux = forward(params, batch, key)
+    nll, smoothed, lse = cross_entropy(logits, _targets(batch), config.label_smoothing)
+    weights = batch['weights'].astype(jnp.float32)
+    extra, logged = aux_losses(aux, config.aux_weights)
+    if config.z_loss:
+        smoothed = smoothed + config.z_loss * jnp.square(lse)
+    return jnp.sum(weights * smoothed), extra, {'loss': jnp.sum(weights * nll)}, logged
+
+
+def init_state(params: Mapping[str, jax.Array], transform: optax.GradientTransformation) -> dict:
+    """{'params', 'opt', 'step', 'bad'}: all that an update reads and writes. `bad` counts updates with NaN or Inf."""
+    return {'params': dict(params), 'opt': transform.init(dict(params)), 'step': jnp.int32(0), 'bad': jnp.int32(0)}
+
+
+def gradients(forward: Callable, params, batch, key, config: Config):
+    """Loss, gradient and sums of one update, micro-batch by micro-batch.
+
+        loss = sum over micro-batches of (sum of weighted token losses) / (total weight) + mean of auxiliary losses
+
+    Losses are summed and divided once, so unequal numbers of tokens per micro-batch do not matter.
+
+    Returns:
+      (objective float32, gradient float32 flat dict, metrics dict).
+    """
+    count = jnp.maximum(jnp.sum(batch['weights'].astype(jnp.float32)), 1e-8)
+
+    def loss_fn(params, micro, key):
+        total, extra, sums, logged = objective(forward, params, micro, key, config)
+        # Scaled so that one division by `count`, after all micro-batches, makes the mean of the auxiliary losses.
+        return total + extra * count / config.accumulate, (sums, logged)
+
+    grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+    if config.accumulate == 1:
+        (total, (sums, logged)), grads = grad_fn(params, batch, key)
+    else:
+        n = config.accumulate
+        if (rows := batch['weights'].shape[0]) % n:
+            raise ValueError(f'step.accumulate {n} does not divide the batch of {rows} rows')
+        # Strided rows: each device keeps its own rows in every micro-batch.
+        micro = jax.tree.map(lambda x: x.reshape(rows // n, n, *x.shape[1:]).swapaxes(0, 1), batch)
+
+        def body(carry, inputs):
+            i, micro = inputs
+            (total, aux), grads = grad_fn(params, micro, jax.random.fold_in(key, i))
+            return jax.tree.map(lambda a, b: a + b.astype(jnp.float32), carry, (total, aux, grads)), None
+
+        (total, aux), grads = jax.eval_shape(grad_fn, params, jax.tree.map(lambda x: x[0], micro), key)
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), (total, aux, grads))
+        (total, (sums, logged), grads), _ = jax.lax.scan(body, zero, (jnp.arange(n), micro))
+        logged = {name: value / n for name, value in logged.items()}
+    grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
+    return total / count, grads, {'loss': sums['loss'] / count, 'weight': count, **logged}
+
+
+def train_step(forward: Callable, transform: optax.GradientTransformation, rate: Callable, config: Config, seed: int):
+    """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
+
+    An update whose loss or gradient norm is NaN or Inf changes nothing. After more than `max_skipped` of them the state
+    stays frozen at the failing step, so that the failure can be replayed exactly; metrics['frozen'] says so.
+
+    Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
+    grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
+    """
+
+    def step(state, batch):
+        params, opt, number = state['params'], state['opt'], state['step']
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        total, grads, metrics = gradients(forward, params, batch, key, config)
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(total) & jnp.isfinite(norm)
+        bad = state['bad'] + ~finite
+        frozen = bad > config.max_skipped
+        ok = finite & ~frozen
+        updates, new_opt = transform.update(grads, opt, params)
+        keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)
+        metrics |= {
+            'objective': total,
+            'grad_norm': norm,
+            'learning_rate': rate(number - state['bad']),  # skipped updates do not advance the schedule
+            'bad': bad,
+            'frozen': frozen,
+        }
+        state = {
+            'params': keep(optax.apply_updates(params, updates), params),
+            'opt': keep(new_opt, opt),
+            'step': number + ~frozen,
+            'bad': bad,
+        }
+        return state, metrics
+
+    return step
+
+
+def eval_step(forward: Callable, token_bytes: jax.Array | None = None):
+    """Builds `step(params, batch) -> sums`: nll, correct, weight, and bytes where tokens stand for bytes."""
+
+    def step(params, batch):
+        logits, _ = forward(params, batch, None)
+        targets, weights = _targets(batch), batch['weights'].astype(jnp.float32)
+        nll, _, _ = cross_entropy(logits, targets)
+        sums = {
+            'nll': jnp.sum(weights * nll),
+            'correct': jnp.sum(weights * (jnp.argmax(logits, axis=-1) == targets)),
+            'weight': jnp.sum(weights),
+        }
+        if token_bytes is not None:
+            sums['bytes'] = jnp.sum(weights * token_bytes[targets])
+        return sums
+
+    return step
+
+
+def summarise(sums: list[Mapping[str, Any]]) -> dict[str, float]:
+    """Means over a whole evaluation: loss (nats per unit of weight), accuracy, nats_per_byte where bytes are known."""
+    total = {name: sum(float(s[name]) for s in sums) for name in sums[0]} if sums else {}
+    weight = total.get('weight', 0.0)
+    if not weight:
+        raise ValueError('the evaluation set is empty: no row has a positive weight')
+    found = {'loss': total['nll'] / weight, 'accuracy': total['correct'] / weight}
+    if total.get('bytes'):
+        found['nats_per_byte'] = total['nll'] / total['bytes']
+    return found
