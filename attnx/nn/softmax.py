@@ -158,3 +158,9 @@ class Core(nnx.Module):
             impl=ctx.impl,
             **extra,
         )
+
+
+def flops(num_heads: int, head_dim: int, dims: Dims, length: int, value_dim: int = 0) -> float:
+    """Forward FLOPs a token of scores and weighted values: every query meets T keys, half of them if causal."""
+    keys = length / 2 if dims.causal else length
+    return 2 * num_heads * (head_dim + (value_dim or head_dim)) * keys

@@ -1,0 +1,103 @@
+"""ConfigDicts end here: below this file there are frozen dataclasses only.
+
+`build` turns a mapping into a dataclass strictly: an unknown key, a wrong type or a missing choice raises a ValueError that
+names the key, what was given and the nearest valid one. Nothing that is accepted is ignored.
+"""
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from attnx.dispatch import nearest
+
+
+def build(cls: type, given: Any, path: str = 'config') -> Any:
+    """Builds dataclass `cls` from a mapping, recursively.
+
+    Raises:
+      ValueError: the key at fault by its full path, what was given and what is valid.
+    """
+    if isinstance(given, cls):
+        return given
+    given = as_dict(given, path)
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    for key in given:
+        if key not in fields:
+            raise ValueError(f'unknown key {path}.{key}; {nearest(key, fields)}')
+    hints = typing.get_type_hints(cls)
+    values = {key: convert(hints[key], value, f'{path}.{key}') for key, value in given.items()}
+    try:
+        return cls(**values)
+    except TypeError as error:
+        raise ValueError(f'{path}: {error}') from None
+    except ValueError as error:
+        raise error if str(error).startswith('config') else ValueError(f'{path}: {error}') from None
+
+
+def convert(kind: Any, value: Any, path: str) -> Any:
+    """`value` as type `kind`: ints become floats, lists become tuples, mappings become dataclasses; nothing else changes."""
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        return convert(next(a for a in args if a is not type(None)), value, path)
+    if dataclasses.is_dataclass(kind):
+        return build(kind, value, path)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is tuple or origin is tuple:
+        if isinstance(value, str) or not isinstance(value, tuple | list):
+            raise ValueError(f"{path} = {value!r}: expected a tuple, such as ('a', 'b')")
+        return tuple(convert(tuple, v, path) if isinstance(v, list) else v for v in value)
+    if kind is dict or origin in (dict, Mapping):
+        return as_dict(value, path)
+    plain = origin or kind
+    if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
+        raise ValueError(f'{path} = {value!r}: expected {plain.__name__}, was given {type(value).__name__}')
+    return value
+
+
+def as_dict(given: Any, path: str) -> dict:
+    if hasattr(given, 'to_dict'):  # ConfigDict, FrozenConfigDict
+        given = given.to_dict()
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        raise ValueError(f'{path} = {given!r}: expected a mapping of keys to values')
+    return dict(given)
+
+
+def to_dict(value: Any) -> Any:
+    """Dataclasses as plain nested dicts, tuples kept."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {k: to_dict(v) for k, v in value.items()}
+    return value
+
+
+def flatten(given: Mapping, prefix: str = '') -> dict[str, Any]:
+    """`{'a': {'b': 1}}` -> `{'a.b': 1}`; empty mappings stay as leaves."""
+    flat = {}
+    for key, value in given.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f'{prefix}{key}.')
+        else:
+            flat[f'{prefix}{key}'] = value
+    return flat
+
+
+def to_json(config: Any) -> str:
+    """The resolved config, flat and sorted: what a run writes beside its checkpoints."""
+    return json.dumps(flatten(to_dict(config)), sort_keys=True, indent=1, default=str)
+
+
+def fingerprint(config: Any) -> str:
+    """Equal for equal configs, in every process."""
+    return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]

@@ -1,0 +1,9 @@
+"""Transformers whose layers name their mechanisms."""
+
+from attnx.models.config import Layer, ModelConfig, StackConfig
+from attnx.models.generate import generate
+from attnx.models.transformer import ModelOutput, Transformer, build
+
+build_model = build
+
+__all__ = ['Layer', 'ModelConfig', 'ModelOutput', 'StackConfig', 'Transformer', 'build', 'build_model', 'generate']

@@ -1,0 +1,127 @@
+"""The model's config, and the expansion of its layer pattern."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from attnx import catalog
+from attnx import config as config_lib
+from attnx.dispatch import nearest
+from attnx.nn import mlp
+from attnx.nn.layers import NORMS
+from attnx.spec import Dims, Spec
+
+KINDS = ('decoder', 'encoder', 'encoder_decoder')
+DTYPES = {'float32': jnp.float32, 'bfloat16': jnp.bfloat16, 'float16': jnp.float16, 'float64': jnp.float64}
+REMAT = ('none', 'full', 'dots')
+
+
+class Layer(NamedTuple):
+    """What mixes tokens in one layer: a name, its spec and its config."""
+
+    name: str
+    spec: Spec
+    config: Any
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """Which mechanism at which layer."""
+
+    num_layers: int = 6
+    pattern: tuple = ('gqa',)  # names of `mixers` or of mechanisms, repeated to num_layers
+    overrides: Any = None  # single layers that differ: {17: 'a'}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(StackConfig):
+    """A transformer whose layers name their token mixers."""
+
+    kind: str = 'decoder'  # decoder, encoder, encoder_decoder
+    vocab_size: int = 0  # tokens; 0: the task's
+    input_dim: int = 0  # width of continuous inputs [B, T, input_dim] in place of tokens; 0: tokens
+    num_classes: int = 0  # > 0: mean over tokens, then a classifier, in place of the language-model head
+    width: int = 256  # M
+    max_length: int = 0  # longest sequence of training; 0: the data's length
+    mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
+    cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
+    encoder: StackConfig = StackConfig()  # encoder_decoder: the encoder's layers
+    mlp: mlp.Config = mlp.Config()
+    norm: str = 'rmsnorm'  # rmsnorm, layernorm
+    norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
+    positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
+    tie_embeddings: bool = True  # logits through the token embedding
+    logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
+    dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
+    remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
+    dtype: str = 'float32'  # of the computation; parameters are float32
+    impl: str = 'auto'  # implementation of every op, see attnx.dispatch
+
+    def __post_init__(self):
+        choices = {'kind': KINDS, 'norm': tuple(NORMS), 'norm_position': ('pre', 'post'), 'remat': REMAT}
+        choices |= {'dtype': tuple(DTYPES), 'positions': ('none', 'learned', 'sinusoidal')}
+        for key, valid in choices.items():
+            if getattr(self, key) not in valid:
+                raise ValueError(f'unknown {key} {getattr(self, key)!r}; {nearest(getattr(self, key), valid)}')
+        if self.width < 1 or self.num_layers < 1:
+            raise ValueError(f'width {self.width} and num_layers {self.num_layers} must be positive')
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
+        if self.kind != 'decoder' and self.num_classes < 0:
+            raise ValueError(f'num_classes {self.num_classes} is negative')
+
+    def dims(self, *, causal: bool, num_layers: int) -> Dims:
+        return Dims(
+            width=self.width,
+            causal=causal,
+            num_layers=num_layers,
+            max_length=self.max_length or 2048,
+            dtype=DTYPES[self.dtype],
+        )
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The mixer of every layer of the decoder (or of an encoder-only model)."""
+        return self._expand(self, 'model')
+
+    def encoder_layers(self) -> tuple[Layer, ...]:
+        return self._expand(self.encoder, 'model.encoder')
+
+    def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
+        if not stack.pattern:
+            raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
+        names = [stack.pattern[i % len(stack.pattern)] for i in range(stack.num_layers)]
+        for layer, name in config_lib.as_dict(stack.overrides, f'{path}.overrides').items():
+            if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
+                raise ValueError(f'{path}.overrides: layer {layer!r} is not an integer in [0, {stack.num_layers})')
+            names[layer] = name
+        return tuple(self.mixer(name) for name in names)
+
+    def mixer(self, name: str) -> Layer:
+        """The mixer called `name`: an entry of `mixers`, or a mechanism with its default config."""
+        if name in self.mixers:
+            given = config_lib.as_dict(self.mixers[name], f'config.model.mixers.{name}')
+            if 'kind' not in given:
+                raise ValueError(f"config.model.mixers.{name} has no 'kind'; valid: {', '.join(catalog.scan())}")
+            kind = given.pop('kind')
+        else:
+            kind, given = name, {}
+            if kind not in catalog.scan():
+                raise ValueError(
+                    f'pattern names {name!r}, which is neither in model.mixers nor a mechanism; '
+                    + nearest(name, [*self.mixers, *catalog.scan()])
+                )
+        spec = catalog.get(kind)
+        return Layer(name, spec, config_lib.build(spec.config, given, f'config.model.mixers.{name}'))
+
+
+def units(layers: tuple[Layer, ...], period: int) -> list[tuple[tuple[Layer, ...], int]]:
+    """Cuts layers into (unit, repeats): equal neighbouring periods are one stack; an override ends one and begins another."""
+    chunks = [layers[i : i + period] for i in range(0, len(layers), period)]
+    found: list[tuple[tuple[Layer, ...], int]] = []
+    for chunk in chunks:
+        if found and found[-1][0] == chunk:
+            found[-1] = (chunk, found[-1][1] + 1)
+        else:
+            found.append((chunk, 1))
+    return found

@@ -1,0 +1,226 @@
+"""Decoder, encoder and encoder-decoder transformers: embeddings, stacks of scanned units, a head.
+
+Repeats of the pattern share one `lax.scan`, so compile time does not grow with depth; an override ends one stack and begins
+another. Only this file stacks modules.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx import ops
+from attnx.models.block import Unit
+from attnx.models.config import DTYPES, Layer, ModelConfig, units
+from attnx.nn import NORMS, Linear, dropout, normal, param, stack
+from attnx.nn.state import positions as positions_of
+from attnx.sharding import constrain
+from attnx.spec import Context, Dims
+
+_POLICIES = {'full': None, 'dots': 'dots_with_no_batch_dims_saveable'}
+
+
+class ModelOutput(NamedTuple):
+    logits: jax.Array  # float32 [B, T, V], or [B, num_classes] of a classifier
+    state: Any = None
+    aux: dict = {}
+
+
+class Stack(nnx.Module):
+    """Layers as stacks of repeated units."""
+
+    def __init__(self, layers: tuple[Layer, ...], period: int, model: ModelConfig, dims: Dims, *, rngs, cross=None):
+        plan = units(layers, period)
+        build = lambda unit: lambda r: Unit(unit, model, dims, rngs=r, cross=cross)
+        self.stacks = nnx.List([stack(build(unit), jax.random.split(rngs.params(), n)) for unit, n in plan])
+        self.repeats = tuple(n for _, n in plan)
+        self.lengths = tuple(len(unit) for unit, _ in plan)
+        self.remat = model.remat
+
+    def init_state(self, batch: int, capacity: int, dtype: Any):
+        def one(units, repeats):
+            state = jax.tree.map(lambda v: v[0], units).init_state(batch, capacity, dtype)
+            return jax.tree.map(lambda s: jnp.broadcast_to(s, (repeats, *s.shape)), state)
+
+        return tuple(map(one, self.stacks, self.repeats))
+
+    def __call__(self, x, ctx: Context, state=None):
+        """x [B, T, M] -> (x, next state, aux summed over layers)."""
+        first, states, total = 0, [], {}
+        for number, (repeats, length) in enumerate(zip(self.repeats, self.lengths)):
+
+            def body(x, scanned, length=length, first=first):
+                unit, index, old = scanned
+                x, new, aux = unit(x, dataclasses.replace(ctx, layer=first + index * length), old)
+                return x, (new, aux)
+
+            if self.remat != 'none':
+                policy = _POLICIES[self.remat]
+                policy = policy and getattr(jax.checkpoint_policies, policy)
+                body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+            scanned = self.stacks[number], jnp.arange(repeats), None if state is None else state[number]
+            x, (new, aux) = jax.lax.scan(body, x, scanned)
+            states.append(new)
+            total = {k: total.get(k, 0.0) + jnp.sum(aux[k], axis=0) if k in aux else total[k] for k in {**total, **aux}}
+            first += repeats * length
+        return x, (None if state is None else tuple(states)), total
+
+    def trace(self, x, ctx: Context):
+        """Yields (layer index, x after it), one layer after another, without scan: for finding where a NaN is born."""
+        index = 0
+        for units, repeats in zip(self.stacks, self.repeats):
+            for repeat in range(repeats):
+                for layer in jax.tree.map(lambda v, r=repeat: v[r], units).layers:
+                    x, _, _ = layer(x, dataclasses.replace(ctx, layer=index))
+                    yield index, x
+                    index += 1
+
+
+class Transformer(nnx.Module):
+    """The model of a `ModelConfig`; see `build`."""
+
+    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+        if not config.input_dim and config.vocab_size < 1:
+            raise ValueError(f'vocab_size {config.vocab_size}: a model of tokens needs a vocabulary of at least 1')
+        both = config.kind == 'encoder_decoder'
+        dims = config.dims(causal=config.kind != 'encoder', num_layers=config.num_layers)
+        if config.input_dim:
+            self.embedding = None
+            self.project = Linear(config.input_dim, dims.width, ('features', 'embed'), dims, rngs=rngs, bias=True)
+        else:
+            self.embedding = param(normal(rngs, (config.vocab_size, dims.width), 0.02), ('vocab', 'embed'))
+            self.project = None
+        self.table = None
+        if config.positions == 'learned':
+            self.table = param(normal(rngs, (dims.max_length, dims.width), 0.02), ('features', 'embed'))
+        cross = config.mixer(config.cross) if both else None
+        self.body = Stack(config.layers(), len(config.pattern), config, dims, rngs=rngs, cross=cross)
+        self.norm = NORMS[config.norm](dims.width, dims, rngs=rngs)
+        self.encoder = self.encoder_norm = None
+        if both:
+            inner = config.dims(causal=False, num_layers=config.encoder.num_layers)
+            period = len(config.encoder.pattern)
+            self.encoder = Stack(config.encoder_layers(), period, config, inner, rngs=rngs)
+            self.encoder_norm = NORMS[config.norm](dims.width, dims, rngs=rngs)
+        self.head = None
+        if config.num_classes:
+            self.head = Linear(dims.width, config.num_classes, ('embed', 'features'), dims, rngs=rngs, bias=True)
+        elif self.embedding is None or not config.tie_embeddings:
+            outputs = config.vocab_size or config.input_dim
+            self.head = Linear(dims.width, outputs, ('embed', 'vocab'), dims, rngs=rngs)
+        self.kind, self.classify, self.impl = config.kind, config.num_classes > 0, config.impl
+        self.positions, self.softcap, self.rate = config.positions, config.logit_softcap, config.dropout
+        self.dtype = DTYPES[config.dtype]
+
+    def init_state(self, batch: int, capacity: int, dtype: Any = None):
+        """The state before the first token, with room for `capacity` tokens."""
+        return self.body.init_state(batch, capacity, dtype or self.dtype)
+
+    def embed(self, inputs, positions, key=None):
+        """tokens int32 [B, T], or [B, T, input_dim] -> [B, T, M]."""
+        if self.embedding is None:
+            x = self.project(inputs)
+        else:
+            if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
+                raise ValueError(f'tokens must be integers [B, T], were given {inputs.dtype}{list(inputs.shape)}')
+            x = self.embedding[...].astype(self.dtype)[inputs]
+        if self.table is not None:
+            x = x + self.table[...].astype(x.dtype)[positions]
+        elif self.positions == 'sinusoidal':
+            x = x + ops.positions.sinusoidal(positions, x.shape[-1]).astype(x.dtype)
+        x = dropout(x, self.rate, None if key is None else jax.random.fold_in(key, 2**20))
+        return constrain(x, ('batch', 'length', 'embed'))
+
+    def encode(self, inputs, *, mask=None, key=None):
+        """The memory [B, S, M] that the decoder reads; mask bool [B, S], True where real."""
+        ids = None if mask is None else mask.astype(jnp.int32)
+        ctx = Context(segment_ids=ids, key=key, impl=self.impl)
+        x, _, aux = self.encoder(self.embed(inputs, positions_of(ctx, inputs.shape[1]), key), ctx)
+        return self.encoder_norm(x), aux
+
+    def context(self, tokens, positions, segment_ids, memory, memory_mask, key) -> Context:
+        return Context(
+            positions=positions,
+            segment_ids=segment_ids,
+            memory=memory,
+            memory_mask=memory_mask,
+            key=key,
+            impl=self.impl,
+        )
+
+    def __call__(
+        self,
+        tokens,
+        *,
+        positions=None,
+        segment_ids=None,
+        source=None,
+        source_mask=None,
+        memory=None,
+        key=None,
+        state=None,
+    ) -> ModelOutput:
+        """tokens [B, T] (or [B, T, input_dim]) -> logits.
+
+        Args:
+          positions: int32 [B, T], position inside the document; None: consecutive. With a state and absolute positions on
+            the embeddings they must be given.
+          segment_ids: int32 [B, T], documents of a packed row, 0 = padding.
+          source: the encoder's input of an encoder-decoder [B, S]; `memory` is its encoded form, if at hand.
+          key: PRNG key of dropout; None: deterministic.
+          state: of `init_state`, or the last output's.
+        """
+        if self.kind == 'encoder_decoder' and source is None and memory is None and state is None:
+            raise ValueError('an encoder-decoder reads a source: give source [B, S] or memory [B, S, M]')
+        aux = {}
+        if source is not None:
+            memory, aux = self.encode(source, mask=source_mask, key=key)
+        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key)
+        if state is not None and positions is None and self.positions != 'none':
+            raise ValueError(f'positions={self.positions!r} with a state: give positions [B, T]')
+        x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
+        x, state, more = self.body(x, ctx, state)
+        aux = {k: aux.get(k, 0.0) + more.get(k, 0.0) for k in {**aux, **more}}
+        return ModelOutput(self.read(self.norm(x), segment_ids), state, aux)
+
+    def read(self, x, segment_ids=None):
+        """The head: float32 logits."""
+        if self.classify:
+            real = jnp.ones(x.shape[:2], jnp.float32) if segment_ids is None else (segment_ids > 0).astype(jnp.float32)
+            total = jnp.einsum('btm,bt->bm', x.astype(jnp.float32), real)
+            x = (total / jnp.maximum(real.sum(-1, keepdims=True), 1)).astype(x.dtype)
+        if self.head is None:
+            logits = x @ self.embedding[...].astype(x.dtype).T
+        else:
+            logits = self.head(x)
+        logits = logits.astype(jnp.float32)
+        logits = self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+        return logits if self.classify else constrain(logits, ('batch', 'length', 'vocab'))
+
+    def trace(self, tokens, *, positions=None, segment_ids=None, source=None, source_mask=None, key=None):
+        """Yields (name, activation) from input to output, layer by layer."""
+        memory = None
+        if source is not None:
+            ids = None if source_mask is None else source_mask.astype(jnp.int32)
+            ctx = Context(segment_ids=ids, key=key, impl=self.impl)
+            x = self.embed(source, positions_of(ctx, source.shape[1]), key)
+            for index, x in self.encoder.trace(x, ctx):
+                yield f'encoder/layer_{index}', x
+            memory = self.encoder_norm(x)
+        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key)
+        x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
+        yield 'embedding', x
+        for index, x in self.body.trace(x, ctx):
+            yield f'layer_{index}', x
+        yield 'logits', self.read(self.norm(x), segment_ids)
+
+
+def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:
+    """Builds the model; `jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))` costs no memory.
+
+    Raises:
+      ValueError: a mixer that is unknown or can't serve this kind of model, heads that do not divide the width, …
+    """
+    return Transformer(config, rngs=rngs)
