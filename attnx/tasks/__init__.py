@@ -1,0 +1,75 @@
+"""Tasks: what a model is trained on. One file is one task, found by its file name; nothing else to edit.
+
+A task file holds a frozen `Config` and `build(config, *, length, seed, run_dir) -> Task`. A `Task` (base.py) is two
+random-access sources of rows, so that order, batches, processes and resuming are solved once, in attnx/train/data.py.
+Nothing here imports jax.
+"""
+
+import dataclasses
+import functools
+import importlib
+import pathlib
+import typing
+from collections.abc import Mapping
+
+from attnx.tasks.base import Source, Task, expected
+
+__all__ = ['Source', 'Task', 'build', 'config', 'names']
+
+_SHARED = {'__init__', 'base', 'documents'}
+_PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint
+
+
+@functools.cache
+def names() -> tuple[str, ...]:
+    """Names of all tasks, sorted."""
+    files = pathlib.Path(__file__).parent.glob('*.py')
+    return tuple(sorted(f.stem for f in files if f.stem not in _SHARED))
+
+
+def _module(kind: str):
+    if kind not in names():
+        raise ValueError(expected('task', kind, names()))
+    return importlib.import_module(f'attnx.tasks.{kind}')
+
+
+def config(kind: str, **fields):
+    """The `Config` of task `kind`, with `fields` set; a field given as None keeps its default.
+
+    Raises:
+      ValueError: an unknown task or field (the nearest valid one is named), or a value of another type than the field's.
+    """
+    cls = _module(kind).Config
+    types = typing.get_type_hints(cls)
+    for name, value in fields.items():
+        if name not in types:
+            raise ValueError(expected(f'field of task {kind!r}', name, types))
+        if value is None:
+            continue
+        ok = (int, float) if types[name] is float else types[name]
+        if not isinstance(value, ok) or (isinstance(value, bool) and types[name] is not bool):
+            raise ValueError(f'task {kind!r}: {name} must be {types[name].__name__}, got {value!r}')
+    return cls(**{name: value for name, value in fields.items() if value is not None})
+
+
+def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
+    """The task that `config` describes.
+
+    Args:
+      config: a task's `Config`, or a mapping `{'kind': 'text', **fields}`.
+      length: tokens in a row (T); 0 takes the task's own default.
+      seed: of everything random in the rows (not of their order, which is the loader's).
+      run_dir: folder in which a task keeps what it has to find again on resume (a trained tokenizer); None keeps nothing.
+    """
+    if isinstance(config, Mapping):
+        fields = dict(config)
+        if 'kind' not in fields:
+            raise ValueError(f"a task needs a 'kind', one of {', '.join(names())}; got {fields!r}")
+        config = globals()['config'](fields.pop('kind'), **fields)
+    if length < 0:
+        raise ValueError(f'length must be positive, or 0 for the task\'s own; got {length}')
+    module = importlib.import_module(type(config).__module__)
+    task = module.build(config, length=length, seed=seed, run_dir=run_dir)
+    asked = {'kind': task.kind, 'length': task.length, 'seed': seed}
+    asked |= {f'{task.kind}.{k}': v for k, v in dataclasses.asdict(config).items() if k not in _PLACES}
+    return dataclasses.replace(task, fingerprint=asked | task.fingerprint)
