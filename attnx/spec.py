@@ -40,6 +40,30 @@ class Context:
     impl: str = dataclasses.field(default='auto', metadata={'static': True})  # implementation of the ops, see dispatch
 
 
+# What every mechanism is tested for (tests/test_contract.py). A law is skipped only through `Spec.limits`, with a reason.
+LAWS = {
+    'shapes': '[B, T, M] -> [B, T, M] in the dtype of the computation, float32 and bfloat16',
+    'finite': 'outputs and gradients are finite, a fully masked row included, where the output is that of no tokens',
+    'jit': 'jit equals eager',
+    'remat': 'recomputation equals storing, gradients included',
+    'deterministic': 'a second run is bit-equal',
+    'causal': 'causal mechanisms read no later token, by gradient and by perturbation; others do read later ones',
+    'packing': 'documents of one row do not see each other, states and convolution windows included',
+    'padding': 'the side on which a row is padded does not matter',
+    'batch': 'rows of a batch are independent',
+    'decode': 'prefill and steps equal the full pass, for any split, documents included',
+    'state': 'a step keeps structure, shapes and dtypes of the state',
+    'axes': 'every parameter has as many legal logical axes as dimensions, stacked ones too',
+    'sharding': 'eight devices equal one',
+    'bfloat16': 'bfloat16 is within tolerance of float32',
+    'config': 'the config round-trips, every field is commented, unknown keys are refused by name',
+    'golden': 'the parameter tree is the recorded one',
+    'scale': 'builds abstractly at 1B scale',
+    'learning': 'every parameter gets a gradient, and a step along it lowers the loss',
+    'documented': 'the docstring has equation, paper, departures and cost',
+}
+
+
 class Output(NamedTuple):
     y: jax.Array  # [B, T, M]
     state: Any = None  # the successor of the state that was passed; None if none was

@@ -1,0 +1,97 @@
+"""One mechanism at test size, with its functions compiled once and shared by the laws."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from attnx import catalog
+from attnx.nn import to_flat
+from attnx.spec import Context, Dims
+
+BATCH, LENGTH, WIDTH, MEMORY = 2, 24, 32, 9
+
+
+@functools.cache
+def case(name: str) -> 'Case':
+    return Case(name)
+
+
+class Case:
+    """The example config of a mechanism, built at width 32 with every parameter moved off its initial value."""
+
+    def __init__(self, name: str):
+        self.name, self.spec, self.entry = name, catalog.get(name), catalog.entry(name)
+        self.dims = Dims(
+            width=WIDTH, causal=self.spec.causal != 'bidirectional', num_layers=2, max_length=LENGTH, dtype=jnp.float32
+        )
+        fresh = jax.jit(lambda: self.build(self.dims))()
+        rng = np.random.default_rng(0)
+        self.module = jax.tree.map(lambda v: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype), fresh)
+        self.x = rng.standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32)
+        self.memory = rng.standard_normal((BATCH, MEMORY, WIDTH)).astype(np.float32)
+        self.ones = np.ones((BATCH, LENGTH), np.int32)
+
+    def build(self, dims):
+        return self.spec.build(self.spec.example, dims, rngs=nnx.Rngs(0))
+
+    def with_dtype(self, dtype):
+        """The same parameters, computing in another dtype."""
+        abstract = jax.eval_shape(lambda: self.build(dataclasses.replace(self.dims, dtype=dtype)))
+        return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(self.module))
+
+    def context(self, ids, positions=None):
+        memory = {}
+        if 'memory' in self.spec.needs:
+            memory = {'memory': jnp.asarray(self.memory), 'memory_mask': jnp.ones((BATCH, MEMORY), bool)}
+        return Context(segment_ids=ids, positions=positions, layer=1, **memory)
+
+    def plain(self, module, x, ids):
+        return module(x, self.context(ids, positions_of(ids)))
+
+    @functools.cached_property
+    def forward(self):
+        """(module, x, segment ids) -> y; positions restart in every document."""
+        return jax.jit(lambda module, x, ids: self.plain(module, x, ids).y)
+
+    @functools.cached_property
+    def gradient(self):
+        """(module, x, segment ids, cotangent of y) -> gradients of module and x."""
+        loss = lambda module, x, ids, c: jnp.sum(self.plain(module, x, ids).y.astype(jnp.float32) * c)
+        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+    @functools.cached_property
+    def extend(self):
+        """(module, x, segment ids, positions, state) -> (y, state); compiled once per length."""
+
+        def run(module, x, ids, positions, state):
+            out = module(x, self.context(ids, positions), state)
+            return out.y, out.state
+
+        return jax.jit(run)
+
+    def initial(self):
+        return self.module.init_state(BATCH, LENGTH, jnp.float32)
+
+
+def positions_of(ids):
+    """Position inside each document: index minus the index of the document's first token."""
+    index = jnp.arange(ids.shape[1])[None]
+    start = jnp.concatenate([jnp.ones_like(ids[:, :1], dtype=bool), ids[:, 1:] != ids[:, :-1]], axis=1)
+    return index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
+
+
+def close(actual, expected, tolerance):
+    """Largest difference at most `tolerance` times the largest magnitude expected."""
+    actual, expected = np.asarray(actual, np.float64), np.asarray(expected, np.float64)
+    assert actual.shape == expected.shape, (actual.shape, expected.shape)
+    assert np.isfinite(actual).all(), 'not finite'
+    error, size = np.abs(actual - expected).max(initial=0.0), np.abs(expected).max(initial=0.0)
+    assert error <= tolerance * max(size, 1e-3), f'error {error:.3g} on magnitude {size:.3g}, tolerance {tolerance:g}'
+
+
+def flat(module):
+    return {k: np.asarray(v) for k, v in to_flat(module).items()}
