@@ -50,7 +50,7 @@ class Config:
     def __post_init__(self):
         for field, valid in (('kind', OPTIMIZERS), ('schedule', SCHEDULES), ('shape', SHAPES)):
             if (given := getattr(self, field)) not in valid:
-                raise ValueError(f'optim.{field}: unknown {given!r}; {nearest(given, valid)}')
+                raise ValueError(f'unknown {field} {given!r}; {nearest(given, valid)}')
         for field, low, high in (
             ('learning_rate', 0, None), ('adam_learning_rate', 0, None), ('b1', 0, 1), ('b2', 0, 1), ('momentum', 0, 1),
             ('weight_decay', 0, None), ('clip_norm', 0, None), ('warmup', 0, None), ('decay', 0, None),
@@ -59,17 +59,17 @@ class Config:
             given = getattr(self, field)
             if given is not None and (given < low or (high is not None and given > high)):
                 span = f'in [{low}, {high}]' if high is not None else f'>= {low}'
-                raise ValueError(f'optim.{field} must be {span}, was given {given}')
+                raise ValueError(f'{field} must be {span}, was given {given}')
         if self.clip_norm == 0:
-            raise ValueError('optim.clip_norm 0 would stop all learning; None switches clipping off')
+            raise ValueError('clip_norm 0 would stop all learning; None switches clipping off')
         if self.adam_learning_rate is not None and self.kind != 'muon':
-            raise ValueError(f'optim.adam_learning_rate belongs to muon; kind is {self.kind!r}')
+            raise ValueError(f'adam_learning_rate belongs to muon; kind is {self.kind!r}')
         if self.hold and self.schedule != 'wsdc':
-            raise ValueError(f'optim.hold belongs to the schedule wsdc; schedule is {self.schedule!r}')
+            raise ValueError(f'hold belongs to the schedule wsdc; schedule is {self.schedule!r}')
         if self.decay is not None and self.schedule not in ('wsd', 'wsdc'):
-            raise ValueError(f'optim.decay belongs to wsd and wsdc; schedule is {self.schedule!r}')
+            raise ValueError(f'decay belongs to wsd and wsdc; schedule is {self.schedule!r}')
         if self.shape == 'exponential' and self.schedule in ('wsd', 'wsdc') and self.floor == 0:
-            raise ValueError('optim.shape exponential never reaches the floor 0; give optim.floor > 0, e.g. 0.1')
+            raise ValueError('shape exponential never reaches the floor 0; give floor > 0, e.g. 0.1')
 
 
 def trapezoid(

@@ -27,11 +27,11 @@ class Config:
 
     def __post_init__(self):
         if self.accumulate < 1:
-            raise ValueError(f'step.accumulate must be >= 1, was given {self.accumulate}')
+            raise ValueError(f'accumulate must be >= 1, was given {self.accumulate}')
         if not 0 <= self.label_smoothing < 1:
-            raise ValueError(f'step.label_smoothing must be in [0, 1), was given {self.label_smoothing}')
+            raise ValueError(f'label_smoothing must be in [0, 1), was given {self.label_smoothing}')
         if self.z_loss < 0 or self.max_skipped < 0:
-            raise ValueError(f'step.z_loss {self.z_loss} and step.max_skipped {self.max_skipped} must be >= 0')
+            raise ValueError(f'z_loss {self.z_loss} and max_skipped {self.max_skipped} must be >= 0')
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, ...]:

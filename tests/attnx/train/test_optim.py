@@ -75,7 +75,7 @@ def test_cosine_values():
 @pytest.mark.parametrize(
     ('settings', 'message'),
     [
-        ({'kind': 'moun'}, "unknown 'moun'; did you mean 'muon'"),
+        ({'kind': 'moun'}, "unknown kind 'moun'; did you mean 'muon'"),
         ({'schedule': 'wdsc'}, 'did you mean'),
         ({'hold': 5}, 'belongs to the schedule wsdc'),
         ({'adam_learning_rate': 1e-3}, 'belongs to muon'),
