@@ -1,0 +1,331 @@
+"""What the chunked forms of the matrix recurrences share: layout, decays without overflow, a chunk's reads and writes.
+
+A recurrence over T tokens with state S [H, Hv] is cut into chunks of C. Inside a chunk pairs of tokens are compared all at
+once; between chunks only the state passes. With log-decays g_t <= 0 three kinds of sums over a chunk's tokens are needed,
+
+    within_ij = sum_{j < r <= i} g_r      before_i = sum_{r <= i} g_r      after_j = sum_{r > j} g_r
+
+and none is had by subtracting cumulative sums: at 50 nats a token that would cancel all digits. They are put together from
+halves, each a sum of terms of one sign, so that every exponent is <= 0 and exp neither overflows nor loses precision. For a
+decay per channel the pair's exponent cannot leave the product q_i k_j; there the chunk is halved again and again, and the
+block (later half, earlier half) is one matmul with the boundary as its reference row: exp(before_i) q_i on one side and
+exp(after_j) k_j on the other.
+
+Shapes in a chunk: [B, K, G, C, ...] where N = K G value heads share K query and key heads (their G is 1, broadcast).
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# float32 means float32 on every platform: states and inverses are sums over thousands of tokens.
+matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------------
+
+
+def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int], *, floating: bool = True):
+    """Raises ValueError unless `array` has one dimension per letter, equal to `sizes`, which learns the new letters."""
+    shape, letters = jnp.shape(array), tuple(letters.split())
+    layout = f'[{", ".join(letters)}]'
+    if len(shape) != len(letters):
+        raise ValueError(f'{op}: {name} has shape {shape}, expected {len(letters)} dimensions {layout}')
+    wanted = tuple(sizes.get(letter, size) for letter, size in zip(letters, shape))
+    if shape != wanted:
+        raise ValueError(f'{op}: {name} has shape {shape}, expected {layout} = {wanted}')
+    kind, dtype = ('floating', jnp.floating) if floating else ('integer', jnp.integer)
+    if not jnp.issubdtype(jnp.result_type(array), dtype):
+        raise ValueError(f'{op}: {name} has dtype {jnp.result_type(array)}, expected a {kind} one')
+    sizes.update(zip(letters, shape))
+
+
+def require_range(op: str, name: str, array, low: float, high: float, hint: str):
+    """Raises ValueError for concrete values outside [low, high]; traced values pass, for a look would stop the trace."""
+    if array is None or isinstance(array, jax.core.Tracer):
+        return
+    array = np.asarray(array)
+    outside = array[(array < low) | (array > high)]
+    if outside.size:
+        raise ValueError(
+            f'{op}: {name} holds {float(outside.flat[0]):.6g}, expected values in [{low}, {high:.6g}]: {hint}'
+        )
+
+
+def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, chunk) -> None:
+    """The checks that gated_linear and delta_rule share; N value heads may share K query and key heads."""
+    sizes = {}
+    require_shape(op, 'value', value, 'B T N Hv', sizes)
+    require_shape(op, 'query', query, 'B T K H', sizes)
+    require_shape(op, 'key', key, 'B T K H', sizes)
+    if not sizes['T']:
+        raise ValueError(f'{op}: query has shape {jnp.shape(query)}, expected at least one token')
+    if sizes['N'] % sizes['K']:
+        raise ValueError(
+            f'{op}: query and key have {sizes["K"]} heads, expected a divisor of the {sizes["N"]} heads of value'
+        )
+    if log_decay is not None:
+        layouts = {1: 'N', 3: 'B T N', 4: 'B T N H'}
+        if jnp.ndim(log_decay) not in layouts:
+            raise ValueError(
+                f'{op}: log_decay has shape {jnp.shape(log_decay)}, expected [N], [B, T, N] or [B, T, N, H]'
+            )
+        require_shape(op, 'log_decay', log_decay, layouts[jnp.ndim(log_decay)], sizes)
+        require_range(
+            op, 'log_decay', log_decay, -np.inf, 1e-3, 'the state is multiplied by exp(log_decay) and may not grow'
+        )
+    if initial_state is not None:
+        require_shape(op, 'initial_state', initial_state, 'B N H Hv', sizes)
+    if segment_ids is not None:
+        require_shape(op, 'segment_ids', segment_ids, 'B T', sizes, floating=False)
+    if chunk is not None and (not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)):
+        nearest = 2 ** max(0, round(float(np.log2(chunk)))) if isinstance(chunk, int) and chunk > 0 else 64
+        raise ValueError(f'{op}: chunk is {chunk!r}, expected a power of two, such as {nearest}')
+
+
+# Layout ------------------------------------------------------------------------------------------------------------------
+
+
+def resets(segment_ids):
+    """[B, T] bool: tokens that begin a segment. The first token never does: it continues the initial state."""
+    first = jnp.zeros_like(segment_ids[:, :1], bool)
+    return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+
+
+def split(x, chunk: int, num_heads: int):
+    """[B, T, N, ...] -> [T/C, B, K, G, C, ...] with K = num_heads; a ragged end is filled with zeros.
+
+    Zeros are idle tokens of every recurrence here: they write nothing and decay nothing.
+    """
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % chunk)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(x.shape[0], -1, chunk, num_heads, x.shape[2] // num_heads, *x.shape[3:])
+    return x.transpose(1, 0, 3, 4, 2, *range(5, x.ndim))
+
+
+def join(x, length: int):
+    """[T/C, B, K, G, C, ...] -> [B, T, N, ...], the inverse of `split`."""
+    x = x.transpose(1, 0, 4, 2, 3, *range(5, x.ndim))
+    return x.reshape(x.shape[0], -1, x.shape[3] * x.shape[4], *x.shape[5:])[:, :length]
+
+
+def split_resets(segment_ids, chunk: int):
+    """[B, T] -> [T/C, B, 1, 1, C] int32: resets since the chunk began, inclusive; None stays None."""
+    if segment_ids is None:
+        return None
+    return jnp.cumsum(split(resets(segment_ids).astype(jnp.int32)[..., None], chunk, 1), axis=-1)
+
+
+# Decays ------------------------------------------------------------------------------------------------------------------
+
+
+def _halves(x):
+    """[..., m, s, d] -> the even and the odd of the m blocks, [..., m/2, s, d] each."""
+    pairs = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+
+
+def ladder(g):
+    """Sums of g [..., C, d] over the tokens of each block up to a token, and after it, for blocks of 1, 2, 4, ..., C tokens.
+
+    Returns a list of (before, after), each [..., C/s, s, d] for blocks of s.
+    """
+    before = g[..., None, :]
+    rungs = [(before, jnp.zeros_like(before))]
+    while (before := rungs[-1][0]).shape[-2] < g.shape[-2]:
+        (b0, b1), (a0, a1) = map(_halves, rungs[-1])
+        before = jnp.concatenate([b0, b0[..., -1:, :] + b1], axis=-2)
+        after = jnp.concatenate([a0 + b1[..., -1:, :], a1], axis=-2)
+        rungs.append((before, after))
+    return rungs
+
+
+def _assemble(diagonal, corner):
+    """Blocks [..., m, s, s] and what stands below each pair's diagonal [..., m/2, s, s] -> [..., m/2, 2s, 2s]."""
+    first, second = _halves(diagonal)
+    upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
+    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+
+
+def spans(g):
+    """g [..., C] -> within [..., C, C] (0 where j >= i), before [..., C], after [..., C]: the sums named above."""
+    *rungs, (before, after) = ladder(g[..., None])
+    within = jnp.zeros_like(g)[..., None, None]
+    for b, a in rungs:
+        within = _assemble(within, _halves(b)[1] + jnp.swapaxes(_halves(a)[0], -1, -2))
+    return within[..., 0, :, :], before[..., 0, :, 0], after[..., 0, :, 0]
+
+
+def decayed_products(rows, columns, rungs):
+    """sum_h rows_ih columns_jh exp(sum_{j < r <= i} g_rh) for j <= i, else 0: [..., C, H] each -> [..., C, C].
+
+    rungs: `ladder(g)` of the log-decays [..., C, H].
+    """
+    lead = jnp.broadcast_shapes(
+        rows.shape[:-1], columns.shape[:-1], rungs[-1][0].shape[:-3] + rungs[-1][0].shape[-2:-1]
+    )
+    blocks = jnp.broadcast_to(jnp.sum(rows * columns, axis=-1), lead)[..., None, None]
+    for b, a in rungs[:-1]:
+        cut = lambda x, size=b.shape[-2]: x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+        later = _halves(cut(rows))[1] * jnp.exp(_halves(b)[1])
+        earlier = _halves(cut(columns))[0] * jnp.exp(_halves(a)[0])
+        blocks = _assemble(blocks, _dot(later, earlier))
+    return blocks[..., 0, :, :]
+
+
+def _dot(x, y):
+    """x y^T; blocks too small for a matmul unit are multiplied and summed."""
+    if x.shape[-2] <= 4:
+        return jnp.sum(x[..., :, None, :] * y[..., None, :, :], axis=-1)
+    return matmul(x, jnp.swapaxes(y, -1, -2))
+
+
+def unit_lower_inverse(a):
+    """(I + a)^-1 for strictly lower triangular a [..., C, C], C a power of two: forward substitution by blocks.
+
+    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]], all blocks of one size at once: log2 C rounds of matmuls, the
+    same everywhere. Each block is a true inverse, of moderate size for the delta rule, where a Neumann series would cancel.
+    """
+    corners, blocks = [], a[..., None, :, :]
+    while (half := blocks.shape[-1] // 2) > 0:
+        corners.append(blocks[..., half:, :half])
+        pair = jnp.stack([blocks[..., :half, :half], blocks[..., half:, half:]], axis=-3)
+        blocks = pair.reshape(*a.shape[:-2], -1, half, half)
+    inverse = jnp.ones_like(blocks)
+    for corner in reversed(corners):
+        first, second = _halves(inverse)
+        inverse = _assemble(inverse, -_dot(second, jnp.swapaxes(_dot(corner, jnp.swapaxes(first, -1, -2)), -1, -2)))
+    return inverse[..., 0, :, :]
+
+
+# One chunk ---------------------------------------------------------------------------------------------------------------
+
+
+class Chunk:
+    """What a chunk's keys and decays do to rows of queries, to the state it is given and to the state it leaves.
+
+    Args:
+      key: [B, K, 1, C, H].
+      log_decay: None, one per token [B, K, G, C] (B may be 1), or one per token and channel [B, K, G, C, H].
+      count: resets since the chunk began, inclusive, [B, 1, 1, C], or None.
+    """
+
+    def __init__(self, key, log_decay, count):
+        self.key, length = key, key.shape[-2]
+        self.rungs = self.within = None
+        if log_decay is None:
+            before = after = jnp.ones((length, 1), key.dtype)
+        elif log_decay.ndim == key.ndim:
+            self.rungs = ladder(log_decay)
+            before, after = (jnp.exp(x[..., 0, :, :]) for x in self.rungs[-1])
+        else:
+            self.within, before, after = map(jnp.exp, spans(log_decay))
+            before, after = before[..., None], after[..., None]
+        total = jnp.swapaxes(before[..., -1:, :], -1, -2)
+        visible = jnp.tril(jnp.ones((length, length), bool))
+        if count is not None:  # masked, not decayed by -inf: 0 * inf would spoil gradients
+            visible &= count[..., :, None] == count[..., None, :]
+            first, last = (count == 0)[..., None], (count == count[..., -1:])[..., None]
+            before, after = jnp.where(first, before, 0), jnp.where(last, after, 0)
+            total = jnp.where(first[..., -1:, :], total, 0)
+        self.before, self.after, self.total, self.visible = before, after, total, visible
+
+    def products(self, rows):
+        """rows_i . key_j, decayed from j to i, for visible j <= i: [B, K, G, C, C]."""
+        if self.rungs:
+            dots = decayed_products(rows, self.key, self.rungs)
+        else:
+            dots = matmul(rows, jnp.swapaxes(self.key, -1, -2))
+            dots = dots if self.within is None else dots * self.within
+        return jnp.where(self.visible, dots, 0)
+
+    def read(self, rows, state):
+        """rows_i times the given state as token i finds it, [B, K, G, C, Hv]."""
+        if self.rungs:
+            return matmul(rows * self.before, state)
+        return self.before * matmul(rows, state)
+
+    def write(self, values, state):
+        """The state after the chunk: the given one decayed, and every key^T value decayed from its token on."""
+        if self.rungs:
+            return self.total * state + matmul(jnp.swapaxes(self.key * self.after, -1, -2), values)
+        return self.total * state + matmul(jnp.swapaxes(self.key, -1, -2), self.after * values)
+
+
+def scan(body, query, key, value, per_token, log_decay, initial_state, segment_ids, chunk: int):
+    """Runs body(state, query, chunk, value, per_token) -> (state, out) over the chunks, keeping one state a chunk.
+
+    The body is recomputed in the backward pass: memory is O(T), with [H, Hv] once per chunk.
+    """
+    (_, length, num_heads, _), (_, _, num_values, width) = key.shape, value.shape
+    cut = lambda x: None if x is None else split(x, chunk, num_heads)
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (1, length, num_values))
+    dtype = accumulator(query, key, value)
+    state = first_state(initial_state, key, value).reshape(-1, num_heads, num_values // num_heads, key.shape[-1], width)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def step(state, xs):
+        *arrays, count = xs
+        query, key, value, per_token, log_decay = (None if x is None else x.astype(dtype) for x in arrays)
+        state, out = body(state, query, Chunk(key, log_decay, count), value, per_token)
+        return state, out.astype(output)
+
+    output = value.dtype
+    xs = (*map(cut, (query, key, value, per_token, log_decay)), split_resets(segment_ids, chunk))
+    state, out = jax.lax.scan(step, state, xs)
+    return join(out, length), state.reshape(-1, num_values, *state.shape[3:])
+
+
+# One token ---------------------------------------------------------------------------------------------------------------
+
+
+def accumulator(*arrays):
+    """The dtype of states and sums: float32, or float64 where the inputs are."""
+    return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
+
+
+def first_state(initial_state, key, value):
+    """The state [B, N, H, Hv] that the first token finds."""
+    dtype = accumulator(key, value)
+    if initial_state is not None:
+        return jnp.asarray(initial_state, dtype)
+    return jnp.zeros((value.shape[0], value.shape[2], key.shape[3], value.shape[3]), dtype)
+
+
+def step_by_step(update, query, key, value, per_token, log_decay, initial_state, segment_ids):
+    """Runs state <- update(state, key, value, per_token); out = query state, token after token: the definition.
+
+    Heads are repeated here, arrays are [B, N, ...] a token, the state is [B, N, H, Hv].
+    """
+    dtype, groups = accumulator(query, key, value), value.shape[2] // key.shape[2]
+    query, key = (jnp.repeat(x, groups, axis=2) for x in (query, key))
+    if log_decay is not None:
+        decay = jnp.exp(jnp.asarray(log_decay, dtype))
+        if decay.ndim == 1:
+            decay = jnp.broadcast_to(decay, value.shape[:3])
+        decay = decay[..., None] if decay.ndim == 4 else decay[..., None, None]
+    keep = None if segment_ids is None else ~resets(segment_ids)[..., None, None, None]
+
+    def step(state, xs):
+        query, key, value, per_token, decay, keep = xs
+        state = state if keep is None else jnp.where(keep, state, 0)
+        state = state if decay is None else decay * state
+        state = update(state, key, value, per_token)
+        return state, jnp.einsum('bnh,bnhv->bnv', query, state, precision='highest')
+
+    time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
+    arrays = (None if x is None else x.astype(dtype) for x in (query, key, value, per_token))
+    xs = (*map(time_first, arrays), time_first(decay if log_decay is not None else None), time_first(keep))
+    state = first_state(initial_state, key, value)
+    if value.shape[1] == 1:
+        state, out = step(state, jax.tree.map(lambda x: x[0], xs))
+        return out[:, None], state
+    state, out = jax.lax.scan(step, state, xs)
+    return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
+
+
+def size(chunk, key, value) -> int:
+    """Tokens a chunk: as asked for or by shape, and not more than the next power of two over T."""
+    return min(chunk or 64, 1 << (value.shape[1] - 1).bit_length())
