@@ -13,25 +13,26 @@ import importlib
 __version__ = '0.1.0'
 
 _PUBLIC = {
-    'get': 'attnx.catalog',
-    'list': 'attnx.catalog',
-    'explain': 'attnx.explanation',
-    'Context': 'attnx.spec',
-    'Dims': 'attnx.spec',
-    'Output': 'attnx.spec',
-    'Spec': 'attnx.spec',
-    'build_model': 'attnx.models',
-    'generate': 'attnx.models',
-    'ModelConfig': 'attnx.models',
+    'get': 'attnx.catalog.get',
+    'list': 'attnx.catalog.names',
+    'explain': 'attnx.explanation.explain',
+    'Context': 'attnx.spec.Context',
+    'Dims': 'attnx.spec.Dims',
+    'Output': 'attnx.spec.Output',
+    'Spec': 'attnx.spec.Spec',
+    'ModelConfig': 'attnx.models.ModelConfig',
+    'build_model': 'attnx.models.build',
+    'generate': 'attnx.models.generate',
 }
 _MODULES = ('ops', 'nn', 'models', 'mechanisms', 'tasks', 'train', 'catalog', 'config', 'dispatch', 'sharding', 'spec')
 
-__all__ = [*_PUBLIC, *_MODULES]  # noqa: PLE0604
+__all__ = [*_PUBLIC, *_MODULES]
 
 
 def __getattr__(name):
     if name in _PUBLIC:
-        value = getattr(importlib.import_module(_PUBLIC[name]), name)
+        module, attribute = _PUBLIC[name].rsplit('.', 1)
+        value = getattr(importlib.import_module(module), attribute)
     elif name in _MODULES:
         value = importlib.import_module(f'attnx.{name}')
     else:

@@ -181,7 +181,7 @@ def select(*, family: str | None = None, has: str | None = None, paper: str | No
     return [e for e in entries if fits(e)]
 
 
-def list(*, family: str | None = None, has: str | None = None) -> tuple[str, ...]:  # noqa: A001
+def names(*, family: str | None = None, has: str | None = None) -> tuple[str, ...]:
     """Names of mechanisms: `attnx.list(family='linear')`, `attnx.list(has='decode')`."""
     return tuple(e.name for e in select(family=family, has=has))
 

@@ -5,6 +5,8 @@ may have kernels in `pallas_kernels.table`. An explicit `impl` runs or raises wi
 the first kernel without a reason against it, else `xla`. Nothing falls back silently.
 """
 
+import contextlib
+import contextvars
 import difflib
 import importlib
 from collections.abc import Callable, Mapping
@@ -24,6 +26,34 @@ class Choice(NamedTuple):
     platform: str
     reason: str | None
     function: Callable | None = None
+
+
+class Call(NamedTuple):
+    """One op call as `record` saw it."""
+
+    op: str
+    impl: str  # as asked for
+    choices: tuple[Choice, ...]
+
+    def chosen(self, platform: str) -> Choice:
+        """What runs on `platform`: 'cpu', 'cuda' or 'tpu'."""
+        if self.impl != 'auto':
+            return next(c for c in self.choices if c.impl == self.impl)
+        return next(c for c in self.choices if c.reason is None and c.platform in (platform, 'any'))
+
+
+_recorded = contextvars.ContextVar('recorded', default=None)
+
+
+@contextlib.contextmanager
+def record():
+    """Within: every op call is appended to the list that is yielded; trace with `jax.eval_shape` to run nothing."""
+    calls: list[Call] = []
+    token = _recorded.set(calls)
+    try:
+        yield calls
+    finally:
+        _recorded.reset(token)
 
 
 def nearest(name: str, valid) -> str:
@@ -59,12 +89,14 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     Raises:
       ValueError: `impl` is unknown, or refuses these arguments; the message holds the reason and what does run.
     """
-    if impl in forms:
-        return forms[impl](*args, **kwargs)
     rows = kernels(op)
     valid = ['auto', *forms, *(row.impl for row in rows)]
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
+    if (calls := _recorded.get()) is not None:
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs))))
+    if impl in forms:
+        return forms[impl](*args, **kwargs)
     if impl == 'auto' and not rows:
         return forms['xla'](*args, **kwargs)
     options = choices(op, forms, args, kwargs)
@@ -84,23 +116,26 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     return _platform_dependent(branches, lambda a, k: forms['xla'](*a, **k), args, dict(kwargs))
 
 
+def split_arrays(tree: Any) -> tuple[list, Callable]:
+    """The array leaves of `tree` (abstract ones too), and the function that puts others in their place."""
+    leaves, structure = jax.tree.flatten(tree)
+    where = [i for i, leaf in enumerate(leaves) if hasattr(leaf, 'shape') and hasattr(leaf, 'dtype')]
+
+    def rebuild(arrays):
+        full = list(leaves)
+        for i, array in zip(where, arrays):
+            full[i] = array
+        return jax.tree.unflatten(structure, full)
+
+    return [leaves[i] for i in where], rebuild
+
+
 def _platform_dependent(branches, default, args, kwargs):
     # Static arguments must not become tracers: only array leaves pass through platform_dependent.
-    leaves, tree = jax.tree.flatten((args, kwargs))
-    where = [i for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array) or hasattr(leaf, '__array__')]
-
-    def rebuilt(function):
-        def call(*arrays):
-            full = list(leaves)
-            for i, array in zip(where, arrays):
-                full[i] = array
-            a, k = jax.tree.unflatten(tree, full)
-            return function(a, k)
-
-        return call
-
+    arrays, rebuild = split_arrays((args, kwargs))
+    wrapped = lambda function: lambda *arrays: function(*rebuild(arrays))
     return jax.lax.platform_dependent(
-        *(leaves[i] for i in where),
-        default=rebuilt(default),
-        **{platform: rebuilt(function) for platform, function in branches.items()},
+        *arrays,
+        default=wrapped(default),
+        **{platform: wrapped(function) for platform, function in branches.items()},
     )

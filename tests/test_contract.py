@@ -198,7 +198,7 @@ def test_bfloat16(c):
 def test_config(c):
     config = c.spec.example
     assert config_lib.build(type(config), config_lib.to_dict(config)) == config
-    assert config_lib.build(type(config), config_lib.flatten({})) == type(config)(), 'every field has a default'
+    assert config_lib.build(type(config), {}) == type(config)(), 'every field has a default'
     hash(config)
     with pytest.raises(ValueError, match='unknown key') as error:
         config_lib.build(type(config), {'num_heds': 2})

@@ -4,6 +4,4 @@ from attnx.models.config import Layer, ModelConfig, StackConfig
 from attnx.models.generate import generate
 from attnx.models.transformer import ModelOutput, Transformer, build
 
-build_model = build
-
-__all__ = ['Layer', 'ModelConfig', 'ModelOutput', 'StackConfig', 'Transformer', 'build', 'build_model', 'generate']
+__all__ = ['Layer', 'ModelConfig', 'ModelOutput', 'StackConfig', 'Transformer', 'build', 'generate']

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from attnx import catalog
 from attnx import config as config_lib
 from attnx.dispatch import nearest
-from attnx.nn import mlp
+from attnx.nn import mlp as mlp_lib
 from attnx.nn.layers import NORMS
 from attnx.spec import Dims, Spec
 
@@ -47,7 +47,7 @@ class ModelConfig(StackConfig):
     mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = StackConfig()  # encoder_decoder: the encoder's layers
-    mlp: mlp.Config = mlp.Config()
+    mlp: mlp_lib.Config = mlp_lib.Config()
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
