@@ -8,8 +8,8 @@ Nothing here imports jax.
 import dataclasses
 import functools
 import importlib
+import json
 import pathlib
-import typing
 from collections.abc import Mapping
 
 from attnx.tasks.base import Source, Task, expected
@@ -37,19 +37,11 @@ def config(kind: str, **fields):
     """The `Config` of task `kind`, with `fields` set; a field given as None keeps its default.
 
     Raises:
-      ValueError: an unknown task or field (the nearest valid one is named), or a value of another type than the field's.
+      ValueError: an unknown task or field (the nearest valid one is named), or a value of another type.
     """
-    cls = _module(kind).Config
-    types = typing.get_type_hints(cls)
-    for name, value in fields.items():
-        if name not in types:
-            raise ValueError(expected(f'field of task {kind!r}', name, types))
-        if value is None:
-            continue
-        ok = (int, float) if types[name] is float else types[name]
-        if not isinstance(value, ok) or (isinstance(value, bool) and types[name] is not bool):
-            raise ValueError(f'task {kind!r}: {name} must be {types[name].__name__}, got {value!r}')
-    return cls(**{name: value for name, value in fields.items() if value is not None})
+    from attnx.config import build  # which imports jax
+
+    return build(_module(kind).Config, {k: v for k, v in fields.items() if v is not None}, f'task[{kind!r}]')
 
 
 def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
@@ -59,7 +51,7 @@ def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
       config: a task's `Config`, or a mapping `{'kind': 'text', **fields}`.
       length: tokens in a row (T); 0 takes the task's own default.
       seed: of everything random in the rows (not of their order, which is the loader's).
-      run_dir: folder in which a task keeps what it has to find again on resume (a trained tokenizer); None keeps nothing.
+      run_dir: folder in which a task keeps what it must find again on resume (a trained tokenizer); None: nowhere.
     """
     if isinstance(config, Mapping):
         fields = dict(config)
@@ -72,4 +64,4 @@ def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
     task = module.build(config, length=length, seed=seed, run_dir=run_dir)
     asked = {'kind': task.kind, 'length': task.length, 'seed': seed}
     asked |= {f'{task.kind}.{k}': v for k, v in dataclasses.asdict(config).items() if k not in _PLACES}
-    return dataclasses.replace(task, fingerprint=asked | task.fingerprint)
+    return dataclasses.replace(task, fingerprint=json.loads(json.dumps(asked | task.fingerprint)))

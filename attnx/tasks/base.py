@@ -96,4 +96,7 @@ def generated(make: Callable[[np.random.Generator], Row], config, seed: int) -> 
     """Both sources of a synthetic task, with config.num_train and config.num_eval rows."""
     for name in ('num_train', 'num_eval'):
         require(getattr(config, name) > 0, f'{name} must be positive, got {getattr(config, name)}')
-    return {'train': Generated(make, config.num_train, seed, 0), 'evaluation': Generated(make, config.num_eval, seed, 1)}
+    return {
+        'train': Generated(make, config.num_train, seed, 0),
+        'evaluation': Generated(make, config.num_eval, seed, 1),
+    }

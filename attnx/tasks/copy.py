@@ -1,8 +1,8 @@
 """Copy: repeat a random sequence after a separator.
 
-A row, with n content tokens: `c1 … cn SEP c1 … c(n-1)`, targets `c2 … cn SEP c1 … cn`; only the second `c1 … cn` counts.
-Harder with: a longer row; a wider range of n (with one fixed n, looking back a constant offset is enough); fewer symbols
-(repeats make the look-up ambiguous).
+A row, with n content tokens: `c1 … cn SEP c1 … c(n-1)`, targets `c2 … cn SEP c1 … cn`; only the second `c1 … cn`
+counts. Harder with: a longer row; a wider range of n (with one fixed n, looking back a constant offset is enough);
+fewer symbols (repeats make the look-up ambiguous).
 """
 
 import dataclasses

@@ -43,7 +43,8 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     side = 8 // patch
     require(length in (0, side * side), f'digits with patch {patch} has length {side * side} (or give 0), got {length}')
 
-    from sklearn.datasets import load_digits        # slow to import, so only when asked for
+    from sklearn.datasets import load_digits  # slow to import, so only when asked for
+
     images, labels = load_digits(return_X_y=True)
     labels = labels.astype(np.int32)
     if config.discrete:

@@ -52,7 +52,7 @@ def _stdlib(tests: bool) -> tuple[pathlib.Path, list[str]]:
     for folder, folders, files in os.walk(root):
         folders[:] = [f for f in folders if f not in skip and not f.startswith('config-')]
         found += [os.path.relpath(os.path.join(folder, f), root) for f in files if f.endswith('.py')]
-    require(bool(found), f'text: this Python has no standard library source in {root}; give path=<folder, file or glob>')
+    require(bool(found), f'text: this Python has no standard library source in {root}; give a path to other text')
     return root, sorted(name.replace(os.sep, '/') for name in found)
 
 
@@ -67,9 +67,10 @@ def _named(pattern: str) -> tuple[pathlib.Path, list[str]]:
         fixed = path[:next((i for i, c in enumerate(path) if c in '*?['), len(path))]
         root = os.path.dirname(fixed) or '.'
         found = [os.path.relpath(f, root) for f in glob.glob(path, recursive=True)]
-    found = sorted(f.replace(os.sep, '/') for f in found if os.path.isfile(os.path.join(root, f)))
-    require(bool(found), f'text: no file in {pattern!r}; expected a text or .jsonl file, a folder or a glob of such files'
-                         ' (hidden files are left out)')
+    found = sorted(f.replace(os.sep, '/') for f in found
+                   if os.path.isfile(os.path.join(root, f)) and '__pycache__' not in f)
+    require(bool(found), f'text: no file in {pattern!r}; expected a text or .jsonl file, a folder or a glob of such '
+                         'files (hidden files are left out)')
     return pathlib.Path(root), found
 
 
@@ -96,7 +97,8 @@ def _read(root: pathlib.Path, names: list[str], key: str) -> Documents:
 
 def _held(name: str, share: float) -> bool:
     """Whether the document goes to validation."""
-    return int.from_bytes(hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest()) < share * 2**64
+    digest = hashlib.blake2b(name.encode('utf-8', 'surrogateescape'), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
 
 
 def _split(documents: Documents, share: float) -> tuple[Documents, Documents]:
@@ -132,10 +134,9 @@ class BPE:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.vocab_size = tokenizer.get_vocab_size()
-        self.separator = tokenizer.token_to_id('<sep>')
-        self.texts = [tokenizer.id_to_token(i) for i in range(self.vocab_size)]
-        self.texts[self.separator] = ''
+        self.separator = tokenizer.get_vocab_size()     # beyond the tokenizer's ids, so no text can produce it
+        self.vocab_size = self.separator + 1
+        self.texts = [tokenizer.id_to_token(i) for i in range(self.separator)] + ['']
         self.token_bytes = np.array([len(text) for text in self.texts], np.int32)
         self.digest = hashlib.sha256(tokenizer.to_str().encode()).hexdigest()[:16]
 
@@ -144,7 +145,7 @@ class BPE:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(cls.PATTERN), 'isolated')
-        trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=['<sep>'], show_progress=False,
+        trainer = trainers.BpeTrainer(vocab_size=vocab_size - 1, show_progress=False,
                                       initial_alphabet=[chr(b) for b in range(256)])
         tokenizer.train_from_iterator((raw.decode('latin-1') for _, raw in documents), trainer)
         return cls(tokenizer)
@@ -208,7 +209,10 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     root, names = _named(config.path) if config.path else _stdlib(config.tests)
     documents = _read(root, names, config.key)
     if config.validation_path:
-        kept, held = documents, _read(*_named(config.validation_path), config.key)
+        other, others = _named(config.validation_path)
+        both = {(root / n).resolve() for n in names} & {(other / n).resolve() for n in others}
+        require(not both, f'text: {len(both)} files are in both path and validation_path: {min(both, default="")} …')
+        kept, held = documents, _read(other, others, config.key)
     else:
         kept, held = _split(documents, config.validation)
     where = config.path or str(root)
@@ -230,9 +234,11 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     def decode(ids) -> str:
         return tokenizer.decode(int(i) for i in ids).decode('utf-8', 'replace')
 
-    listing = hashlib.sha256(json.dumps([[name, len(raw)] for name, raw in kept + held]).encode()).hexdigest()[:16]
+    contents = hashlib.blake2b(digest_size=8)
+    for name, raw in kept + held:
+        contents.update(f'{name}\0{len(raw)}\0'.encode('utf-8', 'surrogateescape') + raw)
     return Task(kind='text', length=length, vocab_size=vocab_size, packed=config.packing == 'first_fit',
                 train=source(kept, seed), evaluation=source(held, 0), token_bytes=token_bytes,
                 start=tokenizer.separator, encode=encode, decode=decode,
                 fingerprint={'tokenizer': tokenizer.digest, 'documents': len(kept) + len(held),
-                             'bytes': sum(len(raw) for _, raw in kept + held), 'names and sizes': listing})
+                             'bytes': sum(len(raw) for _, raw in kept + held), 'contents': contents.hexdigest()})

@@ -26,7 +26,7 @@ class Config:
 
 @dataclasses.dataclass(frozen=True)
 class Windows:
-    """Consecutive windows of the spans [begin, end) of token files; opened when first read, so it can be sent around."""
+    """Consecutive windows of the spans [begin, end) of token files, which are opened when first read."""
 
     spans: tuple[tuple[str, int, int], ...]     # (file, begin, end) in tokens
     dtype: str
@@ -69,7 +69,7 @@ class Windows:
 def _files(pattern: str, itemsize: int) -> dict[str, int]:
     """Files that `pattern` names, sorted, with their number of tokens."""
     found = sorted(f for f in glob.glob(os.path.expanduser(pattern), recursive=True) if os.path.isfile(f))
-    require(bool(found), f'tokens: no file matches {pattern!r}; expected a .bin file of token ids, or a glob of such files')
+    require(bool(found), f'tokens: no file matches {pattern!r}; expected a .bin file of token ids, or a glob of such')
     sizes = {file: os.path.getsize(file) for file in found}
     for file, size in sizes.items():
         require(size % itemsize == 0 and size >= 2 * itemsize,
@@ -89,8 +89,8 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     files = _files(config.path, np.dtype(dtype).itemsize)
     if config.validation_path:
         held = _files(config.validation_path, np.dtype(dtype).itemsize)
-        require(not held.keys() & files.keys(),
-                f'tokens: {sorted(held.keys() & files.keys())} are both in path and in validation_path')
+        both = set(map(os.path.realpath, held)) & set(map(os.path.realpath, files))
+        require(not both, f'tokens: {len(both)} files are in both path and validation_path: {min(both, default="")} …')
         cut = files
     else:
         held = files

@@ -21,7 +21,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    task: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {'kind': 'text'})   # kind, and fields of its Config
+    task: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {'kind': 'text'})   # and fields of its Config
     length: int = 512               # tokens in a row; 0 is the task's own
     batch_size: int = 16            # rows in a batch, over all processes
     eval_batches: int = 0           # batches of an evaluation, the same ones each time; 0 is all

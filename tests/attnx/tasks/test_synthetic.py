@@ -1,0 +1,100 @@
+"""A program that follows the task's rule predicts every target that counts; rows follow from (seed, split, index)."""
+
+import numpy as np
+import pytest
+
+from attnx import tasks
+
+
+def copy_rule(tokens):
+    end = int(np.argmax(tokens == 31))
+    return {end + i: tokens[i] for i in range(end)}
+
+
+def induction_rule(tokens):
+    place = int(np.argmax(tokens == 15))
+    return {len(tokens) - 1: tokens[place + 1]}
+
+
+def mqar_rule(tokens):
+    memory = dict(zip(tokens[:16:2], tokens[1:16:2]))
+    return {i: memory[t] for i, t in enumerate(tokens) if i >= 16 and t in memory}
+
+
+RULES = {'copy': copy_rule, 'induction': induction_rule, 'mqar': mqar_rule}
+
+
+@pytest.mark.parametrize('length', [32, 48, 64])
+@pytest.mark.parametrize('config', [
+    {'kind': 'copy'}, {'kind': 'copy', 'shortest': 1.0}, {'kind': 'copy', 'shortest': 0.01}, {'kind': 'induction'},
+    {'kind': 'mqar'}, {'kind': 'mqar', 'random_fill': True}, {'kind': 'mqar', 'power': 1.0},
+], ids=str)
+def test_rule_predicts_every_target(config, length):
+    task = tasks.build(config, length=length, seed=3)
+    for source in (task.train, task.evaluation):
+        for index in range(50):
+            row = source[index]
+            counted = {int(i): row['targets'][i] for i in np.flatnonzero(row['weights'])}
+            assert counted == RULES[task.kind](row['tokens'])
+            assert {k: (v.shape, v.dtype) for k, v in row.items()} == {
+                **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), ((length,), np.int32)),
+                'weights': ((length,), np.float32)}
+            assert max(row['tokens'].max(), row['targets'].max()) < task.vocab_size
+
+
+def test_odd_length_copy_pads():
+    row = tasks.build({'kind': 'copy', 'shortest': 1.0}, length=33).train[0]
+    assert row['segment_ids'].tolist() == [1] * 32 + [0]
+    assert row['weights'].tolist() == [0] * 16 + [1] * 16 + [0]
+
+
+@pytest.mark.parametrize('kind', RULES)
+def test_same_index_same_row_and_splits_differ(kind):
+    def rows(seed, split):
+        task = tasks.build({'kind': kind}, length=64, seed=seed)
+        return [getattr(task, split)[i]['tokens'].tobytes() for i in range(200)]
+
+    train = rows(0, 'train')
+    assert train == rows(0, 'train')
+    assert not set(train) & set(rows(0, 'evaluation'))
+    assert not set(train) & set(rows(1, 'train'))
+
+
+def test_mqar_queries_every_key_once_and_near_slots_more_often():
+    task = tasks.build({'kind': 'mqar', 'num_pairs': 4}, length=64)
+    first = 0
+    for index in range(2000):
+        row = task.train[index]
+        places = np.flatnonzero(row['weights'])
+        assert sorted(row['tokens'][places]) == sorted(row['tokens'][0:8:2])
+        assert len(set(row['targets'][places])) == 4
+        first += row['tokens'][0] == row['tokens'][8]       # the first key at the first slot
+    weights = np.arange(1, 29) ** -0.99
+    share = weights[0] / weights.sum()      # its first draw: a binomial share, within five standard deviations
+    assert abs(first / 2000 - share) < 5 * np.sqrt(share * (1 - share) / 2000)
+
+
+@pytest.mark.parametrize('config, length, message', [
+    ({'kind': 'mqar'}, 30, 'length >= 32'),
+    ({'kind': 'mqar'}, 33, 'even length'),
+    ({'kind': 'mqar', 'vocab_size': 16}, 64, 'vocab_size >= 18'),
+    ({'kind': 'copy', 'shortest': 0.0}, 64, 'shortest'),
+    ({'kind': 'induction'}, 2, 'length >= 3'),
+    ({'kind': 'induction', 'num_train': 0}, 8, 'num_train'),
+    ({'kind': 'inductoin'}, 8, "did you mean 'induction'"),
+    ({'kind': 'induction', 'vocabsize': 3}, 8, "did you mean 'vocab_size'"),
+    ({'kind': 'induction', 'vocab_size': '3'}, 8, 'expected int'),
+    ({'vocab_size': 3}, 8, "needs a 'kind'"),
+])
+def test_errors_name_what_was_expected(config, length, message):
+    with pytest.raises(ValueError, match=message):
+        tasks.build(config, length=length)
+
+
+def test_every_task_file_is_complete():
+    for kind in tasks.names():
+        module = tasks._module(kind)
+        assert module.__doc__
+        assert 'A row' in module.__doc__
+        assert callable(module.build)
+        module.Config()
