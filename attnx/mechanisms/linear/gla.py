@@ -30,7 +30,7 @@ class GatedLinearAttention(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config = config
         n = config.num_heads
-        keys, values = int(dims.width * config.key_expansion), int(dims.width * config.value_expansion)
+        keys, values = round(dims.width * config.key_expansion), round(dims.width * config.value_expansion)
         if keys % n or values % n:
             raise ValueError(f'key width {keys} and value width {values} must divide into num_heads {n}')
         self.shape = (n, keys // n, values // n)
