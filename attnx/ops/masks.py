@@ -3,7 +3,7 @@
     masks.causal() & masks.window(1024) & masks.segments(ids)
 
 Any function of an index is a mask too: `masks.causal() & (lambda i: i.k % 2 == 0)`. Below, q and k are positions. Where
-the numbers of queries T and keys S differ, they are aligned at the end (bottom right): query row r stands at r + (S - T).
+the numbers of queries T and keys S differ, they are aligned at the end (bottom right): query r stands at r + (S - T).
 Masks made of positions take `query_positions` [B, T] and `key_positions` [B, S] (int) instead, as decoding with a cache
 needs; a key position below 0 marks an empty slot, which nothing sees.
 """
@@ -42,7 +42,7 @@ def dilated(size: int, rate: int, query_positions=None, key_positions=None) -> M
 
 
 def strided(stride: int, query_positions=None, key_positions=None) -> Mask:
-    """(q - k) mod stride = 0. `window(stride) | strided(stride)` unites Sparse Transformer's heads (arXiv:1904.10509)."""
+    """(q - k) mod stride = 0. `window(stride) | strided(stride)` is Sparse Transformer's, united (arXiv:1904.10509)."""
     return _of_positions(_strided, query_positions, key_positions, _count('strided', 'stride', stride))
 
 
@@ -60,7 +60,7 @@ def block_causal(block: int, query_positions=None, key_positions=None) -> Mask:
 
 
 def prefix_lm(prefix, query_positions=None, key_positions=None) -> Mask:
-    """k <= q or k < prefix: all see the prefix, the rest is causal. prefix: int, or int array [B] (arXiv:1910.10683)."""
+    """k <= q or k < prefix: all see the prefix, the rest is causal. prefix: int or int array [B] (arXiv:1910.10683)."""
     return causal(query_positions, key_positions) | first(prefix, key_positions)
 
 

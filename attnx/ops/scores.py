@@ -42,7 +42,7 @@ def alibi(slopes, *, bidirectional: bool = False) -> Score:
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
-    """float32 [N]: 2^(-8h / N), h = 1…N, for a power of two; else those of the next lower power P and every other of 2P."""
+    """float32 [N]: 2^(-8h / N), h = 1…N, for a power of two; else those of the lower power P and every other of 2P."""
     if num_heads < 1:
         raise ValueError(f'scores.alibi_slopes: num_heads must be at least 1, given {num_heads}')
     power = 2 ** int(math.log2(num_heads))
@@ -105,7 +105,10 @@ def t5(
         difference = jnp.asarray(key_positions)[:, None, :] - jnp.asarray(query_positions)[:, :, None]
         return bias(jnp.moveaxis(table[find(difference)], 3, 1))
     key_length = query_length if key_length is None else key_length
-    return relative(table[find(jnp.arange(query_length + key_length - 1) - (key_length - 1))].T)
+    buckets = find(jnp.arange(query_length + key_length - 1) - (key_length - 1))
+    # A product rather than a gather, whose gradient would add in any order on an accelerator.
+    chosen = (buckets == jnp.arange(table.shape[0])[:, None]).astype(table.dtype)
+    return relative(jnp.einsum('bn,bx->nx', table, chosen, precision='highest'))
 
 
 def relative(strip) -> Score:
