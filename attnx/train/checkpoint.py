@@ -247,6 +247,10 @@ class Checkpoints:
                 + (f'the last valid checkpoint is step {valid[-1]}' if valid else 'there is no earlier checkpoint')
             ) from error
 
+    def preempted(self, step: int) -> bool:
+        """Whether all processes were told to stop; ask after every step, on every process."""
+        return self._manager.reached_preemption(step)
+
     def close(self) -> None:
         """Waits for what is being written, then lets go of the folder. Raises as `wait`, after closing."""
         try:

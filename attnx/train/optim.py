@@ -38,7 +38,7 @@ class Config:
     momentum: float = 0.95  # muon only: decay of Muon's momentum (Nesterov)
     consistent_rms: float = 0.2  # muon only: root mean square of a matrix's update; 0.2 matches AdamW's (2502.16982)
     weight_decay: float = 0.1  # decoupled, times the rate; vectors and `no_decay` are exempt
-    no_decay: tuple[str, ...] = ('*/scale', '*/bias', '*/embedding', '*log*', '*dt_*')  # names exempt from weight decay
+    no_decay: tuple[str, ...] = ('*/scale', '*/bias', '*/embedding', '*/table', '*log*', '*/dt_*')  # exempt names
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     schedule: str = 'wsd'  # 'wsd', 'wsdc' (a constant tail after the decay), 'cosine', 'constant'
     warmup: int = 100  # steps of linear warmup, to `learning_rate`

@@ -1,0 +1,428 @@
+"""`run(config)`: trains until done, and leaves a run directory that says everything about the run.
+
+Running the same command again resumes it, or says that it is complete. Of a model this file knows `models.build`, the
+flat view of its parameters, and its call.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import fnmatch
+import json
+import pathlib
+import signal
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
+
+from attnx import config as config_lib
+from attnx import models, sharding
+from attnx.nn import params as params_lib
+from attnx.train import checkpoint as checkpoint_lib
+from attnx.train import data as data_lib
+from attnx.train import metrics, report
+from attnx.train import optim as optim_lib
+from attnx.train import step as step_lib
+
+# Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
+FREE = (
+    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding',
+    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.max_skipped', 'model.remat',
+    'model.impl',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The text drawn from the model at the end of a run."""
+
+    tokens: int = 500  # length; 0: no sample
+    prompt: str = ''  # what it continues; '': the beginning of a document
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 0.95  # 1: all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A window of steps that the profiler records, into run_dir/profile."""
+
+    start: int = 0  # first step; 0: no profile
+    steps: int = 5  # how many
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = 'runs/base'  # all that the run writes
+    seed: int = 0  # of parameters and dropout; the data have their own
+    steps: int = 1000  # updates
+    eval_every: int = 100  # steps between evaluations; there is one at the beginning and one at the end; 0: these only
+    model: models.ModelConfig = dataclasses.field(default_factory=models.ModelConfig)
+    data: data_lib.Config = dataclasses.field(default_factory=data_lib.Config)
+    optim: optim_lib.Config = dataclasses.field(default_factory=optim_lib.Config)
+    step: step_lib.Config = dataclasses.field(default_factory=step_lib.Config)
+    checkpoint: checkpoint_lib.Config = dataclasses.field(default_factory=checkpoint_lib.Config)
+    log: metrics.Config = dataclasses.field(default_factory=metrics.Config)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    profile: Profile = dataclasses.field(default_factory=Profile)
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
+    sharding: str = 'ddp'  # preset of attnx.sharding
+    distributed: bool = False  # several hosts: jax.distributed.initialize() first
+
+    def __post_init__(self):
+        if self.steps < 1 or self.eval_every < 0:
+            raise ValueError(f'steps {self.steps} must be >= 1 and eval_every {self.eval_every} >= 0')
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f'seed {self.seed} must lie in [0, 2**32)')
+        if not self.run_dir:
+            raise ValueError('run_dir is empty; give a folder')
+
+
+class Result(NamedTuple):
+    """How a run ended: its step, 'complete', 'already complete' or 'stopped', the last evaluation, the sample."""
+
+    step: int
+    status: str
+    evaluation: dict[str, float]
+    sample: str | None
+    message: str
+
+
+def free(name: str) -> bool:
+    """Whether a setting may change on resume."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
+
+
+def completed(model: models.ModelConfig, task) -> models.ModelConfig:
+    """The model's config with what the task decides filled in.
+
+    Raises:
+      ValueError: the model was given other sizes than the task has.
+    """
+    known = {'vocab_size': task.vocab_size, 'input_dim': task.features, 'num_classes': task.num_classes}
+    for name, value in known.items():
+        if getattr(model, name) not in (0, value) and not (name == 'vocab_size' and model.vocab_size > value > 0):
+            raise ValueError(f'config.model.{name} is {getattr(model, name)}; the task {task.kind!r} has {value}')
+    if task.packed:
+        for layer in model.layers():
+            if reason := layer.spec.limits.get('packing'):
+                raise ValueError(f'the task {task.kind!r} packs documents; mixer {layer.name!r} can not: {reason}')
+    known['vocab_size'] = model.vocab_size or task.vocab_size
+    return dataclasses.replace(model, **known, max_length=model.max_length or task.length)
+
+
+class Program(NamedTuple):
+    """What a config compiles to; functions over the flat parameters."""
+
+    axes: Mapping[str, tuple]
+    shapes: Mapping[str, jax.ShapeDtypeStruct]
+    init: Any  # () -> parameters
+    forward: Any  # (params, batch, key) -> (logits, aux)
+    trace: Any  # (params, batch, key) -> yields (name, activation)
+    model: Any  # params -> the module
+
+
+def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
+    """The model behind `forward`; builds it abstractly only."""
+    build = lambda: models.build(config, rngs=nnx.Rngs(seed))
+    abstract = jax.eval_shape(build)
+
+    def call(params, batch, key, method):
+        model = params_lib.from_flat(abstract, params)
+        given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
+        given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
+        inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
+        return getattr(model, method)(inputs, key=key, **given)
+
+    def forward(params, batch, key):
+        out = call(params, batch, key, '__call__')
+        return out.logits, out.aux
+
+    return Program(
+        axes=params_lib.flat_axes(abstract),
+        shapes=params_lib.to_flat(abstract),
+        init=lambda: params_lib.to_flat(build()),
+        forward=forward,
+        trace=lambda params, batch, key: call(params, batch, key, 'trace'),
+        model=lambda params: params_lib.from_flat(abstract, params),
+    )
+
+
+def flops_per_token(config: models.ModelConfig, made: Program, length: int) -> float:
+    """Training FLOPs a token: 6 per parameter of a matrix product, and 3 times what the mixing itself costs."""
+    count = 0
+    for name, axes in made.axes.items():
+        leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in axes if a != 'layers']) > 1
+        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
+        count += made.shapes[name].size if matrix and not looked_up else 0
+    dims = config.dims(causal=config.kind != 'encoder', num_layers=config.num_layers)
+    mixing = sum(layer.spec.flops(layer.config, dims, length) for layer in config.layers())
+    return 6.0 * count + 3.0 * mixing
+
+
+class Stop:
+    """Notes SIGTERM and SIGINT, so that the loop can save and leave. A second signal acts as usual."""
+
+    def __init__(self, active: bool):
+        self.received: str | None = None
+        self._old = {}
+        if active and threading.current_thread() is threading.main_thread():
+            self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def _note(self, number, frame):
+        self.received = signal.Signals(number).name
+        self.restore()
+
+    def restore(self):
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        self._old = {}
+
+
+@contextlib.contextmanager
+def locked(run_dir: pathlib.Path):
+    """Holds the run directory for this process.
+
+    Raises:
+      ValueError: another process trains in it.
+    """
+    with (run_dir / 'lock').open('w') as stream:
+        if jax.process_index() == 0:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise ValueError(f'another process trains in {run_dir}; wait for it, or give another run_dir') from None
+        yield
+
+
+def run(config: Config) -> Result:
+    """Trains `config`, or resumes it.
+
+    Raises:
+      ValueError: a setting that can't be served, a checkpoint that can't be used or written.
+      report.TrainingFailure: a NaN or Inf; run_dir/failure.json names the first bad layer and tensor.
+    """
+    if config.distributed:
+        jax.distributed.initialize()
+    run_dir = pathlib.Path(config.run_dir).absolute()
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with locked(run_dir), contextlib.ExitStack() as stack:
+        return _Run(config, run_dir, stack).run()
+
+
+class _Run:
+    """The parts of one run, built in an order that meets bad settings before anything costly."""
+
+    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
+        self.run_dir = run_dir
+        self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
+        rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        if config.data.batch_size % (rows * config.step.accumulate):
+            raise ValueError(
+                f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
+                f'spreads rows) times {config.step.accumulate} (step.accumulate)'
+            )
+        self.data = data_lib.open(
+            config.data, run_dir=run_dir, process_index=jax.process_index(), process_count=jax.process_count()
+        )
+        task = self.data.task
+        self.config = config = dataclasses.replace(config, model=completed(config.model, task))
+        self.program = made = program(config.model, packed=task.packed, seed=config.seed)
+        self.rules = sharding.rules(config.sharding)
+        transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
+        settings = config_lib.flatten(config_lib.to_dict(config))
+        self.log = metrics.Log(run_dir, config.log, settings)
+        stack.callback(self.log.close)
+        self.checkpoints = checkpoint_lib.Checkpoints(run_dir / 'checkpoints', config.checkpoint, settings, free=free)
+        stack.callback(self.checkpoints.close)
+
+        shapes = {name: shape.shape for name, shape in made.shapes.items()}
+        where = sharding.param_shardings(self.mesh, config.sharding, made.axes, shapes)
+        single = NamedSharding(self.mesh, PartitionSpec())
+        self.where = {
+            'params': where,
+            'opt': optim_lib.state_shardings(transform, made.shapes, where, self.mesh),
+            'step': single,
+            'bad': single,
+        }
+        self._init = lambda: step_lib.init_state(made.init(), transform)
+        update = step_lib.train_step(made.forward, transform, rate, config.step, config.seed)
+        self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
+        known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
+        self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
+        peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
+        cost = flops_per_token(config.model, made, task.length)
+        self.mfu_per_token = cost / (peak * self.mesh.size) if peak else None
+        if jax.process_index() == 0:
+            (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
+
+    def put(self, batch):
+        """This process's rows -> global arrays."""
+
+        def one(value):
+            names = ('batch', 'length', 'features')[: value.ndim]
+            place = NamedSharding(self.mesh, sharding.partition(names, self.rules))
+            return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value))
+
+        return {name: one(value) for name, value in batch.items()}
+
+    def restore(self) -> tuple[int, Any]:
+        shapes = jax.eval_shape(self._init)
+        like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.where)
+        found = self.checkpoints.restore(like)
+        if found is None:
+            return 0, None
+        number, state, position = found
+        self.data.train.set_state(position)
+        return number, state
+
+    def evaluate(self, params) -> dict[str, float]:
+        return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in self.data.evaluation()])
+
+    def run(self) -> Result:
+        config = self.config
+        number, state = self.restore()
+        artefacts = [self.run_dir / 'loss.png', self.run_dir / 'sample.txt']
+        again = f'To continue it, give more steps: --config.steps={2 * max(number, config.steps)}'
+        if number >= config.steps and artefacts[0].exists():
+            sample = artefacts[1].read_text() if artefacts[1].exists() else None
+            last = [entry for entry in metrics.read(self.run_dir) if entry['split'] == 'eval']
+            message = f'{self.run_dir} is complete: {number} of {config.steps} steps. {again}, or another run_dir.'
+            return Result(number, 'already complete', last[-1] if last else {}, sample, message)
+        if state is None:
+            state = jax.jit(self._init, out_shardings=self.where)()
+        self.log.open(number)
+        self.progress = metrics.Progress(config.steps, number)
+        for note in self.checkpoints.notes:
+            self.progress.say(note)
+        if number:
+            self.progress.say(f'resumed {self.run_dir} at step {number}')
+        stop = Stop(active=not config.distributed)
+        try:
+            number, state, evaluation = self.train(number, state, stop)
+        finally:
+            stop.restore()
+            self.progress.close()
+        if number < config.steps:
+            message = f'stopped by {stop.received or "preemption"} at step {number} of {config.steps}, saved.'
+            return Result(number, 'stopped', evaluation, None, f'{message} Run the same command again to resume.')
+        sample = self.sample(state['params'])
+        if jax.process_index() == 0:
+            if sample is not None:
+                artefacts[1].write_text(sample)
+            report.plot(self.run_dir)
+        return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
+
+    def train(self, number: int, state, stop: Stop):
+        config, pending, evaluation, profiling = self.config, None, {}, False
+        if number == 0 or number >= config.steps:
+            evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
+        clock, since = time.monotonic(), number
+        while number < config.steps:
+            if config.profile.start and number == config.profile.start:
+                jax.profiler.start_trace(str(self.run_dir / 'profile'))
+                profiling = True
+            batch = next(self.data.train)
+            arrays = self.put(batch)
+            state, values = self.update(state, arrays)
+            number += 1
+            # The numbers of a step are read while the next one runs.
+            self.read(pending, state)
+            pending = number, values, arrays
+            if profiling and number == min(config.profile.start + config.profile.steps, config.steps):
+                jax.block_until_ready(state)
+                jax.profiler.stop_trace()
+                profiling = False
+            self.checkpoints.poll()
+            self.progress.advance(number)
+            logs = number % config.log.every == 0 or number == config.steps
+            evaluates = number == config.steps or (config.eval_every and number % config.eval_every == 0)
+            saves = number == config.steps or (config.checkpoint.every and number % config.checkpoint.every == 0)
+            stops = stop.received or (config.distributed and self.checkpoints.preempted(number))
+            if logs or evaluates or saves or stops or number - since == 1:
+                self.read(pending, state)
+                pending = None
+            if logs:
+                numbers = {name: float(value) for name, value in values.items() if name != 'frozen'}
+                numbers |= self.speed((number - since) * config.data.batch_size, time.monotonic() - clock)
+                self.log.write(number, 'train', numbers)
+                shown = {'eval_loss': evaluation['loss']} if evaluation else {}
+                self.progress.update(number, numbers | shown)
+            if evaluates or saves or stops:
+                evaluation = self.checkpoint_or_evaluate(number, state, evaluates, saves or stops) or evaluation
+            if evaluates or saves or logs or number == since + 1:
+                clock, since = time.monotonic(), number
+            if stops:
+                break
+        self.checkpoints.wait()
+        return number, state, evaluation
+
+    def speed(self, rows: int, seconds: float) -> dict[str, float]:
+        if not rows:
+            return {}
+        rate = rows * self.data.task.length / max(seconds, 1e-9)
+        return {'tokens_per_second': rate} | ({'mfu': rate * self.mfu_per_token} if self.mfu_per_token else {})
+
+    def checkpoint_or_evaluate(self, number, state, evaluate=False, save=False) -> dict[str, float]:
+        evaluation = self.evaluate(state['params']) if evaluate else {}
+        if evaluation:
+            self.log.write(number, 'eval', evaluation)
+            text = '  '.join(f'{name} {value:.4f}' for name, value in evaluation.items())
+            self.progress.say(f'step {number}/{self.config.steps}  validation: {text}')
+        if save:
+            self.checkpoints.save(number, state, self.data.train.get_state(), evaluation.get('loss'))
+        return evaluation
+
+    def read(self, pending, state) -> None:
+        """Raises where the step of `pending` was not finite; the state is frozen as that step found it."""
+        if pending is None or not bool(pending[1]['frozen']):
+            return
+        number, values, batch = pending
+        made, config = self.program, self.config
+        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
+        whole = dataclasses.replace(config.step, accumulate=1)
+        grad = jax.jit(lambda params: step_lib.gradients(made.forward, params, batch, key, whole)[1])
+        diagnosis = report.diagnose(
+            step=number,
+            metrics=values,
+            params=state['params'],
+            batch=batch,
+            trace=lambda: made.trace(state['params'], batch, key),
+            gradients=lambda: grad(state['params']),
+        )
+        raise report.failure(self.run_dir, diagnosis)
+
+    def sample(self, params) -> str | None:
+        """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
+        task, how = self.data.task, self.config.sample
+        if not how.tokens or task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+            return None
+        if jax.process_count() > 1:
+            self.progress.say('no sample: the model is spread over several processes')
+            return None
+        prompt = ([] if task.start is None else [task.start]) + list(task.encode(how.prompt))
+        try:
+            new = models.generate(
+                self.program.model(params), [prompt or [0]], max_new_tokens=how.tokens, temperature=how.temperature,
+                top_k=how.top_k, top_p=how.top_p, key=jax.random.key(self.config.seed),
+            )[0]  # fmt: skip
+        except ValueError as error:
+            self.progress.say(f'no sample: {error}')
+            return None
+        return task.decode([*task.encode(how.prompt), *new])
+
+
+def describe(result: Result) -> str:
+    """What a run prints at its end."""
+    numbers = json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')})
+    sample = f'--- sample ---\n{result.sample}\n--- end of sample ---\n' if result.sample else ''
+    return f'{sample}validation: {numbers}\n{result.message}'

@@ -1,0 +1,33 @@
+"""Trains a language model, or resumes it: `python train.py --config=configs/base.py --config.steps=2000`.
+
+Short on purpose: flags -> config -> attnx.train.loop.run.
+"""
+
+import sys
+
+from absl import app
+from ml_collections import config_flags
+
+CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
+
+
+def main(argv):
+    from attnx import config
+    from attnx.train import loop, report
+
+    try:
+        if argv[1:]:
+            raise ValueError(f'unexpected arguments {argv[1:]}; settings look like --config.steps=2000')
+        result = loop.run(config.build(loop.Config, CONFIG.value))
+    except ValueError as error:
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+    except report.TrainingFailure as failure:
+        print(f'training failed: {failure}', file=sys.stderr)
+        sys.exit(1)
+    print(loop.describe(result))
+    sys.exit(143 if result.status == 'stopped' else 0)
+
+
+if __name__ == '__main__':
+    app.run(main)
