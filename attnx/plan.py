@@ -1,0 +1,215 @@
+"""Before a run: what it costs, what will run, and what would be refused. Needs no device and computes nothing.
+
+  python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
+"""
+
+import dataclasses
+import math
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import app, flags
+from flax import nnx
+
+from attnx import dispatch, explanation
+from attnx.models import ModelConfig, build
+from attnx.models.config import Layer
+from attnx.nn import to_flat
+from attnx.spec import Context, Dims
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerPlan:
+    """One layer. FLOPs count a multiply-add as two; training costs three times the forward pass."""
+
+    index: int
+    name: str
+    parameters: int  # of the mixer
+    train_flops: float  # of the mixer, a token
+    state_bytes_token: float  # growth of the decode state by one more token, one sequence
+    state_bytes: int  # decode state of one sequence at full length
+    calls: tuple[dispatch.Call, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    layers: tuple[LayerPlan, ...]
+    parameters: int  # of the whole model
+    train_flops: float  # of the whole model, a token
+    state_bytes: int  # of all layers, one sequence at full length
+    memory: dict[str, int]  # what training holds -> bytes, all devices together
+    refused: tuple[str, ...]  # what would be refused
+
+
+def size(tree: Any) -> int:
+    """Bytes of the arrays of a pytree, abstract ones too."""
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def plan_layer(index: int, layer: Layer, dims: Dims, length: int, batch: int, *, packed: bool, impl: str) -> LayerPlan:
+    """Raises ValueError with what the mechanism or its ops refuse."""
+    mixer = jax.eval_shape(lambda: layer.spec.build(layer.config, dims, rngs=nnx.Rngs(0)))
+    count = sum(v.size for v in to_flat(mixer).values())
+    state = lambda n: size(jax.eval_shape(lambda: mixer.init_state(1, n, dims.dtype)))
+    calls = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, packed=packed, impl=impl)
+    return LayerPlan(
+        index=index,
+        name=layer.name,
+        parameters=count,
+        train_flops=3 * (2 * count + layer.spec.flops(layer.config, dims, length)),
+        state_bytes_token=(state(2 * length) - state(length)) / length,
+        state_bytes=state(length),
+        calls=tuple(calls),
+    )
+
+
+def plan(
+    config: ModelConfig, *, length: int, batch: int, packed: bool = True, optimizer_slots: int = 2, accumulate: int = 1
+) -> Plan:
+    """The plan of training `config` on `batch` rows of `length` tokens.
+
+    optimizer_slots: float32 copies of the parameters that the optimizer keeps (AdamW 2, Lion 1).
+    """
+    config = dataclasses.replace(config, max_length=config.max_length or length)
+    causal, refused, planned = config.kind != 'encoder', [], {}
+
+    def attempt(what, function):
+        try:
+            return function()
+        except (ValueError, TypeError) as error:
+            refused.append(f'{what}: {error}')
+            return None
+
+    groups = [('layer', config.layers(), causal)]
+    if config.kind == 'encoder_decoder':
+        groups += [('encoder layer', config.encoder_layers(), False)]
+        groups += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
+    layers = []
+    for what, members, is_causal in groups:
+        dims = config.dims(causal=is_causal, num_layers=len(members))
+        for index, layer in enumerate(members):
+            key = (what, layer.name)
+            if key not in planned:
+                options = {'packed': packed, 'impl': config.impl}
+                make = lambda i=index, l=layer, d=dims, o=options: plan_layer(i, l, d, length, batch, **o)
+                planned[key] = attempt(f'{what} {index} ({layer.name})', make)
+            if planned[key] is not None:
+                layers.append(dataclasses.replace(planned[key], index=index))
+    model = attempt('model', lambda: jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
+    count, memory = 0, {}
+    if model is not None:
+        flat = to_flat(model)
+        count = sum(v.size for v in flat.values())
+        memory['parameters'] = size(flat)
+        memory['gradients'] = size(flat)
+        memory['optimizer'] = optimizer_slots * size(flat)
+        rows = max(batch // accumulate, 1)
+        kept = attempt('activations', lambda: activations(model, config, rows, length, packed))
+        if kept is not None:
+            memory['activations'] = kept
+        if not config.num_classes:
+            memory['logits'] = 2 * 4 * rows * length * (config.vocab_size or config.input_dim)
+    table = config.vocab_size * config.width if config.vocab_size and not config.num_classes else 0
+    matmuls = count - (0 if config.tie_embeddings else table)  # a lookup is free, its use as a head is not
+    mixing = sum(l.train_flops - 6 * l.parameters for l in layers)
+    return Plan(
+        layers=tuple(layers),
+        parameters=count,
+        train_flops=6 * matmuls + mixing,
+        state_bytes=sum(l.state_bytes for l in layers),
+        memory=memory,
+        refused=tuple(refused),
+    )
+
+
+def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:
+    """Bytes that the forward pass keeps for the backward pass, from the shapes of the residuals of `jax.vjp`."""
+    dtype, shape = (jnp.float32, (batch, length, config.input_dim)) if config.input_dim else (jnp.int32, (batch, length))
+    tokens = jax.ShapeDtypeStruct(shape, dtype)
+    ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
+    source = tokens if config.kind == 'encoder_decoder' else None
+    run = lambda model, tokens, ids, source: model(tokens, segment_ids=ids, source=source).logits
+    residuals = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
+    return max(size(jax.eval_shape(residuals, model, tokens, ids, source)) - size(model), 0)
+
+
+def human(number: float, unit: str = '') -> str:
+    for scale, prefix in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+        if abs(number) >= scale:
+            return f'{number / scale:.3g} {prefix}{unit}'
+    return f'{number:.3g} {unit}'.rstrip()
+
+
+def report(found: Plan, platform: str, console) -> None:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for column in ('layer', 'mixer', 'parameters', 'train FLOPs/token', 'state/token', 'state/sequence', f'runs on {platform}'):
+        table.add_column(column, justify='left' if column in ('mixer', f'runs on {platform}') else 'right')
+    for layer in found.layers:
+        table.add_row(
+            str(layer.index),
+            layer.name,
+            human(layer.parameters),
+            human(layer.train_flops),
+            human(layer.state_bytes_token, 'B'),
+            human(layer.state_bytes, 'B'),
+            explanation.summary(list(layer.calls), platform),
+        )
+    console.print(table)
+    refusals = dict.fromkeys(
+        f'  {call.op}: {choice.impl} ({choice.platform}) refused: {choice.reason}'
+        for layer in found.layers
+        for call in layer.calls
+        for choice in call.choices
+        if choice.reason
+    )
+    if refusals:
+        console.print('\nImplementations that refuse:\n' + '\n'.join(refusals), highlight=False)
+    console.print(f'\nparameters              {human(found.parameters)}', highlight=False)
+    console.print(f'training FLOPs a token  {human(found.train_flops)}', highlight=False)
+    console.print(f'decode state, sequence  {human(found.state_bytes, "B")}', highlight=False)
+    for what, amount in found.memory.items():
+        console.print(f'memory: {what:<15} {human(amount, "B")}', highlight=False)
+    console.print(f'memory: total           {human(sum(found.memory.values()), "B")} (all devices together)', highlight=False)
+    for line in found.refused:
+        console.print(f'REFUSED  {line}', style='bold red', highlight=False)
+
+
+def main(argv) -> int:
+    from rich.console import Console
+
+    from attnx import config as config_lib
+    from attnx.train.config import RunConfig
+
+    run = config_lib.build(RunConfig, _CONFIG.value, 'config')
+    model = run.resolved_model()
+    found = plan(
+        model,
+        length=run.data.length,
+        batch=run.data.batch_size,
+        optimizer_slots={'adamw': 2, 'muon': 2, 'lion': 1}[run.optim.kind],
+    )
+    report(found, flags.FLAGS.platform, Console(width=max(Console().width, 110)))
+    return 1 if found.refused else 0
+
+
+if __name__ == '__main__':
+    import os
+
+    from ml_collections import config_flags
+
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    flags.DEFINE_enum('platform', 'cuda', explanation.PLATFORMS, 'where the run is to happen')
+    _CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
+
+    def _main(argv):
+        try:
+            return main(argv)
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
+
+    app.run(_main)
