@@ -82,6 +82,8 @@ def plan(
             refused.append(f'{what}: {error}')
             return None
 
+    if packed:
+        attempt('packing', config.check_packing)
     groups = [('layer', config.layers(), causal)]
     if config.kind == 'encoder_decoder':
         groups += [('encoder layer', config.encoder_layers(), False)]

@@ -46,7 +46,9 @@ class Case:
     def context(self, ids, positions=None):
         memory = {}
         if 'memory' in self.spec.needs:
-            memory = {'memory': jnp.asarray(self.memory), 'memory_mask': jnp.ones((BATCH, MEMORY), bool)}
+            copies = 1 if ids is None else ids.shape[0] // BATCH
+            rows = jnp.tile(self.memory, (copies, 1, 1))
+            memory = {'memory': rows, 'memory_mask': jnp.ones(rows.shape[:2], bool)}
         return Context(segment_ids=ids, positions=positions, layer=1, **memory)
 
     def plain(self, module, x, ids):

@@ -176,14 +176,8 @@ def test_sharding(c):
     where = sharding.param_shardings(mesh, 'fsdp_tp', flat_axes(c.module), shapes)
     leaves = [jax.device_put(v, where[k]) for k, v in to_flat(c.module).items()]
     module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
-    x = np.tile(c.x, (2, 1, 1))
-    tile = lambda ctx: jax.tree.map(lambda v: jnp.tile(v, (2, *[1] * (v.ndim - 1))), ctx)
-    ids = np.tile(c.ones, (2, 1))
-
-    def run(module, x):
-        ctx = dataclasses.replace(tile(c.context(c.ones)), layer=1, segment_ids=ids, positions=positions_of(jnp.asarray(ids)))
-        return module(sharding.constrain(x, ('batch', 'length', 'embed')), ctx).y
-
+    x, ids = np.tile(c.x, (2, 1, 1)), np.tile(c.ones, (2, 1))
+    run = lambda module, x: c.plain(module, sharding.constrain(x, ('batch', 'length', 'embed')), ids).y
     with sharding.use(mesh, 'fsdp_tp'):
         y = jax.jit(run)(module, x)
     assert len(y.sharding.device_set) == 8

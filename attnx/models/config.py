@@ -87,6 +87,16 @@ class ModelConfig(StackConfig):
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
 
+    def check_packing(self) -> None:
+        """Raises ValueError if a layer can't keep the documents of a packed row apart."""
+        encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
+        for index, layer in enumerate((*self.layers(), *encoder)):
+            if 'packing' in layer.spec.limits:
+                raise ValueError(
+                    f'layer {index} ({layer.name}) can not serve packed documents: {layer.spec.limits["packing"]}; '
+                    "give it one document a row: data.task.packing = 'off'"
+                )
+
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
         if not stack.pattern:
             raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
