@@ -1,4 +1,4 @@
-"""What recurrent mechanisms share beside their state: convolved projections, decay parameters, positions in documents."""
+"""What recurrent mechanisms share beside their state: convolved projections, decay parameters, document positions."""
 
 import math
 from collections.abc import Callable
@@ -65,8 +65,8 @@ def dt_bias(rngs: nnx.Rngs, num: int, dims: Dims, *, low: float = 1e-3, high: fl
 def document_positions(ctx: Context, ids: jax.Array | None, length: int, start: jax.Array | None = None) -> jax.Array:
     """int32 [B or 1, T]: the context's positions, or 0, 1, … from where each document begins.
 
-    ids: int [B, T] or None: one document. start [B]: position of the first token, if it goes on in a document; a mechanism
-    keeps `result[:, -1] + 1` in its state for that.
+    ids: int [B, T] or None: one document. start [B]: position of the first token, if it goes on in a document; a
+    mechanism keeps `result[:, -1] + 1` in its state for that.
     """
     if ctx.positions is not None:
         return ctx.positions

@@ -3,9 +3,10 @@
 Equation: S_t = S_{t-1} + beta_t k_t^T (v_t - k_t S_{t-1});  o_t = H^-1/2 q_t S_t;  y = W_o RMSNorm(o), with
     q, k = l2_normalize(silu(conv(W x))), v = silu(conv(W_v x)), beta_t = sigmoid(W_b x_t) per head.
 Paper: Parallelizing linear transformers with the delta rule over sequence length, 2024, arXiv 2406.06484.
-Differs: the output gate (silu) is an option of the authors' library, off by default; negative eigenvalues (beta in [0, 2],
-    arXiv 2411.12537) likewise.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 conv inputs whatever the length.
+Differs: the output gate (silu) is an option of the authors' library, off by default; negative eigenvalues (beta in
+    [0, 2], arXiv 2411.12537) likewise.
+Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 convolution inputs whatever
+    the length.
 """
 
 import dataclasses
@@ -81,5 +82,7 @@ SPEC = Spec(
     state='matrix',
     causal='causal',
     example=Config(num_heads=4),
-    flops=lambda config, dims, length: 6 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads,
+    flops=lambda config, dims, length: (
+        6 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads
+    ),
 )

@@ -4,9 +4,10 @@ Equation: S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t^T (v_t - k_t S');  o_t =
     y = W_o (RMSNorm(o) * silu(W_g x)), with q, k = l2_normalize(silu(conv(W x))), v = silu(conv(W_v x)),
     beta_t = sigmoid(W_b x_t), g_t = -exp(log_rate) softplus(W_a x_t + dt_bias) per head.
 Paper: Gated delta networks: improving Mamba2 with delta rule, 2024, arXiv 2412.06464.
-Differs: initial rates are drawn from U(1e-4, 16) where the authors' U(0, 16) has infinite logarithms; negative eigenvalues
-    (beta in [0, 2], arXiv 2411.12537) are an option.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 conv inputs whatever the length.
+Differs: initial rates are drawn from U(1e-4, 16) where the authors' U(0, 16) has infinite logarithms; negative
+    eigenvalues (beta in [0, 2], arXiv 2411.12537) are an option.
+Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 convolution inputs whatever
+    the length.
 """
 
 import dataclasses
@@ -87,5 +88,7 @@ SPEC = Spec(
     state='matrix',
     causal='causal',
     example=Config(num_heads=4),
-    flops=lambda config, dims, length: 6 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads,
+    flops=lambda config, dims, length: (
+        6 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads
+    ),
 )

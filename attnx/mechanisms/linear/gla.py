@@ -3,7 +3,7 @@
 Equation: S_t = diag(exp g_t) S_{t-1} + k_t^T v_t;  o_t = H^-1/2 q_t S_t;  y = W_o (RMSNorm(o) * silu(W_g x)), with
     g_t = logsigmoid(W_2 W_1 x + b) / temperature per key channel.
 Paper: Gated linear attention transformers with hardware-efficient training, 2023, arXiv 2312.06635.
-Differs: head counts and widths are free; optional short convolutions on q, k, v as in later work, off by default.
+Differs: nothing but the initial values of the projections; head counts, widths and the rank of the decay are free.
 Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers whatever the length.
 """
 
@@ -31,7 +31,7 @@ class GatedLinearAttention(Mixer):
         self.config = config
         n = config.num_heads
         keys, values = round(dims.width * config.key_expansion), round(dims.width * config.value_expansion)
-        if keys % n or values % n:
+        if n < 1 or keys % n or values % n:
             raise ValueError(f'key width {keys} and value width {values} must divide into num_heads {n}')
         self.shape = (n, keys // n, values // n)
         self.query = Linear(dims.width, keys, ('embed', 'heads'), dims, rngs=rngs)
@@ -72,5 +72,7 @@ SPEC = Spec(
     state='matrix',
     causal='causal',
     example=Config(num_heads=2),
-    flops=lambda config, dims, length: 4 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads,
+    flops=lambda config, dims, length: (
+        4 * dims.width**2 * config.key_expansion * config.value_expansion / config.num_heads
+    ),
 )

@@ -1,13 +1,14 @@
 """Lightning attention of TransNormerLLM: a matrix state with a fixed decay per head and layer, no denominator.
 
 Equation: S_t = lambda S_{t-1} + k_t^T v_t;  o_t = q_t S_t;  y = W_o (u * o / rms(o) over all heads), with
-    q, k = silu(W x), v = W_v x, u = W_u x, lambda = exp(-2^(-8 (h + 1) / N) (1 - l / (L - 1) + 1e-5)) in layer l of L, head h.
+    q, k = silu(W x), v = W_v x, u = W_u x and, for head h of N in layer l of L,
+    lambda = exp(-2^(-8 (h + 1) / N) (1 - l / (L - 1) + 1e-5)).
 Paper: Lightning attention-2: a free lunch for handling unlimited sequence lengths in large language models, 2024,
     arXiv 2401.04658; TransNormerLLM, 2023, arXiv 2307.14995.
-Differs: decay='paper' is the formula of the text, exp(-(8 h / N) (1 - l / L)), which the release does not run. LRPE positions
-    are an option: the release has them in its first layer only, so give that layer a mixer of its own. Activations of v and of
-    the gate u are options of later modules.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H H numbers whatever the length, twice that with LRPE.
+Differs: the release's decay is the default; decay='paper' is the formula of the text, exp(-(8 h / N) (1 - l / L)). LRPE
+    positions are an option: the release has them in its first layer only, so give that layer a mixer of its own. So are
+    the activations that later modules put on v and on the gate u.
+Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H H numbers at any length, 2 N H H with LRPE.
 """
 
 import dataclasses

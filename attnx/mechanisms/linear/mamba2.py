@@ -1,11 +1,12 @@
-"""Mamba-2: a matrix state that decays per head by step sizes from the data, with keys and queries shared by groups of heads.
+"""Mamba-2: a matrix state that decays per head, by step sizes from the data; groups of heads share keys and queries.
 
 Equation: h_t = exp(-dt_t exp(log_rate)) h_{t-1} + B_t^T (dt_t x_t);  y_t = C_t h_t + D x_t;
-    out = W_o (RMSNorm(y * silu(z)) * scale), with z = W_z u; x, B, C = silu(conv(W u) + b), dt = softplus(W_dt u + dt_bias).
+    out = W_o RMSNorm(y * silu(z)), with z = W_z u; x, B, C = silu(conv(W u) + b); dt = softplus(W_dt u + dt_bias).
 Paper: Transformers are SSMs: generalized models and efficient algorithms through structured state space duality, 2024,
     arXiv 2405.21060.
-Differs: one projection and one convolution each for x, B and C in place of one for all: the same maps, sharded by heads.
-Cost: train O(T C + T S) time per channel, O(T) memory; decode keeps N S H numbers and 3 conv inputs whatever the length.
+Differs: x, B and C have a projection and a convolution each in place of one for all: the same maps, sharded by heads.
+Cost: train O(T C + T S) time per channel, O(T) memory; decode keeps N S H numbers and 3 convolution inputs whatever
+    the length.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 Equation: S_t = gamma_h S_{t-1} + k_t^T v_t;  o_t = H^-1/2 q_t S_t;  y = W_o (silu(W_g x) * o / rms(o) per head), with
     gamma_h = 1 - 2^(-5 - h) and q, k rotated by t theta_i, theta_i = 10000^(-i / (H / 2 - 1)).
 Paper: Retentive network: a successor to transformer for large language models, 2023, arXiv 2307.08621.
-Differs: the released row scalings are left out: the norm per head removes them, but for its epsilon; the projections are
-    initialised as everywhere here, not by Xavier with gain 2^-2.5.
+Differs: the released row scalings are left out: the norm per head removes them, but for its epsilon; the projections
+    are initialised as everywhere here, not by Xavier with gain 2^-2.5.
 Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers whatever the length.
 """
 
@@ -46,7 +46,7 @@ class RetNet(Mixer):
         self.config = config
         n, values = config.num_heads, round(dims.width * config.value_expansion)
         if n < 1 or dims.width % (2 * n) or values % n:
-            raise ValueError(f'width {dims.width} must divide into num_heads {n} of even width, and value width {values} too')
+            raise ValueError(f'width {dims.width} must divide into {n} heads of even width, and values {values} too')
         self.shape = (n, dims.width // n, values // n)
         self.query = Linear(dims.width, dims.width, ('embed', 'heads'), dims, rngs=rngs)
         self.key = Linear(dims.width, dims.width, ('embed', 'heads'), dims, rngs=rngs)
