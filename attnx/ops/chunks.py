@@ -24,7 +24,7 @@ import numpy as np
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 
-# Bad input ---------------------------------------------------------------------------------------------------------------
+# Bad input ----------------------------------------------------------------------------------------------------------
 
 
 def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int], *, floating: bool = True):
@@ -85,7 +85,7 @@ def require_recurrence(op, query, key, value, log_decay, initial_state, segment_
         raise ValueError(f'{op}: chunk is {chunk!r}, expected a power of two, such as {nearest}')
 
 
-# Layout ------------------------------------------------------------------------------------------------------------------
+# Layout -------------------------------------------------------------------------------------------------------------
 
 
 def resets(segment_ids):
@@ -117,7 +117,30 @@ def split_resets(segment_ids, chunk: int):
     return jnp.cumsum(split(resets(segment_ids).astype(jnp.int32)[..., None], chunk, 1), axis=-1)
 
 
-# Decays ------------------------------------------------------------------------------------------------------------------
+# Decays -------------------------------------------------------------------------------------------------------------
+
+BLOCK = 8  # tokens compared channel by channel before halving takes over
+
+
+def spans(g):
+    """g [..., C, d] -> within [..., C, C, d] (0 where j >= i), before [..., C, d], after [..., C, d]: the sums above."""
+    length, d = g.shape[-2:]
+    inner = np.tri(length, k=-1)
+    pairs = np.einsum('ir,rj->ijr', np.tri(length), inner).reshape(-1, length)  # r in (j, i]
+    sums = np.concatenate([pairs, np.tri(length), inner.T])
+    finite = jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * length))  # 0 * inf is no sum
+    within, before, after = jnp.split(
+        matmul(jnp.asarray(sums, g.dtype), finite), [length**2, length**2 + length], axis=-2
+    )
+    return within.reshape(*g.shape[:-2], length, length, d), before, after
+
+
+def scalar_spans(g):
+    """`spans` for g [..., C], by way of the chunk's [C, C] products: within [..., C, C], before [..., C], after [..., C]."""
+    inner = np.tri(g.shape[-1], k=-1, dtype=bool)
+    finite = jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * g.shape[-1]))  # 0 * inf is no sum
+    within = matmul(jnp.tri(g.shape[-1], dtype=g.dtype), jnp.where(inner, finite[..., None], 0))
+    return within, within[..., 0] + finite[..., :1], within[..., -1, :]
 
 
 def _halves(x):
@@ -126,80 +149,58 @@ def _halves(x):
     return pairs[..., 0, :, :], pairs[..., 1, :, :]
 
 
-def ladder(g):
-    """Sums of g [..., C, d] over the tokens of each block up to a token, and after it, for blocks of 1, 2, 4, ..., C tokens.
+def _blocks(x, size: int):
+    """[..., C, d] -> [..., C/size, size, d]."""
+    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
 
-    Returns a list of (before, after), each [..., C/s, s, d] for blocks of s.
+
+class ChannelDecay:
+    """Log-decays per channel g [..., C, H] as sums over the tokens of blocks of 8, 16, ..., C.
+
+    Attributes:
+      before, after: exp of the sums over the chunk, [..., C, H].
     """
-    before = g[..., None, :]
-    rungs = [(before, jnp.zeros_like(before))]
-    while (before := rungs[-1][0]).shape[-2] < g.shape[-2]:
-        (b0, b1), (a0, a1) = map(_halves, rungs[-1])
-        before = jnp.concatenate([b0, b0[..., -1:, :] + b1], axis=-2)
-        after = jnp.concatenate([a0 + b1[..., -1:, :], a1], axis=-2)
-        rungs.append((before, after))
-    return rungs
+
+    def __init__(self, g):
+        within, before, after = spans(_blocks(g, min(BLOCK, g.shape[-2])))
+        self.within, self.rungs = jnp.exp(within), []
+        while before.shape[-2] < g.shape[-2]:
+            (b0, b1), (a0, a1) = _halves(before), _halves(after)
+            self.rungs.append((jnp.exp(b1), jnp.exp(a0)))
+            before = jnp.concatenate([b0, b0[..., -1:, :] + b1], axis=-2)
+            after = jnp.concatenate([a0 + b1[..., -1:, :], a1], axis=-2)
+        self.before, self.after = jnp.exp(before[..., 0, :, :]), jnp.exp(after[..., 0, :, :])
+
+    def products(self, rows, columns):
+        """sum_h rows_ih columns_jh exp(sum_{j < r <= i} g_rh) for j <= i: [..., C, H] each -> [..., C, C]."""
+        size = self.within.shape[-2]
+        pairs = _blocks(rows, size)[..., :, None, :] * _blocks(columns, size)[..., None, :, :]
+        blocks = jnp.sum(pairs * self.within, axis=-1)
+        for before, after in self.rungs:
+            later = _halves(_blocks(rows, size))[1] * before
+            earlier = _halves(_blocks(columns, size))[0] * after
+            corner = matmul(later, jnp.swapaxes(earlier, -1, -2))
+            first, second = _halves(blocks)
+            upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
+            blocks = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
+            size *= 2
+        return blocks[..., 0, :, :]
 
 
-def _assemble(diagonal, corner):
-    """Blocks [..., m, s, s] and what stands below each pair's diagonal [..., m/2, s, s] -> [..., m/2, 2s, 2s]."""
-    first, second = _halves(diagonal)
-    upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
-    return jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-
-
-def spans(g):
-    """g [..., C] -> within [..., C, C] (0 where j >= i), before [..., C], after [..., C]: the sums named above."""
-    *rungs, (before, after) = ladder(g[..., None])
-    within = jnp.zeros_like(g)[..., None, None]
-    for b, a in rungs:
-        within = _assemble(within, _halves(b)[1] + jnp.swapaxes(_halves(a)[0], -1, -2))
-    return within[..., 0, :, :], before[..., 0, :, 0], after[..., 0, :, 0]
-
-
-def decayed_products(rows, columns, rungs):
-    """sum_h rows_ih columns_jh exp(sum_{j < r <= i} g_rh) for j <= i, else 0: [..., C, H] each -> [..., C, C].
-
-    rungs: `ladder(g)` of the log-decays [..., C, H].
-    """
-    lead = jnp.broadcast_shapes(
-        rows.shape[:-1], columns.shape[:-1], rungs[-1][0].shape[:-3] + rungs[-1][0].shape[-2:-1]
-    )
-    blocks = jnp.broadcast_to(jnp.sum(rows * columns, axis=-1), lead)[..., None, None]
-    for b, a in rungs[:-1]:
-        cut = lambda x, size=b.shape[-2]: x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
-        later = _halves(cut(rows))[1] * jnp.exp(_halves(b)[1])
-        earlier = _halves(cut(columns))[0] * jnp.exp(_halves(a)[0])
-        blocks = _assemble(blocks, _dot(later, earlier))
-    return blocks[..., 0, :, :]
-
-
-def _dot(x, y):
-    """x y^T; blocks too small for a matmul unit are multiplied and summed."""
-    if x.shape[-2] <= 4:
-        return jnp.sum(x[..., :, None, :] * y[..., None, :, :], axis=-1)
-    return matmul(x, jnp.swapaxes(y, -1, -2))
-
-
+@jax.custom_jvp
 def unit_lower_inverse(a):
-    """(I + a)^-1 for strictly lower triangular a [..., C, C], C a power of two: forward substitution by blocks.
-
-    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]], all blocks of one size at once: log2 C rounds of matmuls, the
-    same everywhere. Each block is a true inverse, of moderate size for the delta rule, where a Neumann series would cancel.
-    """
-    corners, blocks = [], a[..., None, :, :]
-    while (half := blocks.shape[-1] // 2) > 0:
-        corners.append(blocks[..., half:, :half])
-        pair = jnp.stack([blocks[..., :half, :half], blocks[..., half:, half:]], axis=-3)
-        blocks = pair.reshape(*a.shape[:-2], -1, half, half)
-    inverse = jnp.ones_like(blocks)
-    for corner in reversed(corners):
-        first, second = _halves(inverse)
-        inverse = _assemble(inverse, -_dot(second, jnp.swapaxes(_dot(corner, jnp.swapaxes(first, -1, -2)), -1, -2)))
-    return inverse[..., 0, :, :]
+    """(I + a)^-1 for strictly lower triangular a [..., C, C], by forward substitution."""
+    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    return jax.lax.linalg.triangular_solve(a, eye, left_side=True, lower=True, unit_diagonal=True)
 
 
-# One chunk ---------------------------------------------------------------------------------------------------------------
+@unit_lower_inverse.defjvp
+def _(primals, tangents):
+    inverse = unit_lower_inverse(*primals)
+    return inverse, -matmul(inverse, matmul(*tangents, inverse))
+
+
+# One chunk ----------------------------------------------------------------------------------------------------------
 
 
 class Chunk:
@@ -213,19 +214,19 @@ class Chunk:
 
     def __init__(self, key, log_decay, count):
         self.key, length = key, key.shape[-2]
-        self.rungs = self.within = None
+        self.channels = self.within = None
         if log_decay is None:
             before = after = jnp.ones((length, 1), key.dtype)
         elif log_decay.ndim == key.ndim:
-            self.rungs = ladder(log_decay)
-            before, after = (jnp.exp(x[..., 0, :, :]) for x in self.rungs[-1])
+            self.channels = ChannelDecay(log_decay)
+            before, after = self.channels.before, self.channels.after
         else:
-            self.within, before, after = map(jnp.exp, spans(log_decay))
+            self.within, before, after = map(jnp.exp, scalar_spans(log_decay))
             before, after = before[..., None], after[..., None]
         total = jnp.swapaxes(before[..., -1:, :], -1, -2)
-        visible = jnp.tril(jnp.ones((length, length), bool))
+        visible = np.tri(length, dtype=bool)
         if count is not None:  # masked, not decayed by -inf: 0 * inf would spoil gradients
-            visible &= count[..., :, None] == count[..., None, :]
+            visible = visible & (count[..., :, None] == count[..., None, :])
             first, last = (count == 0)[..., None], (count == count[..., -1:])[..., None]
             before, after = jnp.where(first, before, 0), jnp.where(last, after, 0)
             total = jnp.where(first[..., -1:, :], total, 0)
@@ -233,8 +234,8 @@ class Chunk:
 
     def products(self, rows):
         """rows_i . key_j, decayed from j to i, for visible j <= i: [B, K, G, C, C]."""
-        if self.rungs:
-            dots = decayed_products(rows, self.key, self.rungs)
+        if self.channels:
+            dots = self.channels.products(rows, self.key)
         else:
             dots = matmul(rows, jnp.swapaxes(self.key, -1, -2))
             dots = dots if self.within is None else dots * self.within
@@ -242,13 +243,13 @@ class Chunk:
 
     def read(self, rows, state):
         """rows_i times the given state as token i finds it, [B, K, G, C, Hv]."""
-        if self.rungs:
+        if self.channels:
             return matmul(rows * self.before, state)
         return self.before * matmul(rows, state)
 
     def write(self, values, state):
         """The state after the chunk: the given one decayed, and every key^T value decayed from its token on."""
-        if self.rungs:
+        if self.channels:
             return self.total * state + matmul(jnp.swapaxes(self.key * self.after, -1, -2), values)
         return self.total * state + matmul(jnp.swapaxes(self.key, -1, -2), self.after * values)
 
@@ -278,7 +279,7 @@ def scan(body, query, key, value, per_token, log_decay, initial_state, segment_i
     return join(out, length), state.reshape(-1, num_values, *state.shape[3:])
 
 
-# One token ---------------------------------------------------------------------------------------------------------------
+# One token ----------------------------------------------------------------------------------------------------------
 
 
 def accumulator(*arrays):
