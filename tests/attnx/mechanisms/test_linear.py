@@ -186,3 +186,91 @@ def test_mamba2_refuses_heads_that_do_not_divide():
         build('mamba2', head_dim=5)
     with pytest.raises(ValueError, match=r'num_groups 3.*4 heads'):
         build('mamba2', head_dim=8, num_groups=3)
+
+
+# Linear transformer
+
+
+MAPS = ('identity', 'elu1', 'relu', 'exp', 'exp_pair', 'dpfp', 'taylor', 't2r', 'hedgehog', 'product')
+
+
+def features(x, name, learned):
+    """The feature maps once more, in float64."""
+    if name == 'product':
+        first, second = (np.einsum('btnh,nhf->btnf', x, np.asarray(w[...])) for w in (learned.weight, learned.other))
+        return first * second
+    if name in ('t2r', 'hedgehog'):
+        x = np.einsum('btnh,nhf->btnf', x, np.asarray(learned.weight[...], np.float64)) + np.asarray(learned.bias[...])
+    both = np.concatenate([x, -x], axis=-1)
+    if name == 'hedgehog':
+        return np.exp(both) / np.exp(both).sum(-1, keepdims=True)
+    if name == 'exp':
+        return np.exp(x - x.max(-1, keepdims=True))
+    if name == 'exp_pair':
+        return np.concatenate([np.exp(x - x.max(-1, keepdims=True)), np.exp(x.min(-1, keepdims=True) - x)], axis=-1)
+    if name == 'dpfp':
+        return np.maximum(both, 0) * np.roll(np.maximum(both, 0), 1, axis=-1)
+    if name == 'elu1':
+        return np.where(x > 0, x + 1, np.exp(x))
+    return x if name == 'identity' else np.maximum(x, 0)
+
+
+@pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
+@pytest.mark.parametrize('name', MAPS)
+def test_linear_transformer_is_its_quadratic_form(name, causal):
+    normalize = name not in ('identity', 'product')
+    mixer = build('linear_transformer', num_heads=2, feature_map=name, normalize=normalize, causal=causal)
+    x = inputs()
+    q, k, v = (heads(f, x, 2) for f in (mixer.query, mixer.key, mixer.value))
+    if name == 'taylor':
+        dots = np.einsum('btnh,bsnh->bnts', q, k) / np.sqrt(8)
+        weights = 1 + dots + dots**2 / 2
+    else:
+        q, k = features(q, name, mixer.query_map), features(k, name, mixer.key_map)
+        weights = np.einsum('btnf,bsnf->bnts', q, k)
+    weights = weights * np.tri(12) if causal else weights
+    out = np.einsum('bnts,bsnv->btnv', weights, v)
+    out = out / (np.moveaxis(weights.sum(-1), 1, 2)[..., None] + 1e-6) if normalize else rms(out)
+    close(mixer(x, Context()).y, merge(out) @ kernel(mixer.out), tolerances.FLOAT32)
+    ids = np.asarray([[1] * 12, [7] * 12], np.int32)  # one document, by the path for several
+    close(mixer(x, Context(segment_ids=ids)).y, mixer(x, Context()).y, tolerances.FLOAT32)
+
+
+def test_bidirectional_documents_do_not_see_each_other():
+    mixer, x = build('linear_transformer', num_heads=2, causal=False), inputs()
+    ids = np.asarray([[1] * 4 + [2] * 5 + [0] * 3, [3] * 12], np.int32)
+    y = mixer(x, Context(segment_ids=ids)).y
+    for row, part in ((0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 12))):
+        alone = mixer(x[row : row + 1, part], Context()).y
+        close(y[row, part], alone[0], tolerances.FLOAT32)
+    dx = jax.grad(lambda x: jnp.sum(mixer(x, Context(segment_ids=ids)).y[0, 4:9]))(jnp.asarray(x))
+    assert np.abs(dx[0, :4]).max() == np.abs(dx[0, 9:]).max() == np.abs(dx[1]).max() == 0
+    with pytest.raises(ValueError, match='takes no state'):
+        mixer(x, Context(), state=object())
+
+
+def test_linear_transformer_weights_sum_to_one():
+    mixer, x = build('linear_transformer', num_heads=2, eps=0.0), inputs()
+    constant = np.concatenate([x[..., :15], np.ones_like(x[..., :1])], axis=-1)
+    mixer.value.kernel[...] = jnp.zeros((16, 16)).at[15].set(1.0)
+    mixer.out.kernel[...] = jnp.eye(16)
+    close(mixer(constant, Context()).y, np.ones_like(x), tolerances.FLOAT32)
+
+
+def test_hedgehog_of_zero_maps_is_the_running_mean():
+    mixer, x = build('linear_transformer', num_heads=2, feature_map='hedgehog'), inputs()
+    mixer.key_map.weight[...] = jnp.zeros_like(mixer.key_map.weight[...])
+    mean = np.cumsum(x @ kernel(mixer.value), axis=1) / np.arange(1, 13)[:, None]
+    close(mixer(x, Context()).y, mean @ kernel(mixer.out), tolerances.FLOAT32)
+
+
+def test_linear_transformer_refuses_what_has_no_effect_or_no_meaning():
+    config = attnx.get('linear_transformer').config
+    with pytest.raises(ValueError, match='both signs'):
+        config(feature_map='identity')
+    with pytest.raises(ValueError, match='feature_dim is for'):
+        config(feature_map='elu1', feature_dim=8)
+    with pytest.raises(ValueError, match=r'unknown feature_map .elu.*did you mean .elu1'):
+        config(feature_map='elu-1')
+    mixer = build('linear_transformer', num_heads=2, causal=False)
+    assert mixer.init_state(2, 8) is None
