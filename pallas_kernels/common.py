@@ -1,0 +1,61 @@
+"""What the Mosaic GPU kernels share: layouts, memory shapes, and the few operations the DSL has no word for."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
+
+TILE = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COL = plgpu.Layout.WGMMA.reduce(0)
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+SMEM_LIMIT = 232448
+
+
+def cdiv(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def swizzled(shape, dtype, swizzle=128):
+    """Shared memory for a wgmma operand: 8-row tiles, swizzled."""
+    columns = swizzle // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(
+        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
+    )
+
+
+def row(value, shape):
+    """Broadcasts a row vector (M,) over the columns of a tile."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(value, shape, (0,)), TILE)
+
+
+def col(value, shape):
+    """Broadcasts a column vector (N,) over the rows of a tile."""
+    return plgpu.layout_cast(jax.lax.broadcast_in_dim(value, shape, (1,)), TILE)
+
+
+def filled(n, value, layout=ROW):
+    return plgpu.layout_cast(jnp.full((n,), value, jnp.float32), layout)
+
+
+def iota(n, layout):
+    return plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
+
+
+def opaque_zero():
+    """An int32 zero that the compiler cannot see through.
+
+    Indexing shared memory with it inside a loop keeps the compiler from hoisting the wgmma descriptors of
+    loop-invariant tiles, two registers each, which is what spills in the backward kernel.
+    """
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def zero(_):
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, [], 'mov.u32 $0, 0;', '=r', has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return zero()

@@ -1,0 +1,246 @@
+"""Backward kernel of softmax attention for Hopper: dq, dk and dv in one sweep, bit-reproducible.
+
+One block owns 128 keys of one query head, 64 per consumer warpgroup, and visits the query tiles of its list. Tiles
+are transposed, [keys, queries]: S^T = K Q^T and dP^T = V dO^T stay in registers, where P^T and dS^T are the left
+operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for dQ = dS K. A separate warp adds each dQ
+tile to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
+counter per tile, so that a second run is bit-equal; blocks start at different tiles, so that in the steady state none
+waits. The key blocks of a head are neighbours in the grid, which keeps the head's dQ in the L2 cache.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import COL, LOG2E
+from pallas_kernels.softmax_attention import functions
+
+KEYS = 128  # keys a block, 64 per consumer
+
+
+def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, ordered=True):
+    """Gradients of the logits' inputs.
+
+    Args:
+      q, k, v, do: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], [B, T', N, Hv]; padded as in the forward kernel.
+      lse, delta: float32 [B, N, padded T]; lse in base 2 and huge where a row sees nothing; delta = sum(o * do) - dlse.
+      lists: int32 [B or 1, N or 1, key tiles, 1 + n]: per key tile the count and then 2 * query tile + partial.
+      ranks: int32 [B or 1, N or 1, key tiles, n]: when this contribution is added to its dQ tile.
+      operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
+
+    Returns:
+      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
+      and dv [B, S', N, Hv], per query head.
+    """
+    B, T, N, H = q.shape
+    S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
+    bq, stages, dtype = tiles.queries, tiles.stages, q.dtype
+    nq, nk = common.cdiv(T, bq), common.cdiv(S, KEYS)
+    group = N // K
+    shape = (64, bq)
+    c = LOG2E if spec.score else scale * LOG2E
+    by_rows = bq == 128  # dQ is shared out by query rows, else by columns of H
+    half = (64, H) if by_rows else (64, H // 2)
+
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, ranks_ref, operand_refs, *rest):
+        dq_ref, dk_ref, dv_ref, scratch = rest
+        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
+        kv_bar, q_bar, do_bar, q_free, ds_bar, dq_full, dq_free = scratch[8:]
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
+        b, h, ki = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('k')
+        wg = lax.axis_index('wg')
+        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, ki)
+        count = lists_ref[(*at, 0)]
+        entry = lambda j: lists_ref[(*at, j + 1)]
+
+        @pl.when(wg < 2)
+        def _consume():
+            plgpu.set_max_registers(tiles.registers[0], action='increase')
+            mine = pl.ds(wg * 64, 64)
+            k0 = ki * KEYS + wg * 64
+            inputs = functions.Inputs(operand_refs, spec, b, h, (nq * bq, nk * KEYS), transposed=True)
+            plgpu.barrier_wait(kv_bar)
+
+            def weights(s, e, slot):
+                """P^T from the logits' products; and the score's slope."""
+                place = inputs.at((e // 2) * bq, k0, shape)
+                slope = None
+                if spec.score:
+                    s, slope = place.score(s * scale, derivative=True)
+                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+                    p = jnp.exp2(s * c - common.col(lse_col, shape))
+                else:
+                    p = jnp.exp2(s * c)
+                if spec.mask:
+                    hide = lambda p: jnp.where(place.visible(), p, 0.0)
+                    p = lax.cond(lax.rem(e, 2) == 1, hide, lambda p: p, p)
+                return p, slope, place
+
+            def accumulate(dk_acc, dv_acc):
+                def step(j, e):
+                    following = entry(jnp.minimum(j + 1, count - 1))
+                    slot, buffer = lax.rem(j, stages), lax.rem(j, 2)
+                    zero = common.opaque_zero()
+
+                    def logits(s_acc, dp_acc):
+                        plgpu.barrier_wait(q_bar.at[slot])
+                        if not spec.score:
+                            lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+                            s_acc[...] = common.col(lse_col * (-1 / c), shape)
+                        if not spec.dropout:
+                            delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
+                            dp_acc[...] = common.col(-delta_col, shape)
+                        plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
+                        plgpu.barrier_wait(do_bar.at[slot])
+                        plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        p, slope, place = weights(s, e, slot)
+                        if spec.dropout:
+                            keep = place.kept()
+                            inverse = spec.dropout.inverse_keep
+                            used = jnp.where(keep, p * inverse, 0.0).astype(dtype)
+                        else:
+                            used = p.astype(dtype)
+                        dp = dp_acc[...]
+                        if spec.dropout:
+                            delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
+                            dp = jnp.where(keep, dp * inverse, 0.0) - common.col(delta_col, shape)
+                        plgpu.wgmma(dv_acc, used, do_smem.at[slot])
+                        ds = p * dp if slope is None else p * dp * slope
+                        ds = ds.astype(dtype)
+                        if spec.mask:  # a hidden pair's dp and slope may be poison
+                            hide = lambda ds, p: jnp.where(p > 0, ds, jnp.zeros((), dtype))
+                            ds = lax.cond(lax.rem(e, 2) == 1, hide, lambda ds, p: ds, ds, p)
+                        return ds
+
+                    ds = pl.run_scoped(logits, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
+                    ds_smem.at[buffer, mine][...] = ds
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(ds_bar)
+                    plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
+                    plgpu.barrier_wait(ds_bar)
+
+                    def queries(acc):
+                        if by_rows:
+                            plgpu.wgmma(acc, ds_smem.at[buffer, :, mine].T, k_smem.at[zero])
+                        else:
+                            columns = pl.ds(wg * (H // 2), H // 2)
+                            plgpu.wgmma(acc, ds_smem.at[buffer].T, k_smem.at[zero, :, columns])
+                        return acc[...]
+
+                    dq = pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
+                    plgpu.barrier_arrive(q_free.at[slot])
+                    pl.when(j > 0)(lambda: plgpu.barrier_wait(dq_free))
+                    if by_rows:
+                        dq_smem.at[mine][...] = dq
+                    else:
+                        dq_smem.at[:, pl.ds(wg * (H // 2), H // 2)][...] = dq
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(dq_full)
+                    return following
+
+                lax.fori_loop(0, count, step, entry(0))
+                return dk_acc[...], dv_acc[...]
+
+            dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, H), jnp.float32), plgpu.ACC((64, Hv), jnp.float32))
+            # The last dQ products of both warpgroups read all of K: both must be through before it is overwritten.
+            plgpu.barrier_arrive(ds_bar)
+            plgpu.barrier_wait(ds_bar)
+            v_smem.at[0, mine][...] = dv.astype(dtype)
+            k_smem.at[0, mine][...] = (dk * scale).astype(dtype)
+            plgpu.commit_smem()
+            rows = pl.ds(k0, 64)
+            plgpu.copy_smem_to_gmem(v_smem.at[0, mine], dv_ref.at[b, rows, h])
+            plgpu.copy_smem_to_gmem(k_smem.at[0, mine], dk_ref.at[b, rows, h])
+            pl.when(count > 0)(lambda: plgpu.barrier_wait(dq_free))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+        @pl.when(wg == 2)
+        def _move():
+            plgpu.set_max_registers(tiles.registers[1], action='decrease')
+            g = h // group
+
+            @plgpu.warp_map
+            def _warp(warp):
+                @pl.when(warp == 0)
+                def _load():
+                    keys = pl.ds(ki * KEYS, KEYS)
+                    plgpu.copy_gmem_to_smem(k_ref.at[b, keys, g], k_smem.at[0], kv_bar)
+                    plgpu.copy_gmem_to_smem(v_ref.at[b, keys, g], v_smem.at[0], kv_bar)
+
+                    @pl.loop(0, count)
+                    def _(j):
+                        slot = lax.rem(j, stages)
+                        rows = pl.ds((entry(j) // 2) * bq, bq)
+                        pl.when(j >= stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
+                        plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], q_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], do_bar.at[slot])
+
+                    @pl.loop(jnp.maximum(count - stages, 0), count)
+                    def _(j):
+                        plgpu.barrier_wait(q_free.at[lax.rem(j, stages)])
+
+                @pl.when(warp == 1)
+                def _add():
+                    @pl.loop(0, count)
+                    def _(j):
+                        tile = entry(j) // 2
+                        rank = ranks_ref[(*at, j)]
+                        turn = turns.at[(b * N + h) * nq + tile]
+                        target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
+                        plgpu.barrier_wait(dq_full)
+                        if ordered:
+                            plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
+                        first = rank == 0
+                        pl.when(first)(lambda: plgpu.copy_smem_to_gmem(dq_smem, target))
+                        add = lambda: plgpu.copy_smem_to_gmem(dq_smem, target, reduction_op='add')
+                        pl.when(jnp.logical_not(first))(add)
+                        plgpu.wait_smem_to_gmem(0)
+                        plgpu.barrier_arrive(dq_free)
+                        if ordered:
+                            plgpu.semaphore_signal(turn, 1, memory_scope='gpu')
+
+    def entry_point(*refs):
+        pl.run_scoped(
+            lambda *scratch: kernel(*refs, scratch),
+            common.swizzled((1, KEYS, H), dtype),
+            common.swizzled((1, KEYS, Hv), dtype),
+            common.swizzled((stages, bq, H), dtype),
+            common.swizzled((stages, bq, Hv), dtype),
+            plgpu.SMEM((stages, bq), jnp.float32),
+            plgpu.SMEM((stages, bq), jnp.float32),
+            common.swizzled((2, KEYS, bq), dtype),
+            common.swizzled((bq, H), jnp.float32),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
+            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(num_arrivals=2),
+            plgpu.Barrier(),
+            collective_axes='wg',
+        )
+
+    return plgpu.kernel(
+        entry_point,
+        out_type=(
+            jax.ShapeDtypeStruct((B, T, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, S, N, H), dtype),
+            jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
+        ),
+        grid=(B, N, nk),
+        grid_names=('b', 'h', 'k'),
+        num_threads=3,
+        thread_name='wg',
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            unsafe_no_auto_barriers=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+    )(q, k, v, do, lse, delta, lists, ranks, operands)

@@ -1,0 +1,326 @@
+"""The correctness gate of the softmax attention kernel: a quadratic oracle and a grid of cases.
+
+The kernel's output, log-sum-exp and every gradient are compared with the oracle in float64. Its error may be at most
+twice that of the oracle run in the kernel's own precision (16-bit operands of every product, float32 sums), and a
+second run must be bit-equal. `python -m pallas_kernels.softmax_attention.check [words] [--part i/n]` on a GPU machine
+runs the whole grid, or the cases whose name contains one of the words, or every n-th of them.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import dropout as dropout_lib
+from pallas_kernels import elementwise as ew
+
+FACTOR = 2.0
+FLOOR = 2e-4  # an error this small, relative to the largest entry, is not compared: both are rounding of the result
+
+
+def oracle(query, key, value, *, mask=None, score=None, scale=None, sinks=None, dropout=None, precision=jnp.float64):
+    """Quadratic attention and lse. In 16-bit `precision` the operands of products are rounded to it, sums are float32."""
+    (_, T, N, H), (S, K) = query.shape, key.shape[1:3]
+    wide = jnp.float64 if precision == jnp.float64 else jnp.float32
+    scale = H**-0.5 if scale is None else scale
+    if precision == jnp.float64:
+        dot = functools.partial(jnp.einsum, precision='highest')
+    else:
+        dot = functools.partial(_rounded_einsum, precision)
+    q, k, v = (x.astype(wide) for x in (query, jnp.repeat(key, N // K, 2), jnp.repeat(value, N // K, 2)))
+    s = dot('btnh,bsnh->bnts', q, k) * scale
+    i = ew.Index(*(jax.lax.broadcasted_iota(jnp.int32, s.shape, a) for a in range(4)), T, S)
+    seen = True if mask is None else _call(ew.as_mask(mask), i)
+    if score is not None:
+        s = _call(ew.as_score(score), i, s)
+    s = jnp.where(seen, s, -jnp.inf)
+    top = jax.lax.stop_gradient(s.max(-1, keepdims=True))
+    empty = top == -jnp.inf
+    top = jnp.where(empty, 0, top)
+    p = jnp.exp(s - top)
+    total = p.sum(-1, keepdims=True)
+    if sinks is not None:
+        total += jnp.where(empty, 0, jnp.exp(sinks.astype(wide)[:, None, None] - top))
+    total = jnp.where(empty, 1, total)
+    p = p / total
+    if dropout is not None:
+        kept = dropout_lib.keep(dropout.seed, *i[:4], dropout.rate)
+        p = jnp.where(kept, p * dropout.inverse_keep, 0)
+    out = dot('bnts,bsnh->btnh', p, v)
+    lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
+    return out if wide == jnp.float64 else out.astype(precision), lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _rounded_einsum(precision, formula, a, b):
+    r = lambda x: x.astype(precision)
+    return jnp.einsum(formula, r(a), r(b), preferred_element_type=jnp.float32)
+
+
+def _rounded_einsum_bwd(precision, formula, saved, g):
+    a, b = saved
+    ia, rest = formula.split(',')
+    ib, io = rest.split('->')
+    dot = functools.partial(_rounded_einsum, precision)
+    return dot(f'{io},{ib}->{ia}', g, b), dot(f'{io},{ia}->{ib}', g, a)
+
+
+_rounded_einsum.defvjp(lambda *args: (_rounded_einsum(*args), args[2:]), _rounded_einsum_bwd)
+
+
+def _call(f, i, *logits):
+    operands, call = ew.flatten(f)
+    at = dict(zip('bhqk', i[:4]), d=i.k - i.q + (i.q_len - 1))
+    pick = lambda o: tuple(0 if c in 'bh' and n == 1 else at[c] for c, n in zip(o.index, o.array.shape))
+    values = [jnp.asarray(o.array)[pick(o)] if o.index else jnp.asarray(o.array) for o in operands]
+    return call(*logits, i, values)
+
+
+# The vocabulary of the grid
+
+
+def causal(i):
+    return i.k <= i.q + (i.k_len - i.q_len)
+
+
+def window(size):
+    return lambda i: causal(i) & (i.k > i.q + (i.k_len - i.q_len) - size)
+
+
+def _same(i, a, b):
+    return (a == b) & (a > 0)
+
+
+def segments(query_ids, key_ids=None):
+    key_ids = query_ids if key_ids is None else key_ids
+    return ew.Mask(_same, (ew.Operand(query_ids, 'bq'), ew.Operand(key_ids, 'bk')))
+
+
+def documents(B, T, length, seed=None):
+    """Ids from 1 on; every third document of random length when seeded, with padding (0) at the end."""
+    if seed is None:
+        return np.tile(np.arange(T) // length + 1, (B, 1)).astype(np.int32)
+    rng = np.random.default_rng(seed)
+    cuts = np.sort(rng.integers(0, T, (B, max(T // length, 1))), -1)
+    ids = (np.arange(T)[None, None] >= cuts[..., None]).sum(1) + 1
+    return np.where(np.arange(T) >= T - T // 10, 0, ids).astype(np.int32)
+
+
+def prefix_lm(n):
+    return lambda i: causal(i) | (i.k < n)
+
+
+def global_window(size, count):
+    return lambda i: causal(i) & ((i.k > i.q + (i.k_len - i.q_len) - size) | (i.k < count))
+
+
+def softcap(cap):
+    return ew.as_score(lambda s, i: cap * jnp.tanh(s / cap))
+
+
+def alibi(slopes):
+    f = lambda s, i, slope: s - slope * (i.q + (i.k_len - i.q_len) - i.k).astype(jnp.float32)
+    return ew.Score((ew.Term(f, (ew.Operand(slopes, 'h'),)),))
+
+
+def added(array, index):
+    return ew.Score((ew.Term(lambda s, i, a: s + a.astype(s.dtype), (ew.Operand(array, index),)),))
+
+
+@dataclasses.dataclass
+class Case:
+    name: str
+    B: int = 2
+    T: int = 128
+    S: int | None = None
+    N: int = 2
+    K: int | None = None
+    H: int = 64
+    Hv: int | None = None
+    mask: Any = None  # a mask, or a function of the case
+    score: Any = None
+    sinks: bool = False
+    dropout: Any = None
+    dtype: Any = jnp.bfloat16
+    dlse: bool = True
+
+    def __post_init__(self):
+        self.S, self.K, self.Hv = self.S or self.T, self.K or self.N, self.Hv or self.H
+
+    def inputs(self, seed=0):
+        rng = np.random.default_rng(seed)
+        draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32)).astype(self.dtype)
+        c = self
+        q, k, v = draw(c.B, c.T, c.N, c.H), draw(c.B, c.S, c.K, c.H), draw(c.B, c.S, c.K, c.Hv)
+        do = draw(c.B, c.T, c.N, c.Hv)
+        dlse = jnp.asarray(rng.standard_normal((c.B, c.N, c.T), np.float32)) * bool(c.dlse)
+        sinks = jnp.asarray(rng.standard_normal(c.N, np.float32)) if c.sinks else None
+        score = c.score(rng, c) if callable(c.score) else c.score
+        mask = c.mask(c) if callable(c.mask) else c.mask
+        return (q, k, v, score, sinks), mask, do, dlse
+
+
+def _random(index):
+    """A score that adds a random operand with this index."""
+
+    def make(rng, c):
+        sizes = {'b': c.B, 'h': c.N, 'q': c.T, 'k': c.S, 'd': c.T + c.S - 1}
+        return added(jnp.asarray(rng.standard_normal([sizes[x] for x in index], np.float32)), index)
+
+    return make
+
+
+def grid() -> list[Case]:
+    plain = lambda f: lambda c: ew.as_mask(f)
+    of_docs = lambda length: lambda c: ew.as_mask(causal) & segments(jnp.asarray(documents(c.B, c.T, length, 1)))
+    # batch 0 sees nothing
+    hidden = lambda c: ew.Mask(lambda i, n: i.k < n, (ew.Operand(jnp.arange(c.B) * (c.S // 2), 'b'),))
+    cases = []
+    for T in (1, 63, 128, 1000, 4096):
+        for name, mask in (('full', None), ('causal', plain(causal))):
+            for H in (64, 128):
+                cases.append(Case(f'{name} T={T} H={H}', T=T, H=H, mask=mask, B=1 if T > 2000 else 2))
+    cases += [
+        Case('full T<S', T=100, S=300, H=128),
+        Case('causal T<S', T=100, S=300, mask=plain(causal)),
+        Case('causal T>S', T=300, S=100, H=128, mask=plain(causal)),
+        Case('one query', T=1, S=1000, N=8, K=2, H=128, mask=plain(causal)),
+        Case('window', T=1000, H=128, mask=plain(window(100))),
+        Case('window H=64', T=1000, mask=plain(window(300))),
+        Case('prefix', T=700, H=128, mask=plain(prefix_lm(200))),
+        Case('global window', T=1000, H=128, mask=plain(global_window(100, 4))),
+        Case('documents', T=1000, H=128, mask=of_docs(150)),
+        Case('documents H=64', T=1000, mask=of_docs(150)),
+        Case('hidden rows', T=300, H=128, mask=hidden, sinks=True),
+        Case('gqa', T=300, N=8, K=2, H=128, mask=plain(causal)),
+        Case('mqa', T=300, N=4, K=1, mask=plain(causal)),
+        Case('gqa full long', B=1, T=2048, N=4, K=2, H=128),
+        Case('H=80', T=200, H=80),
+        Case('H=40 Hv=128', T=200, H=40, Hv=128, mask=plain(causal)),
+        Case('H=128 Hv=64', T=200, H=128, Hv=64),
+        Case('f16', T=300, H=128, mask=plain(causal), dtype=jnp.float16),
+        Case('sinks', T=300, H=128, mask=plain(window(50)), sinks=True),
+        Case('softcap', T=500, H=128, mask=plain(causal), score=softcap(5.0)),
+        Case('softcap H=64', T=500, mask=plain(causal), score=softcap(5.0)),
+        Case('alibi', T=500, H=128, mask=plain(causal), score=lambda r, c: alibi(jnp.asarray([0.5, 0.05]))),
+        Case('gelu score', T=200, H=128, score=lambda r, c: ew.as_score(lambda s, i: jax.nn.gelu(s))),
+        Case('row operand', T=200, H=128, score=_random('bq')),
+        Case('column operand', T=200, H=128, score=_random('hk')),
+        Case('bias hqk', T=300, H=128, score=_random('hqk')),
+        Case('bias bhqk H=64', T=300, score=_random('bhqk'), mask=plain(causal)),
+        Case('strip', T=300, H=128, score=_random('hd'), mask=plain(causal)),
+        Case('strip T<S', T=100, S=330, score=_random('d')),
+        Case('dropout', T=300, H=128, dropout=dropout_lib.Dropout(0.2, 7)),
+        Case('dropout H=64', T=1000, mask=plain(causal), dropout=dropout_lib.Dropout(0.1, 8), sinks=True),
+        Case(
+            'everything',
+            T=777,
+            S=900,
+            N=4,
+            K=2,
+            H=96,
+            Hv=72,
+            sinks=True,
+            mask=lambda c: ew.as_mask(window(300)) | ew.as_mask(lambda i: i.k < 3),
+            score=lambda r, c: _random('hd')(r, c) >> softcap(8.0),
+            dropout=dropout_lib.Dropout(0.1, 9),
+        ),
+    ]
+    return cases
+
+
+def errors(case: Case, attention, seed=0, repeat=True) -> dict:
+    """{name: (error of `attention`, error of the oracle in its precision)}, relative to the largest entry."""
+    diff, mask, do, dlse = case.inputs(seed)
+
+    def run(f):
+        def call(diff, do, dlse):
+            q, k, v, score, sinks = diff
+            out, pull = jax.vjp(lambda *a: f(*a), q, k, v, score, sinks)
+            return out, pull((do.astype(out[0].dtype), dlse.astype(out[1].dtype)))
+
+        return jax.jit(call)(diff, do, dlse)
+
+    kernel = lambda q, k, v, score, sinks: attention(
+        q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, return_lse=True
+    )
+    same = lambda precision: lambda q, k, v, score, sinks: oracle(
+        q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, precision=precision
+    )
+    ours = jax.device_get(run(kernel))
+    again = jax.device_get(run(kernel)) if repeat else ours
+    theirs = jax.device_get(run(same(case.dtype)))
+    with jax.enable_x64(True):
+        widen = lambda x: x.astype(jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+        wide = jax.tree.map(widen, diff)
+
+        def exact(diff, do, dlse):
+            out, pull = jax.vjp(lambda *a: same(jnp.float64)(*a), *diff)
+            return out, pull((do, dlse))
+
+        truth = jax.device_get(jax.jit(exact)(wide, widen(do), widen(dlse)))
+    names = ['out', 'lse', 'dq', 'dk', 'dv', 'dscore', 'dsinks']
+    flat = lambda r: [*r[0], *r[1]]
+    result = {}
+    for name, a, a2, b, c in zip(names, flat(ours), flat(again), flat(theirs), flat(truth)):
+        for x, x2, y, z in zip(*(jax.tree.leaves(t) for t in (a, a2, b, c))):
+            if not np.issubdtype(np.asarray(z).dtype, np.floating):
+                continue
+            equal = np.array_equal(np.asarray(x).view(np.uint8), np.asarray(x2).view(np.uint8))
+            result[name] = (_error(x, z), _error(y, z), equal)
+    return result
+
+
+def _error(x, truth):
+    x, truth = np.asarray(x, np.float64), np.asarray(truth, np.float64)
+    if not np.array_equal(np.isneginf(x), np.isneginf(truth)) or np.isnan(x).any():
+        return np.inf
+    finite = np.isfinite(truth)
+    x, truth = x[finite], truth[finite]
+    size = np.sqrt((truth**2).mean()) if truth.size else 0.0
+    return float(np.sqrt(((x - truth) ** 2).mean()) / size) if size else float(np.abs(x).max(initial=0.0))
+
+
+def verdict(result: dict) -> str | None:
+    """What is wrong with `errors`' result, or None."""
+    bad = [
+        f'{name}: error {ours:.2e}, reference {theirs:.2e}'
+        for name, (ours, theirs, _) in result.items()
+        if not ours <= max(FACTOR * theirs, FLOOR)
+    ]
+    bad += [f'{name}: a second run differs' for name, (_, _, equal) in result.items() if not equal]
+    return '; '.join(bad) or None
+
+
+def main(words):
+    from pallas_kernels.softmax_attention import mosaic_gpu
+
+    part, of = 0, 1
+    if '--part' in words:
+        at = words.index('--part')
+        part, of = map(int, words[at + 1].split('/'))
+        words = words[:at] + words[at + 2 :]
+    failed, worst, start = [], 0.0, time.time()
+    chosen = [c for c in grid() if not words or any(w in c.name for w in words)]
+    for case in chosen[part::of]:
+        try:
+            result = errors(case, mosaic_gpu.softmax_attention)
+            reason = verdict(result)
+            ratios = {n: round(a / b, 2) if b else 0.0 for n, (a, b, _) in result.items()}
+            worst = max(worst, *(r for n, r in ratios.items() if result[n][0] > FLOOR), 0.0)
+        except Exception as error:
+            reason, ratios = f'{type(error).__name__}: {str(error)[:600]}', {}
+        print(f'{"FAIL" if reason else "ok  "} {case.name:24} {ratios} {reason or ""}', flush=True)
+        if reason:
+            failed.append(case.name)
+    print(f'{len(failed)} failed {failed}; worst ratio {worst}; {time.time() - start:.0f} s')
+    return 1 if failed else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))

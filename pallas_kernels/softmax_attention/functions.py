@@ -1,0 +1,198 @@
+"""Mask, score and dropout functions on the tiles of a kernel: how operands are laid out, loaded and evaluated.
+
+A tile holds 64 rows and a block of columns: [q, k] in the forward kernel, [k, q] ("transposed") in the backward one.
+An operand by query or key alone is a vector over rows or columns, one by head or batch a scalar, one by (q, k) a tile,
+and a strip by difference `d` becomes a table skewed once outside, E[i, x] = strip[x - i], of which each tile is a
+rectangle.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common, tile_eval
+from pallas_kernels import dropout as dropout_lib
+from pallas_kernels import elementwise as ew
+from pallas_kernels.common import COL, ROW, TILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Function:
+    """A flattened mask or score: `call` over flat operand values, and its operands."""
+
+    call: Callable
+    operands: tuple[ew.Operand, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What a kernel evaluates, over one flat list of operands: first the mask's, then the score's, then the seed."""
+
+    mask: Function | None
+    score: Function | None
+    dropout: dropout_lib.Dropout | None
+    T: int
+    S: int
+
+    @property
+    def operands(self) -> list[ew.Operand]:
+        found = [o for f in (self.mask, self.score) if f for o in f.operands]
+        if self.dropout:
+            found.append(ew.Operand(jnp.asarray(self.dropout.seed).astype(jnp.uint32), ''))
+        return found
+
+
+def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
+    """`keys_padded`: key tiles reach beyond S, so the mask must hide those keys."""
+    pieces = []
+    for value in (mask, score):
+        if value is None:
+            pieces.append(None)
+        else:
+            operands, call = ew.flatten(value)
+            pieces.append(Function(call, tuple(operands)))
+    inner = pieces[0]
+    if keys_padded:
+        if inner:
+            pieces[0] = Function(lambda i, values: inner.call(i, values) & (i.k < i.k_len), inner.operands)
+        else:
+            pieces[0] = Function(lambda i, values: i.k < i.k_len, ())
+    if dropout is not None and dropout.threshold == 0:
+        dropout = None
+    return Spec(pieces[0], pieces[1], dropout, T, S)
+
+
+def kind(index: str, transposed: bool) -> str:
+    rows, columns = ('k', 'q') if transposed else ('q', 'k')
+    if 'd' in index:
+        return 'rc'
+    return ('r' if rows in index else '') + ('c' if columns in index else '')
+
+
+def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: bool):
+    """The array that a kernel loads: booleans as int8, positions padded to whole tiles, strips skewed.
+
+    Dimensions come out as b, h (where present), then the tile's.
+    """
+    x, index = jnp.asarray(operand.array), operand.index
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.int8)
+    order = [c for c in ('bhkqd' if transposed else 'bhqkd') if c in index]
+    x = x.transpose([index.index(c) for c in order])
+    pads = [(0, {'q': Tp - T, 'k': Sp - S}.get(c, 0)) for c in order]
+    if any(p for _, p in pads):
+        x = jnp.pad(x, pads)
+    if 'd' in index:  # entry (i, x): the difference of row i and column x, shifted so that columns are never negative
+        i = np.arange(64)[:, None]
+        if transposed:
+            at = i - (np.arange(Tp + Sp)[None] - Sp) + T - 1
+        else:
+            at = (np.arange(Tp + Sp)[None] - Tp) - i + T - 1
+        x = jnp.take(x, jnp.clip(at, 0, T + S - 2), axis=-1)
+    if not order:
+        x = x.reshape(1)
+    return x
+
+
+class Inputs:
+    """A kernel's operand references."""
+
+    def __init__(self, refs, spec: Spec, b, h, padded, transposed: bool):
+        self.refs, self.spec, self.b, self.h, self.padded, self.transposed = refs, spec, b, h, padded, transposed
+
+    def at(self, q0, k0, shape):
+        """The tile whose first query is q0 and first key k0."""
+        return Place(self, q0, k0, shape)
+
+
+class Place:
+    def __init__(self, inputs: Inputs, q0, k0, shape):
+        self.inputs, self.q0, self.k0, self.shape = inputs, q0, k0, shape
+
+    def _positions(self):
+        """The positions as `tile_eval` operands: b, h, q, k."""
+        M, N = self.shape
+        kq, kk = ('c', 'r') if self.inputs.transposed else ('r', 'c')
+        vector = lambda k: common.iota(M, ROW) if k == 'r' else common.iota(N, COL)
+        return [
+            (self.inputs.b, jnp.int32, ''),
+            (self.inputs.h, jnp.int32, ''),
+            (lambda: vector(kq) + self.q0, jnp.int32, kq),
+            (lambda: vector(kk) + self.k0, jnp.int32, kk),
+        ]
+
+    def _load(self, ref, operand):
+        letters, t = operand.index, self.inputs.transposed
+        M, N = self.shape
+        (r0, c0) = (self.k0, self.q0) if t else (self.q0, self.k0)
+        sizes = dict(zip(letters, operand.array.shape))
+        at = [getattr(self.inputs, c) if sizes[c] > 1 else 0 for c in 'bh' if c in letters]
+        k = kind(letters, t)
+        if 'd' in letters:
+            shift = self.inputs.padded[1] if t else self.inputs.padded[0]
+            at += [pl.ds(0, M), pl.ds(c0 - r0 + shift, N)]
+        else:
+            at += [pl.ds(r0, M)] if 'r' in k else []
+            at += [pl.ds(c0, N)] if 'c' in k else []
+        if k == '':
+            return ref[tuple(at) or (0,)]
+        return plgpu.load(ref.at[tuple(at)], layout={'r': ROW, 'c': COL, 'rc': TILE}[k], optimized=False)
+
+    def _values(self, first: int, operands):
+        refs = self.inputs.refs[first : first + len(operands)]
+        return [
+            (lambda ref=ref, o=o: self._load(ref, o), ref.dtype, kind(o.index, self.inputs.transposed))
+            for ref, o in zip(refs, operands)
+        ]
+
+    def _eval(self, fun, operands):
+        cast = lambda x: plgpu.layout_cast(x, TILE)
+        return tile_eval.tile_eval(fun, operands, self.shape, cast)
+
+    def _booleans(self, operands, values):
+        return [v != 0 if jnp.result_type(o.array) == jnp.bool_ else v for o, v in zip(operands, values)]
+
+    def visible(self):
+        """The mask: a boolean tile."""
+        spec = self.inputs.spec
+        operands = spec.mask.operands
+
+        def fun(b, h, q, k, *values):
+            return spec.mask.call(ew.Index(b, h, q, k, spec.T, spec.S), self._booleans(operands, values))
+
+        (v,) = self._eval(fun, self._positions() + self._values(0, operands))
+        return v.to('rc')
+
+    def masked(self, s):
+        return jnp.where(self.visible(), s, -jnp.inf)
+
+    def score(self, s, derivative=False):
+        """The score of scaled logits `s`; with `derivative`, also its derivative by them (None where it is 1)."""
+        spec = self.inputs.spec
+        operands = spec.score.operands
+        first = len(spec.mask.operands) if spec.mask else 0
+
+        def fun(s, b, h, q, k, *values):
+            i = ew.Index(b, h, q, k, spec.T, spec.S)
+            call = lambda s: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
+            return jax.jvp(call, (s,), (jnp.float32(1),)) if derivative else (call(s),)
+
+        outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands))
+        if not derivative:
+            return outs[0].to('rc')
+        slope = outs[1]
+        return outs[0].to('rc'), None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
+
+    def kept(self):
+        """Whether dropout keeps each weight: a boolean tile."""
+        spec, refs = self.inputs.spec, self.inputs.refs
+        rate = spec.dropout.rate
+        fun = lambda b, h, q, k, seed: dropout_lib.keep(seed, b, h, q, k, rate)
+        seed = (lambda: refs[-1][0], jnp.uint32, '')
+        (v,) = self._eval(fun, [*self._positions(), seed])
+        return v.to('rc')

@@ -1,0 +1,252 @@
+"""Softmax attention on Hopper: any elementwise mask and score inside one fused kernel, forward and backward.
+
+    o = softmax(score(scale * q k^T + bias), masked) v
+
+`softmax_attention` has the signature of `attnx.ops.softmax_attention` without `impl`; `unsupported` says why a call
+can't run here. README.md in this folder has the maths, the limits and what was measured.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import blocks, common, tile_eval
+from pallas_kernels import elementwise as ew
+from pallas_kernels.softmax_attention import backward as backward_kernel
+from pallas_kernels.softmax_attention import forward as forward_kernel
+from pallas_kernels.softmax_attention import functions, operand_gradients, tiles
+
+WIDEST = 128
+HIDDEN = 1e30  # base-2 log-sum-exp given to the backward kernel for rows that see nothing: all weights become 0
+
+
+def unsupported(
+    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+) -> str | None:
+    """Why this call can't run on the kernel, with the nearest choice that can; or None."""
+    dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
+    if len(dtypes) > 1:
+        return f'query, key and value differ in dtype ({", ".join(sorted(dtypes))}); cast them to one'
+    if dtypes & {'bfloat16', 'float16'} != dtypes:
+        return f'it takes bfloat16 and float16, given {dtypes.pop()}; cast, or use impl="xla"'
+    if query.ndim != 4 or key.ndim != 4 or value.ndim != 4:
+        return 'query, key and value must be [B, T, N, H], [B, S, K, H], [B, S, K, Hv]'
+    (B, T, N, H), (S, K), Hv = query.shape, key.shape[1:3], value.shape[3]
+    if N % K:
+        return f'{N} query heads are no multiple of {K} key heads'
+    if max(H, Hv) > WIDEST:
+        return f'head widths up to {WIDEST} have a backward kernel, given {max(H, Hv)}; use impl="xla"'
+    if min(B, T, S, H, Hv) < 1:
+        return 'an empty dimension; use impl="xla"'
+    reason = _hardware()
+    if reason:
+        return reason
+    for name, f in (('mask', ew.as_mask(mask)), ('score', _with_bias(score, bias))):
+        reason = f and _refuse(name, f, T, S)
+        if reason:
+            return reason
+    return None
+
+
+def _hardware() -> str | None:
+    try:
+        device = jax.devices('cuda')[0]
+    except RuntimeError:
+        return None  # nothing to say about a machine that is not here: lowering for one is fine
+    capability = str(getattr(device, 'compute_capability', '9.0'))
+    return None if capability == '9.0' else f'it needs compute capability 9.0 (Hopper), this GPU has {capability}'
+
+
+def _refuse(name, f, T, S) -> str | None:
+    operands, call = ew.flatten(f)
+    for o in operands:
+        dtype = jnp.result_type(o.array)
+        if dtype.itemsize > 4 or not any(jnp.issubdtype(dtype, t) for t in (jnp.bool_, jnp.integer, jnp.floating)):
+            return f'{name}: an operand has dtype {dtype}; kernels take up to 32 bits, real'
+        if dtype.itemsize == 1 and dtype not in (jnp.bool_, jnp.int8, jnp.uint8):
+            return f'{name}: an operand has dtype {dtype}; kernels take bool, int8, uint8, 16 and 32 bits'
+    index = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    values = [jax.ShapeDtypeStruct((), jnp.result_type(o.array)) for o in operands]
+    place = lambda i: ew.Index(*i, T, S)
+    try:
+        if isinstance(f, ew.Mask):
+            jaxpr = jax.make_jaxpr(lambda i, v: call(place(i), v))(index, values)
+        else:
+            derivative = lambda s, i, v: jax.jvp(lambda s: call(s, place(i), v), (s,), (jnp.float32(1),))
+            jaxpr = jax.make_jaxpr(derivative)(jax.ShapeDtypeStruct((), jnp.float32), index, values)
+    except Exception as error:
+        return f'{name}: tracing its function on scalars failed: {type(error).__name__}: {error}'
+    reason = tile_eval.refusal(jaxpr)
+    return f'{name}: {reason}; use impl="xla"' if reason else None
+
+
+def _with_bias(score, bias):
+    score = ew.as_score(score)
+    if bias is None:
+        return score
+    letters, shape = '', []
+    for c, n in zip('bhqk'[-bias.ndim :], bias.shape):
+        if n > 1:
+            letters, shape = letters + c, shape + [n]
+    term = ew.Score((ew.Term(_add, (ew.Operand(jnp.reshape(bias, shape), letters),)),))
+    return term if score is None else term >> score
+
+
+def _add(s, i, value):
+    return s + value.astype(s.dtype)
+
+
+def softmax_attention(
+    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+):
+    """Softmax attention.
+
+    Args:
+      query, key, value: [B, T, N, H], [B, S, K, H], [B, S, K, Hv], bfloat16 or float16, N a multiple of K.
+      mask, score: see `pallas_kernels.elementwise`.
+      bias: floating, broadcastable to [B, N, T, S], added to the scaled logits before the score.
+      scale: multiplies the logits; 1/sqrt(H) by default.
+      sinks: [N] logits of a key without value that every query sees.
+      dropout: `pallas_kernels.dropout.Dropout`.
+      return_lse: also return the log-sum-exp of the logits, float32 [B, N, T].
+
+    Raises:
+      ValueError: `unsupported` has a reason.
+    """
+    reason = unsupported(
+        query, key, value, mask=mask, score=score, bias=bias, scale=scale, sinks=sinks, dropout=dropout
+    )
+    if reason:
+        raise ValueError(f'softmax_attention on mosaic_gpu: {reason}')
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    mask, score = ew.as_mask(mask), _with_bias(score, bias)
+    sinks = None if sinks is None else sinks.astype(jnp.float32)
+    out, lse = _attention(scale, query, key, value, mask, score, sinks, dropout)
+    return (out, lse) if return_lse else out
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(scale, q, k, v, mask, score, sinks, dropout):
+    return _forward(scale, q, k, v, mask, score, sinks, dropout)[0]
+
+
+def _forward(scale, q, k, v, mask, score, sinks, dropout):
+    T, S, Hv = q.shape[1], k.shape[1], v.shape[3]
+    q8, k8, v8 = _pad(q), _pad(k), _pad(v)
+    shape = tiles.forward(q8.shape[3], v8.shape[3], mask is not None or bool(S % 128))
+    bq, bk = 64 * shape.consumers, shape.keys
+    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
+    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
+    lists = None
+    if spec.mask:
+        lists = _entries(blocks.classify(mask, q.shape[0], q.shape[2], T, S, bq, bk))
+    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
+    out, lse2 = forward_kernel.forward(q8, k8, v8, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
+    out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
+    return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
+
+
+def _backward(scale, saved, cotangents):
+    q, k, v, mask, score, sinks, dropout, out, lse2 = saved
+    do, dlse = cotangents
+    B, T, N, H = q.shape
+    S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
+    q8, k8, v8, do8 = _pad(q), _pad(k), _pad(v), _pad(do)
+    shape = tiles.backward(q8.shape[3], v8.shape[3])
+    bq, bk = shape.queries, backward_kernel.KEYS
+    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
+    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
+    # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN.
+    live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
+    delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+    delta = jnp.where(live, delta, 0.0)
+    pad = [(0, 0), (0, 0), (0, nq * bq - T)]
+    lse_in = jnp.pad(jnp.where(live, lse2, HIDDEN), pad, constant_values=HIDDEN)
+    classes = blocks.classify(mask, B, N, T, S, bq, bk)
+    lists, ranks, touched = schedule(classes)
+    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
+    dq, dk, dv = backward_kernel.backward(
+        q8, k8, v8, do8, lse_in, jnp.pad(delta, pad), lists, ranks, operands, spec=spec, tiles=shape, scale=scale
+    )
+    dq = dq[:, :T, :, :H] * scale
+    if not (isinstance(touched, np.ndarray) and touched.all()):  # a tile that no block visits was never written
+        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
+        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    dk, dv = _over_groups(dk[:, :S, :, :H], K), _over_groups(dv[:, :S, :, :Hv], K)
+    dsinks = None
+    if sinks is not None:
+        weight = jnp.where(live, jnp.exp2(sinks[:, None] * common.LOG2E - lse2), 0.0)
+        dsinks = -(weight * delta).sum((0, 2))
+    dscore = None
+    if score is not None:
+        dscore = operand_gradients.of_score(scale, q, k, v, do, lse_in[..., :T], delta, mask, score, dropout)
+    return dq.astype(q.dtype), dk, dv, None, dscore, dsinks, None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _pad(x):
+    """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
+    length, width = -x.shape[1] % 8, -x.shape[3] % 64
+    return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
+
+
+def _over_groups(x, K):
+    B, S, N, H = x.shape
+    if N == K:
+        return x
+    return x.reshape(B, S, K, N // K, H).sum(3, dtype=jnp.float32).astype(x.dtype)
+
+
+def _entries(classes):
+    """Per row of blocks the count, then 2 * block + partial: int32 [.., rows, 1 + columns]."""
+    found = blocks.lists(classes)
+    xp = np if isinstance(found.block, np.ndarray) else jnp
+    packed = 2 * found.block + found.partial
+    return xp.concatenate([found.count[..., None], packed], -1).astype(np.int32)
+
+
+def _processors() -> int:
+    try:
+        return int(jax.devices('cuda')[0].core_count)
+    except (RuntimeError, AttributeError):
+        return 132
+
+
+def schedule(classes, together: int | None = None):
+    """Which query tiles each key tile visits in the backward kernel, and when it may add to their dq.
+
+    A key tile starts at its diagonal and wraps around, so that at any time the blocks of a head work on different
+    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
+    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
+    are resident together: `together` key tiles (the number of multiprocessors) form a group, and groups follow one
+    another in launch order.
+
+    Args:
+      classes: int8 [.., nq, nk].
+
+    Returns:
+      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [.., nq].
+    """
+    xp = np if isinstance(classes, np.ndarray) else jnp
+    together = together or _processors()
+    seen = (classes != blocks.EMPTY).swapaxes(-1, -2)
+    nk, nq = seen.shape[-2:]
+    start = (np.arange(nk) * nq) // nk
+    distance = (np.arange(nq)[None] - start[:, None]) % nq
+    order = xp.argsort(xp.where(seen, distance, distance + nq), axis=-1)
+    position = xp.argsort(order, axis=-1)
+    time = xp.where(seen, position + (np.arange(nk) // together * nq)[:, None], np.iinfo(np.int32).max)
+    rank = xp.argsort(xp.argsort(time, axis=-2, stable=True), axis=-2)
+    ranks = xp.take_along_axis(rank, order, -1).astype(np.int32)
+    partial = (classes == blocks.PARTIAL).swapaxes(-1, -2)
+    entries = 2 * order + xp.take_along_axis(partial, order, -1)
+    lists = xp.concatenate([seen.sum(-1)[..., None], entries], -1).astype(np.int32)
+    return lists, ranks, seen.any(-2)
+
+
+assert math.isclose(common.LN2 * common.LOG2E, 1)

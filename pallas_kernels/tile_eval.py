@@ -1,0 +1,221 @@
+"""Runs a scalar Python function on register tiles inside a Mosaic GPU kernel.
+
+A mask or score function is traced once on scalars; its jaxpr is then evaluated on scalars, row vectors, column vectors
+and tiles at once, each value kept in the smallest of these shapes until it meets a larger one. That makes row-only and
+column-only subexpressions almost free, and it gives a place to rewrite the primitives that have no Mosaic GPU lowering
+(`add_any`, which every `jax.vjp` makes, `floor`, `log1p`, ...).
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend import core as jex
+
+INLINE = {'jit', 'pjit', 'closed_call', 'custom_jvp_call', 'custom_vjp_call', 'remat2', 'checkpoint', 'remat'}
+where, i32 = jnp.where, jnp.int32
+
+
+def _up(f):  # transcendental functions of 16-bit values do not lower
+    return lambda x, **_: f(x.astype(jnp.float32)).astype(x.dtype)
+
+
+def _floor(x):
+    t = x.astype(i32).astype(x.dtype)
+    return where(lax.abs(x) < 2.0**23, where(t > x, t - 1, t), x)
+
+
+def _log1p(x):
+    u = 1 + x
+    return where(u == 1, x, jnp.log(u) * (x / where(u == 1, 1.0, u - 1)))
+
+
+def _expm1(x):
+    u = jnp.exp(x)
+    small = (u - 1) * x / where(u == 1, 1.0, jnp.log(jnp.maximum(u, 1e-38)))
+    return where(u == 1, x, where(u - 1 == -1, -1.0, small))
+
+
+def _integer_pow(x, *, y):
+    if y == 0:
+        return jnp.ones_like(x)
+    r = lax.integer_pow(x, abs(y)) if abs(y) > 1 else x
+    return 1 / r if y < 0 else r
+
+
+def _pow(x, y):
+    if jnp.issubdtype(y.dtype, jnp.integer):
+        y = y.astype(x.dtype)
+    size = jnp.exp2(y * jnp.log2(where(x == 0, 1.0, lax.abs(x))))
+    whole, odd = _floor(y) == y, _floor(y * 0.5) * 2 != y
+    signed = where(x < 0, where(whole, where(odd, -size, size), jnp.nan), size)
+    return where(y == 0, 1.0, where(x == 0, where(y > 0, 0.0, jnp.inf), signed))
+
+
+def _rem(x, y):
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        return lax.rem(x, y)
+    t = x / y
+    return x - y * where(t < 0, -_floor(-t), _floor(t))
+
+
+def _polynomial(x, *coefficients, **_):
+    r = coefficients[-1]
+    for c in coefficients[-2::-1]:
+        r = r * x + c
+    return r
+
+
+def _select(which, *cases):
+    if which.dtype == jnp.bool_:
+        return where(which, cases[1], cases[0])
+    r = cases[-1]
+    for k in range(len(cases) - 2, -1, -1):
+        r = where(which == k, cases[k], r)
+    return r
+
+
+def _convert(x, *, new_dtype, **_):
+    return x != 0 if new_dtype == jnp.bool_ and x.dtype != jnp.bool_ else x.astype(new_dtype)
+
+
+RULES = {
+    'add_any': lambda a, b: a + b,
+    'one_minus_square': lambda x, **_: 1 - x * x,
+    'stop_gradient': lambda x: x,
+    'copy': lambda x: x,
+    'floor': lambda x: _floor(x),
+    'ceil': lambda x: -_floor(-x),
+    'polynomial': _polynomial,
+    'rem': _rem,
+    'log1p': lambda x, **_: _log1p(x),
+    'expm1': lambda x, **_: _expm1(x),
+    'integer_pow': _integer_pow,
+    'exp': _up(lax.exp),
+    'exp2': _up(lax.exp2),
+    'log': _up(lax.log),
+    'tanh': _up(lax.tanh),
+    'log2': _up(jnp.log2),
+    'logistic': _up(lax.logistic),
+    'sin': _up(lax.sin),
+    'cos': _up(lax.cos),
+    'sqrt': _up(lax.sqrt),
+    'rsqrt': _up(lax.rsqrt),
+    'pow': lambda x, y: _pow(x, y),
+    'is_finite': lambda x: lax.abs(x) < jnp.inf,
+    'tan': lambda x, **_: jnp.sin(x) / jnp.cos(x),
+    'sinh': lambda x, **_: 0.5 * (jnp.exp(x) - jnp.exp(-x)),
+    'cosh': lambda x, **_: 0.5 * (jnp.exp(x) + jnp.exp(-x)),
+    'convert_element_type': _convert,
+    'not': lambda x: x ^ True if x.dtype == jnp.bool_ else ~x,
+    'select_n': _select,
+}
+NATIVE = set(
+    'add sub mul div neg abs max min square sign and or xor shift_left shift_right_logical shift_right_arithmetic clz '
+    'eq ne lt le gt ge clamp bitcast_convert_type erf round'.split()  # noqa: SIM905
+)
+SUPPORTED = sorted(NATIVE | set(RULES) | {'cond'})
+
+
+def _subjaxprs(eqn):
+    p = eqn.params
+    if eqn.primitive.name == 'cond':
+        return p['branches']
+    return [p.get('jaxpr', p.get('call_jaxpr', p.get('fun_jaxpr')))]
+
+
+def _live(jaxpr):
+    """The equations that reach an output. Dead code would be emitted, and an unused iota breaks layout inference."""
+    live = {v for v in jaxpr.outvars if not isinstance(v, jex.Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if any(v in live for v in eqn.outvars):
+            kept.append(eqn)
+            live.update(v for v in eqn.invars if not isinstance(v, jex.Literal))
+    return kept[::-1]
+
+
+def refusal(jaxpr) -> str | None:
+    """Why a traced scalar function cannot run on tiles: its first primitive without a rule, or None."""
+    for const in getattr(jaxpr, 'consts', ()):
+        if getattr(const, 'ndim', 0):
+            return 'it captures an array; declare it as an operand'
+    for eqn in _live(getattr(jaxpr, 'jaxpr', jaxpr)):
+        name = eqn.primitive.name
+        if name in INLINE or name == 'cond':
+            for sub in _subjaxprs(eqn):
+                reason = refusal(sub)
+                if reason:
+                    return reason
+        elif name not in NATIVE and name not in RULES:
+            return f'it uses the primitive {name!r}; a kernel takes {", ".join(SUPPORTED)}'
+    return None
+
+
+class Value(NamedTuple):
+    value: Any
+    kind: str
+    to: Callable  # kind -> the value in that larger shape
+    literal: Any  # the number, where it is one that tracing already knew
+
+
+def tile_eval(fun, operands, shape, cast):
+    """Evaluates `fun`, a function of scalars, on tiles.
+
+    Args:
+      fun: scalars -> scalar or tuple of scalars.
+      operands: a list of (value or thunk, dtype, kind); kind '' is a scalar, 'r' a row vector (M,), 'c' a column vector
+        (N,), 'rc' a tile (M, N). Thunks are called on first use.
+      shape: (M, N).
+      cast: pins the layout of a tile made by broadcasting.
+
+    Returns:
+      A list of `Value`s.
+    """
+    jaxpr = jax.make_jaxpr(fun)(*[jax.ShapeDtypeStruct((), d) for _, d, _ in operands])
+
+    def widen(v, k, to):
+        if k == to:
+            return v
+        target = {'r': shape[:1], 'c': shape[1:], 'rc': shape}[to]
+        if k == '':
+            return jnp.broadcast_to(v, target)
+        return cast(lax.broadcast_in_dim(v, target, {'r': (0,), 'c': (1,)}[k]))
+
+    def run(jp, consts, ins):
+        env = {**{v: (c, '') for v, c in zip(jp.constvars, consts)}, **dict(zip(jp.invars, ins))}
+
+        def read(atom):
+            if isinstance(atom, jex.Literal):
+                return jnp.asarray(atom.val, atom.aval.dtype), ''
+            v, k = env[atom]
+            if callable(v):
+                v = v()
+                env[atom] = v, k
+            return v, k
+
+        for eqn in _live(jp):
+            xs, name = [read(a) for a in eqn.invars], eqn.primitive.name
+            if name in INLINE or name == 'cond':
+                args = xs[1:] if name == 'cond' else xs
+                outs = [run(getattr(s, 'jaxpr', s), getattr(s, 'consts', ()), args) for s in _subjaxprs(eqn)]
+                outs = outs[0] if name != 'cond' else [merge(xs[0], o) for o in zip(*outs)]
+            else:
+                k = ''.join(c for c in 'rc' if any(c in kk for _, kk in xs))
+                vs = [widen(v, kk, k) for v, kk in xs]
+                f = RULES.get(name)
+                out = f(*vs, **eqn.params) if f else eqn.primitive.bind(*vs, **eqn.params)
+                outs = [(v, k) for v in (out if eqn.primitive.multiple_results else [out])]
+            env.update(zip(eqn.outvars, outs))
+        return [read(a) for a in jp.outvars]
+
+    def merge(which, cases):  # an elementwise cond: evaluate all branches, select
+        k = ''.join(c for c in 'rc' if c in which[1] or any(c in kk for _, kk in cases))
+        return _select(widen(*which, k), *[widen(v, kk, k) for v, kk in cases]), k
+
+    outs = run(jaxpr.jaxpr, jaxpr.consts, [(v, k) for v, _, k in operands])
+    literal = [a.val if isinstance(a, jex.Literal) else None for a in jaxpr.jaxpr.outvars]
+    return [Value(v, k, functools.partial(widen, v, k), c) for (v, k), c in zip(outs, literal)]
