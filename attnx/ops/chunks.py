@@ -1,15 +1,16 @@
 """What the chunked forms of the matrix recurrences share: layout, decays without overflow, a chunk's reads and writes.
 
-A recurrence over T tokens with state S [H, Hv] is cut into chunks of C. Inside a chunk pairs of tokens are compared all at
-once; between chunks only the state passes. With log-decays g_t <= 0 three kinds of sums over a chunk's tokens are needed,
+A recurrence over T tokens with state S [H, Hv] is cut into chunks of C. Inside a chunk pairs of tokens are compared all
+at once; between chunks only the state passes. With log-decays g_t <= 0 three kinds of sums over a chunk's tokens are
+needed,
 
     within_ij = sum_{j < r <= i} g_r      before_i = sum_{r <= i} g_r      after_j = sum_{r > j} g_r
 
-and none is had by subtracting cumulative sums: at 50 nats a token that would cancel all digits. They are put together from
-halves, each a sum of terms of one sign, so that every exponent is <= 0 and exp neither overflows nor loses precision. For a
-decay per channel the pair's exponent cannot leave the product q_i k_j; there the chunk is halved again and again, and the
-block (later half, earlier half) is one matmul with the boundary as its reference row: exp(before_i) q_i on one side and
-exp(after_j) k_j on the other.
+and none is had by subtracting cumulative sums: at 50 nats a token that would cancel all digits. Each is a sum of terms
+of one sign, so that every exponent is <= 0 and exp neither overflows nor loses precision. For a decay per channel the
+pair's exponent cannot leave the product q_i k_j: blocks of 8 tokens are compared channel by channel, and two
+neighbouring blocks by one matmul with their boundary as the reference row, exp(before_i) q_i on one side and
+exp(after_j) k_j on the other, for blocks of 8, 16, 32 ... tokens.
 
 Shapes in a chunk: [B, K, G, C, ...] where N = K G value heads share K query and key heads (their G is 1, broadcast).
 """
@@ -43,7 +44,7 @@ def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int]
 
 
 def require_range(op: str, name: str, array, low: float, high: float, hint: str):
-    """Raises ValueError for concrete values outside [low, high]; traced values pass, for a look would stop the trace."""
+    """Raises ValueError for concrete values outside [low, high]; traced values pass, there is nothing to look at."""
     if array is None or isinstance(array, jax.core.Tracer):
         return
     array = np.asarray(array)
@@ -123,7 +124,7 @@ BLOCK = 8  # tokens compared channel by channel before halving takes over
 
 
 def spans(g):
-    """g [..., C, d] -> within [..., C, C, d] (0 where j >= i), before [..., C, d], after [..., C, d]: the sums above."""
+    """g [..., C, d] -> within [..., C, C, d] (0 where j >= i), before and after [..., C, d]: the sums named above."""
     length, d = g.shape[-2:]
     inner = np.tri(length, k=-1)
     pairs = np.einsum('ir,rj->ijr', np.tri(length), inner).reshape(-1, length)  # r in (j, i]
@@ -136,7 +137,7 @@ def spans(g):
 
 
 def scalar_spans(g):
-    """`spans` for g [..., C], by way of the chunk's [C, C] products: within [..., C, C], before [..., C], after [..., C]."""
+    """`spans` for g [..., C], by a matmul of [C, C]: within [..., C, C], before and after [..., C]."""
     inner = np.tri(g.shape[-1], k=-1, dtype=bool)
     finite = jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * g.shape[-1]))  # 0 * inf is no sum
     within = matmul(jnp.tri(g.shape[-1], dtype=g.dtype), jnp.where(inner, finite[..., None], 0))
@@ -263,8 +264,9 @@ def scan(body, query, key, value, per_token, log_decay, initial_state, segment_i
     cut = lambda x: None if x is None else split(x, chunk, num_heads)
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (1, length, num_values))
-    dtype = accumulator(query, key, value)
-    state = first_state(initial_state, key, value).reshape(-1, num_heads, num_values // num_heads, key.shape[-1], width)
+    dtype, output = accumulator(query, key, value), value.dtype
+    state = first_state(initial_state, key, value, dtype)
+    state = state.reshape(-1, num_heads, num_values // num_heads, key.shape[-1], width)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def step(state, xs):
@@ -273,7 +275,6 @@ def scan(body, query, key, value, per_token, log_decay, initial_state, segment_i
         state, out = body(state, query, Chunk(key, log_decay, count), value, per_token)
         return state, out.astype(output)
 
-    output = value.dtype
     xs = (*map(cut, (query, key, value, per_token, log_decay)), split_resets(segment_ids, chunk))
     state, out = jax.lax.scan(step, state, xs)
     return join(out, length), state.reshape(-1, num_values, *state.shape[3:])
@@ -287,20 +288,19 @@ def accumulator(*arrays):
     return jnp.promote_types(jnp.float32, jnp.result_type(*arrays))
 
 
-def first_state(initial_state, key, value):
+def first_state(initial_state, key, value, dtype):
     """The state [B, N, H, Hv] that the first token finds."""
-    dtype = accumulator(key, value)
     if initial_state is not None:
         return jnp.asarray(initial_state, dtype)
     return jnp.zeros((value.shape[0], value.shape[2], key.shape[3], value.shape[3]), dtype)
 
 
-def step_by_step(update, query, key, value, per_token, log_decay, initial_state, segment_ids):
-    """Runs state <- update(state, key, value, per_token); out = query state, token after token: the definition.
+def step_by_step(update, query, key, value, per_token, log_decay, initial_state, segment_ids, scale):
+    """Runs state <- update(state, key, value, per_token); out = scale query state, token after token: the definition.
 
     Heads are repeated here, arrays are [B, N, ...] a token, the state is [B, N, H, Hv].
     """
-    dtype, groups = accumulator(query, key, value), value.shape[2] // key.shape[2]
+    dtype, output, groups = accumulator(query, key, value), value.dtype, value.shape[2] // key.shape[2]
     query, key = (jnp.repeat(x, groups, axis=2) for x in (query, key))
     if log_decay is not None:
         decay = jnp.exp(jnp.asarray(log_decay, dtype))
@@ -316,15 +316,17 @@ def step_by_step(update, query, key, value, per_token, log_decay, initial_state,
         state = update(state, key, value, per_token)
         return state, jnp.einsum('bnh,bnhv->bnv', query, state, precision='highest')
 
-    time_first = lambda x: None if x is None else jnp.moveaxis(x, 1, 0)
-    arrays = (None if x is None else x.astype(dtype) for x in (query, key, value, per_token))
-    xs = (*map(time_first, arrays), time_first(decay if log_decay is not None else None), time_first(keep))
-    state = first_state(initial_state, key, value)
+    time_first = lambda x: jnp.moveaxis(x, 1, 0)
+    query, key, value, per_token = (None if x is None else x.astype(dtype) for x in (query, key, value, per_token))
+    query = query if scale is None else scale * query
+    xs = jax.tree.map(time_first, (query, key, value, per_token, None if log_decay is None else decay, keep))
+    state = first_state(initial_state, key, value, dtype)
     if value.shape[1] == 1:
         state, out = step(state, jax.tree.map(lambda x: x[0], xs))
-        return out[:, None], state
-    state, out = jax.lax.scan(step, state, xs)
-    return jnp.moveaxis(out, 0, 1).astype(value.dtype), state
+        out = out[None]
+    else:
+        state, out = jax.lax.scan(step, state, xs)
+    return jnp.moveaxis(out, 0, 1).astype(output), state
 
 
 def size(chunk, key, value) -> int:

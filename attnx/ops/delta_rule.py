@@ -24,28 +24,28 @@ def delta_rule(
 
         S' = exp(g_t) S_{t-1}        S_t = S' + beta_t k_t^T (v_t - k_t S')        o_t = scale q_t S_t
 
-    The prediction error is taken against the decayed state. Keys are taken as given: for a stable recurrence normalise them
-    to |k| <= 1, with beta in [0, 2].
+    The prediction error is taken against the decayed state. Keys are taken as given: for a stable recurrence normalise
+    them to |k| <= 1, with beta in [0, 2].
 
     Args:
       query: [B, T, K, H]; K divides N, and query and key head n // (N/K) serves value head n without being copied.
       key: [B, T, K, H].
       value: [B, T, N, Hv], N heads.
       beta: write strength [B, T, N], in [0, 2]: 0 writes nothing, 1 replaces, 2 reflects.
-      log_decay: g <= 0, natural log: None (no decay), [N] constant per head, [B, T, N] per token, or [B, T, N, H] per token
-        and key channel. -inf erases. Exact to rounding for any size of decay.
+      log_decay: g <= 0, natural log: None (no decay), [N] constant per head, [B, T, N] per token, or [B, T, N, H] per
+        token and key channel. -inf erases. Exact to rounding for any size of decay.
       initial_state: S before the first token, [B, N, H, Hv]; None is zero.
-      segment_ids: integers [B, T]; the state is zero before a token whose id differs from the token before. The first token
-        continues `initial_state` whatever its id.
+      segment_ids: integers [B, T]; the state is zero before a token whose id differs from the token before. The first
+        token continues `initial_state` whatever its id.
       scale: factor on the query; None is 1 (mechanisms that want H^-0.5 say so).
-      chunk: tokens solved for all at once in the chunked form, a power of two; None chooses by shape. No effect on the result
-        beyond rounding.
-      impl: 'auto', 'reference' (token by token), 'xla' (chunked), or a kernel. Both forms have forward-mode and second-order
-        derivatives.
+      chunk: tokens solved for all at once in the chunked form, a power of two; None chooses by shape. No effect on the
+        result beyond rounding.
+      impl: 'auto', 'reference' (token by token), 'xla' (chunked), or a kernel. Both forms have forward-mode and
+        second-order derivatives.
 
     Returns:
-      out [B, T, N, Hv] in value's dtype, and the state after the last token [B, N, H, Hv] in float32 (float64 for float64
-      inputs).
+      out [B, T, N, Hv] in value's dtype, and the state after the last token [B, N, H, Hv] in float32 (float64 for
+      float64 inputs).
 
     Raises:
       ValueError: a rank, shape or dtype is not the one above; chunk is not a power of two; log_decay is known to be
@@ -58,7 +58,7 @@ def delta_rule(
     chunks.require_shape('delta_rule', 'beta', beta, 'B T N', sizes)
     chunks.require_range('delta_rule', 'beta', beta, 0, 2 + 1e-3, 'beyond it a unit key makes the state grow')
     forms = {'reference': reference, 'xla': xla}
-    options = dict(initial_state=initial_state, segment_ids=segment_ids, scale=scale, chunk=chunk)
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
     return dispatch.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
 
 
@@ -70,14 +70,14 @@ def reference(query, key, value, beta, log_decay=None, *, initial_state=None, se
         error = value - jnp.einsum('bnh,bnhv->bnv', key, state, precision='highest')
         return state + key[..., :, None] * (beta[..., None] * error)[..., None, :]
 
-    out, state = chunks.step_by_step(update, query, key, value, beta, log_decay, initial_state, segment_ids)
-    return out if scale is None else scale * out, state
+    return chunks.step_by_step(update, query, key, value, beta, log_decay, initial_state, segment_ids, scale)
 
 
 def xla(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):
-    """Chunk by chunk, with A_ij = beta_i k_i . k_j decayed from j to i, j < i: the errors U of all tokens at once solve
+    """Chunk by chunk: what each token writes, U, from all tokens at once, then the gated linear recurrence with U for V.
 
-    (I + A) U = diag(beta) (V - K S), and U stands in for V in the gated linear recurrence.
+    (I + A) U = diag(beta) (V - K S), S the chunk's first state as each token finds it; A_ij = beta_i k_i . k_j, decayed
+    from j to i, for j < i.
     """
     if value.shape[1] == 1:
         return reference(query, key, value, beta, log_decay, initial_state=initial_state, scale=scale)

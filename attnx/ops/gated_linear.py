@@ -22,36 +22,37 @@ def gated_linear(
 
         S_t = exp(g_t) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
 
-    The decay of step t multiplies the state before step t's write, and step t reads after its write. Nothing normalises:
-    `normalized_gated_linear` divides by the summed weights.
+    The decay of step t multiplies the state before step t's write, and step t reads after its write. Nothing
+    normalises: `normalized_gated_linear` divides by the summed weights.
 
     Args:
       query: [B, T, K, H]; K divides N, and query and key head n // (N/K) serves value head n without being copied.
       key: [B, T, K, H].
       value: [B, T, N, Hv], N heads.
-      log_decay: g <= 0, natural log: None (no decay), [N] constant per head, [B, T, N] per token, or [B, T, N, H] per token
-        and key channel. -inf erases. Exact to rounding for any size of decay.
+      log_decay: g <= 0, natural log: None (no decay), [N] constant per head, [B, T, N] per token, or [B, T, N, H] per
+        token and key channel. -inf erases. Exact to rounding for any size of decay.
       initial_state: S before the first token, [B, N, H, Hv]; None is zero.
-      segment_ids: integers [B, T]; the state is zero before a token whose id differs from the token before. The first token
-        continues `initial_state` whatever its id.
+      segment_ids: integers [B, T]; the state is zero before a token whose id differs from the token before. The first
+        token continues `initial_state` whatever its id.
       scale: factor on the query; None is 1 (mechanisms that want H^-0.5 say so).
-      chunk: tokens compared all at once in the chunked form, a power of two; None chooses by shape. No effect on the result
-        beyond rounding.
-      impl: 'auto', 'reference' (token by token), 'xla' (chunked), or a kernel. Both forms have forward-mode and second-order
-        derivatives.
+      chunk: tokens compared all at once in the chunked form, a power of two; None chooses by shape. No effect on the
+        result beyond rounding.
+      impl: 'auto', 'reference' (token by token), 'xla' (chunked), or a kernel. Both forms have forward-mode and
+        second-order derivatives.
 
     Returns:
-      out [B, T, N, Hv] in value's dtype, and the state after the last token [B, N, H, Hv] in float32 (float64 for float64
-      inputs).
+      out [B, T, N, Hv] in value's dtype, and the state after the last token [B, N, H, Hv] in float32 (float64 for
+      float64 inputs).
 
     Raises:
-      ValueError: a rank, shape or dtype is not the one above; chunk is not a power of two; log_decay is known to be positive.
+      ValueError: a rank, shape or dtype is not the one above; chunk is not a power of two; log_decay is known to be
+        positive.
 
     Memory: O(T), forward and backward. Paper: 2006.16236, 2307.08621, 2312.06635, 2405.21060.
     """
     chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, chunk)
     forms = {'reference': reference, 'xla': xla}
-    options = dict(initial_state=initial_state, segment_ids=segment_ids, scale=scale, chunk=chunk)
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
     return dispatch.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
 
 
@@ -73,8 +74,7 @@ def reference(query, key, value, log_decay=None, *, initial_state=None, segment_
     def update(state, key, value, _):
         return state + key[..., :, None] * value[..., None, :]
 
-    out, state = chunks.step_by_step(update, query, key, value, None, log_decay, initial_state, segment_ids)
-    return out if scale is None else scale * out, state
+    return chunks.step_by_step(update, query, key, value, None, log_decay, initial_state, segment_ids, scale)
 
 
 def xla(query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):
