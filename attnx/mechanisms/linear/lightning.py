@@ -52,13 +52,6 @@ def paper_decay(num_heads: int, layer, num_layers: int):
 DECAYS = {'release': release_decay, 'paper': paper_decay, 'none': lambda num_heads, layer, num_layers: None}
 
 
-def lrpe(x: jax.Array, where: jax.Array, theta: jax.Array) -> jax.Array:
-    """[x cos(t theta), x sin(t theta)]: heads [B, T, N, H] -> [B, T, N, 2 H]; where int [B or 1, T], theta [N, H]."""
-    angle = where[..., None, None] * theta
-    wide = jnp.concatenate([x * jnp.cos(angle), x * jnp.sin(angle)], axis=-1)
-    return wide.astype(x.dtype)
-
-
 class Lightning(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config, self.num_layers = config, dims.num_layers
@@ -89,7 +82,7 @@ class Lightning(Mixer):
         if self.theta is not None:
             where = document_positions(ctx, ids, x.shape[1], memory.get('position'))
             theta = self.theta[...].astype(jnp.float32).reshape(n, -1)
-            query, key = lrpe(query, where, theta), lrpe(key, where, theta)
+            query, key = (ops.positions.lrpe(y, where, theta) for y in (query, key))
             new['position'] = where[:, -1] + 1
         out, new['matrix'] = ops.gated_linear(
             query,

@@ -1,7 +1,7 @@
 """RetNet's multi-scale retention: a matrix state that decays at a fixed rate per head, with rotary positions.
 
 Equation: S_t = gamma_h S_{t-1} + k_t^T v_t;  o_t = H^-1/2 q_t S_t;  y = W_o (silu(W_g x) * o / rms(o) per head), with
-    gamma_h = 1 - 2^(-5 - h) and q, k rotated by t theta_i, theta_i = 10000^(-i / (H / 2 - 1)).
+    gamma_h = 1 - 2^(-5 - h) and pairs (2i, 2i + 1) of q, k rotated by t theta_i, theta_i = 10000^(-i / (H / 2 - 1)).
 Paper: Retentive network: a successor to transformer for large language models, 2023, arXiv 2307.08621.
 Differs: the released row scalings are left out: the norm per head removes them, but for its epsilon; the projections
     are initialised as everywhere here, not by Xavier with gain 2^-2.5.
@@ -32,15 +32,6 @@ def log_decay(num_heads: int) -> np.ndarray:
     return np.log1p(-(2.0 ** (-5 - np.arange(num_heads)))).astype(np.float32)
 
 
-def rotate(x: jax.Array, where: jax.Array, base: float) -> jax.Array:
-    """Turns pairs (2i, 2i + 1) of heads [B, T, N, H] by where * base^(-i / (H / 2 - 1)); where int [B or 1, T]."""
-    theta = base ** -jnp.linspace(0, 1, x.shape[-1] // 2)
-    angle = (where[..., None] * theta)[:, :, None]
-    even, odd = x[..., ::2].astype(jnp.float32), x[..., 1::2].astype(jnp.float32)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    return jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1).reshape(x.shape).astype(x.dtype)
-
-
 class RetNet(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config = config
@@ -62,9 +53,10 @@ class RetNet(Mixer):
         n, head_dim, _ = self.shape
         memory, ids = ({}, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
         where = document_positions(ctx, ids, x.shape[1], memory.get('position'))
+        angles = where[..., None] * self.config.base ** -jnp.linspace(0, 1, head_dim // 2)
         out, matrix = ops.gated_linear(
-            rotate(split_heads(self.query(x), n), where, self.config.base),
-            rotate(split_heads(self.key(x), n), where, self.config.base),
+            ops.positions.rotate(split_heads(self.query(x), n), angles, interleaved=True),
+            ops.positions.rotate(split_heads(self.key(x), n), angles, interleaved=True),
             split_heads(self.value(x), n),
             jnp.asarray(log_decay(n)),
             initial_state=memory.get('matrix'),
