@@ -81,13 +81,13 @@ def mix(x):
 
 def row_hash(seed, b, h, q):
     """uint32 per (b, h, q), broadcast."""
-    seed, b, h, q = _u32(seed), _u32(b), _u32(h), _u32(q)
+    seed, b, h, q = u32(seed), u32(b), u32(h), u32(q)
     return mix(q + mix(h + mix(b + mix(seed + GOLDEN))))
 
 
 def column_hash(seed, word):
     """uint32 per word; `word` is (k // 64) * 32 + k % 32."""
-    return mix(_u32(word) + mix(_u32(seed) ^ GOLDEN))
+    return mix(u32(word) + mix(u32(seed) ^ GOLDEN))
 
 
 def combine(row, column):
@@ -100,12 +100,13 @@ def combine(row, column):
 
 def keep(seed, b, h, q, k, rate: float):
     """Whether the weight at (b, h, q, k) is kept: bool, the indices' broadcast shape."""
-    k = _u32(k)
+    k = u32(k)
     x = combine(row_hash(seed, b, h, q), column_hash(seed, (k >> 6) * 32 + (k & 31)))
     half = jnp.where((k & 32) == 0, x & np.uint32(0xFFFF), x >> 16)
     return half >= np.uint32(round(rate * 65536))
 
 
-def _u32(x):
+def u32(x):
+    """x as uint32, wrapping."""
     # An int may exceed int32, and jnp.asarray would refuse it.
     return jnp.uint32(x & 0xFFFFFFFF) if isinstance(x, int) else jnp.asarray(x).astype(jnp.uint32)
