@@ -16,22 +16,38 @@ from attnx.dispatch import nearest
 from attnx.nn.layers import RMSNorm
 from attnx.nn.params import normal, param
 from attnx.nn.state import Cache, Keys, attend_to, positions
+from attnx.ops.softmax_attention import Dropout
 from attnx.spec import Context, Dims
 
 MASKS = ('window', 'dilated', 'strided', 'global_window', 'block_causal')
+ABSOLUTE = ('global_window', 'block_causal')  # masks of positions in a document; the others see differences only
 SCORES = ('alibi', 'softcap', 'temperature', 't5')
 POSITIONS = ('rope', 'none')
+SCALINGS = ('none', 'linear', 'ntk', 'yarn')  # dynamic would turn cached keys by angles of another length
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Rope:
     """Rotary positions."""
 
-    base: float = 10_000.0  # theta of the slowest-but-one wave
-    fraction: float = 1.0  # share of the head width that is rotated
+    base: float = 10_000.0  # the frequencies run from 1 to about 1 / base; 100 is usual for images
+    fraction: float = 1.0  # share of the head width that is rotated, rounded down to whole pairs
     scaling: str = 'none'  # none, linear, ntk, yarn
     factor: float = 1.0  # context extension of the scaling
     original_length: int = 2048  # length the frequencies were trained for (yarn)
+    grid: int = 0  # tokens in a row of a 2-D grid: half of the pairs turn by row p // grid, half by column; 0: by position p
+
+    def __post_init__(self):
+        if self.scaling not in SCALINGS:
+            raise ValueError(f'unknown rope scaling {self.scaling!r}; {nearest(self.scaling, SCALINGS)}')
+        if self.base <= 1 or not 0 < self.fraction <= 1 or self.grid < 0:
+            raise ValueError(
+                f'rope: base {self.base} must exceed 1, fraction {self.fraction} be in (0, 1], grid {self.grid} not negative'
+            )
+        if self.factor < 1 or (self.factor != 1 and self.scaling == 'none'):
+            raise ValueError(f'rope: factor {self.factor} must be at least 1, and needs a scaling; given {self.scaling!r}')
+        if self.grid and self.scaling != 'none':
+            raise ValueError(f'rope: scaling {self.scaling!r} is defined for positions on a line, not for grid {self.grid}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,43 +89,39 @@ class Core(nnx.Module):
 
     def __init__(self, options: Options, dims: Dims, num_heads: int, head_dim: int, *, rngs: nnx.Rngs):
         self.options, self.causal, self.num_heads = options, dims.causal, num_heads
-        self.query_norm = self.key_norm = None
-        if options.qk_norm:
-            self.query_norm = RMSNorm(head_dim, dims, rngs=rngs, axis='head_dim')
-            self.key_norm = RMSNorm(head_dim, dims, rngs=rngs, axis='head_dim')
+        norm = lambda: RMSNorm(head_dim, dims, rngs=rngs, axis='head_dim') if options.qk_norm else None
+        self.query_norm, self.key_norm = norm(), norm()
         self.sink = param(jnp.zeros((num_heads,), dims.param_dtype), ('heads',)) if options.sinks else None
         buckets = next((s[1] if len(s) > 1 else 32 for s in options.scores if s[0] == 't5'), 0)
-        self.buckets = None
-        if buckets:
-            table = normal(rngs, (buckets, num_heads), 0.02, dims.param_dtype)
-            self.buckets = param(table, ('features', 'heads'))
+        table = lambda: param(normal(rngs, (buckets, num_heads), 0.02, dims.param_dtype), ('features', 'heads'))
+        self.buckets = table() if buckets else None
 
     def rotate(self, x: jax.Array, where: jax.Array) -> jax.Array:
         """Applies the position code to heads [B, T, N, H] at positions [B or 1, T]."""
         if self.options.position == 'none':
             return x
         rope = self.options.rope
-        return ops.positions.rope(
-            x,
-            where,
-            base=rope.base,
-            rotary_dim=int(x.shape[-1] * rope.fraction) // 2 * 2,
-            scaling=rope.scaling,
-            factor=rope.factor,
-            original_length=rope.original_length,
-        )
+        part = 4 if rope.grid else 2
+        rotary = int(x.shape[-1] * rope.fraction) // part * part
+        if rope.grid:
+            coordinates = jnp.stack([where // rope.grid, where % rope.grid], axis=-1)
+            return ops.positions.axial_rope(x, coordinates, base=rope.base, rotary_dim=rotary)
+        scaling = None
+        if rope.scaling != 'none':
+            scaling = ops.positions.Scaling(rope.scaling, rope.factor, rope.original_length)
+        return ops.positions.rope(x, where, base=rope.base, rotary_dim=rotary, scaling=scaling)
 
     def mask(self, keys: Keys, *, causal: bool | None = None):
         """The conjunction of causality, documents and the options' masks."""
-        slots = (keys.query_slots, keys.key_slots)
+        slots = keys.query_slots, keys.key_slots
         found = []
         if self.causal if causal is None else causal:
             found.append(ops.masks.causal(*slots))
         if keys.query_ids is not None:
             found.append(ops.masks.segments(keys.query_ids, keys.key_ids))
         for name, *arguments in self.options.masks:
-            make = getattr(ops.masks, name)
-            found.append(make(*arguments, query_positions=slots[0], key_positions=slots[1]))
+            query, key = keys.in_documents() if name in ABSOLUTE else slots
+            found.append(getattr(ops.masks, name)(*arguments, query_positions=query, key_positions=key))
         mask = None
         for m in found:
             mask = m if mask is None else mask & m
@@ -117,13 +129,22 @@ class Core(nnx.Module):
 
     def score(self, keys: Keys):
         """The options' score terms in order."""
-        slots = {'query_positions': keys.query_slots, 'key_positions': keys.key_slots}
+        far, both = keys.distances(), not self.causal
         score = None
         for name, *arguments in self.options.scores:
             if name == 'alibi':
-                term = ops.scores.alibi(ops.scores.alibi_slopes(self.num_heads), **slots)
+                slopes = ops.scores.alibi_slopes(self.num_heads)
+                if far is None:
+                    term = ops.scores.alibi(slopes, bidirectional=both)
+                else:
+                    term = ops.scores.relative(slopes[:, None] * (-abs(far) if both else far).astype(jnp.float32))
             elif name == 't5':
-                term = ops.scores.t5(self.buckets[...], *arguments[1:], bidirectional=not self.causal, **slots)
+                table, limit = self.buckets[...], dict(zip(('max_distance',), arguments[1:]))
+                if far is None:
+                    term = ops.scores.t5(table, keys.length, bidirectional=both, **limit)
+                else:
+                    where = ops.scores.t5_buckets(far, table.shape[0], bidirectional=both, **limit)
+                    term = ops.scores.relative(table[where].T)
             else:
                 term = getattr(ops.scores, name)(*arguments)
             score = term if score is None else score >> term
@@ -132,27 +153,35 @@ class Core(nnx.Module):
     def init_state(self, batch: int, capacity: int, shapes, dtype: Any, window: int = 0) -> Cache:
         return Cache.init(batch, min(window, capacity) if window else capacity, shapes, dtype, ring=bool(window))
 
-    def __call__(self, query, key, value, ctx: Context, state: Cache | None = None, **extra):
-        """query [B, T, N, H], key [B, T, K, H], value [B, T, K, Hv] -> (out [B, T, N, Hv], next state)."""
+    def extend(self, query, key, values, ctx: Context, state: Cache | None = None):
+        """Normalises and rotates queries and keys, and appends the keys and `values`, a tuple of [B, T, …], to the state.
+
+        Returns:
+          (query, all that there is to attend to, next state)
+        """
         if self.query_norm is not None:
             query, key = self.query_norm(query), self.key_norm(key)
         where = positions(ctx, query.shape[1], 0 if state is None else state.index)
-        state, keys = attend_to(state, ctx, (self.rotate(key, where), value))
-        out = self.attend(self.rotate(query, where), *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra)
-        return out, state
+        state, keys = attend_to(state, ctx, (self.rotate(key, where), *values))
+        return self.rotate(query, where), keys, state
 
-    def attend(self, query, key, value, ctx: Context, mask, score, **extra):
-        """The op under the options' scale, sinks and dropout."""
+    def __call__(self, query, key, value, ctx: Context, state: Cache | None = None, **extra):
+        """query [B, T, N, H], key [B, T, K, H], value [B, T, K, Hv] -> (out [B, T, N, Hv], next state)."""
+        query, keys, state = self.extend(query, key, (value,), ctx, state)
+        return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
+
+    def attend(self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, **extra):
+        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout."""
         rate, drop = self.options.dropout, None
         if rate and ctx.key is not None:
-            drop = ops.Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
+            drop = Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
         return ops.softmax_attention(
             query,
             key.astype(query.dtype),
             value.astype(query.dtype),
             mask=mask,
             score=score,
-            scale=self.options.scale or None,
+            scale=self.options.scale or scale,
             sinks=None if self.sink is None else self.sink[...].astype(jnp.float32),
             dropout=drop,
             impl=ctx.impl,

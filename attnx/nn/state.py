@@ -43,15 +43,47 @@ class Recurrent:
         return Recurrent(memory=memory, segment=ids[:, -1])
 
 
+def starts(ids: jax.Array) -> jax.Array:
+    """The index of the first token of each token's document: int32 [B, T] -> [B, T]."""
+    first = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+    return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1]), 0), axis=1)
+
+
 @_dataclass
 class Keys:
-    """What a query block attends to. Slots are absolute token indices; None: the last key is the last query's own."""
+    """What a query block attends to. Slots are absolute token indices; None: queries and keys are the same tokens."""
 
     arrays: tuple[jax.Array, ...]  # each [B, S, …]
     query_ids: jax.Array | None  # int32 [B, T]
     key_ids: jax.Array | None  # int32 [B, S], 0 = empty or padding
-    query_slots: jax.Array | None = None  # int32 [1, T]
-    key_slots: jax.Array | None = None  # int32 [1, S]
+    query_slots: jax.Array | None = None  # int32 [1, T], consecutive
+    key_slots: jax.Array | None = None  # int32 [1, S], consecutive if T > 1; below 0 = empty
+
+    @property
+    def length(self) -> int:
+        return self.arrays[0].shape[1]
+
+    def of_queries(self, per_key: jax.Array) -> jax.Array:
+        """[B, S] -> [B, T]: the entries of the queries' own keys, where slots are indices into the arrays."""
+        if self.query_slots is None:
+            return per_key
+        length = self.query_slots.shape[1]
+        return jax.lax.dynamic_slice_in_dim(per_key, self.query_slots[0, 0], length, axis=1)
+
+    def in_documents(self) -> tuple[jax.Array | None, jax.Array | None]:
+        """Positions inside the documents: queries' int32 [B, T] and keys' [B, S]; not of a ring, which forgets them."""
+        if self.key_ids is None:
+            return self.query_slots, self.key_slots
+        where = jnp.arange(self.length) - starts(self.key_ids)
+        return self.of_queries(where), where
+
+    def distances(self) -> jax.Array | None:
+        """int32 [T + S - 1]: key minus query slot as a strip, entry k - q + (T - 1); None without slots."""
+        if self.query_slots is None:
+            return None
+        queries, keys = self.query_slots[0], self.key_slots[0]
+        ahead = jnp.arange(1 - queries.size, 0) + keys[0]
+        return jnp.concatenate([ahead, keys]) - queries[0]
 
 
 @_dataclass
@@ -107,7 +139,13 @@ class Cache:
             else:  # unrolled ring, then the new tokens: consecutive
                 order = (self.index + jnp.arange(capacity)) % capacity
                 *past, past_ids = (jnp.concatenate([o[:, order], n], axis=1) for o, n in zip(old, (*new, ids)))
-                keys = Keys(arrays=tuple(past), query_ids=ids, key_ids=past_ids)
+                keys = Keys(
+                    arrays=tuple(past),
+                    query_ids=ids,
+                    key_ids=past_ids,
+                    query_slots=(self.index + jnp.arange(length))[None],
+                    key_slots=(self.index + jnp.arange(-capacity, length))[None],
+                )
         cache = dataclasses.replace(
             self, arrays=tuple(stored), segment_ids=stored_ids, index=self.index + length
         )

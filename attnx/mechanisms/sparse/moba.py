@@ -1,0 +1,125 @@
+"""Mixture of block attention: every query reads its own block and the few past blocks whose mean key suits it best.
+
+Equation: o_t = sum_{s in R_t} softmax_s(scale q_t . k_s) v_s, R_t = {s <= t: block(s) = block(t) or block(s) in top_t};
+    top_t = the top_k - 1 complete past blocks i of largest q_t . mean_{s in i} k_s, chosen per query head in float32.
+Paper: MoBA: mixture of block attention for long-context LLMs, 2025, arXiv 2502.13189.
+Differs: top_k = 1 is attention inside the own block, where the released code falls back to full attention. Blocks are counted
+    from the start of each document.
+Cost: train O(T² N / b) numbers and products for the choice, then the tiles that hold a chosen block, for which implementations
+    skip the others (all causal tiles at worst), O(T top_k) memory for the mask; decode reads and keeps 2 K H numbers a token,
+    as full attention: the choice is a mask over the cache.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnx import ops
+from attnx.nn import Linear, merge_heads, softmax, split_heads
+from attnx.nn.state import starts
+from attnx.spec import Context, Dims, Mixer, Output, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(softmax.Options):
+    num_heads: int = 4  # N query heads
+    num_kv_heads: int = 0  # K key/value heads; divides num_heads; 0: as many as num_heads
+    head_dim: int = 0  # H; 0: width / num_heads
+    block: int = 512  # b: tokens of a block
+    top_k: int = 3  # blocks that a query reads, its own included
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.block < 1 or self.top_k < 1:
+            raise ValueError(f'block {self.block} and top_k {self.top_k} must be at least 1')
+        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or self.num_heads):
+            raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+
+
+def _routed(i, own, block, *chosen):
+    seen = i.k >= own
+    for c in chosen:
+        seen = seen | (block == c)
+    return seen
+
+
+def route(query: jax.Array, keys, block: int, top_k: int) -> ops.masks.Mask:
+    """The mask of own and chosen blocks, to be joined with causality and documents.
+
+    Args:
+      query: [B, T, N, H].
+      keys: `nn.Keys` whose first array is [B, S, K, H].
+    """
+    key = keys.arrays[0]
+    batch, length, num_kv_heads, _ = key.shape
+    ids = jnp.ones((batch, length), jnp.int32) if keys.key_ids is None else keys.key_ids
+    index = jnp.arange(length)
+    first = starts(ids)  # of each token's document
+    own = index - (index - first) % block  # first token of each token's block
+    last = index - own == block - 1  # a token that completes a block
+    # Complete blocks are numbered along the row; a token before the end of block i bears number i. Tokens of an incomplete
+    # block bear the number of a later document's block, which the mask of documents forbids them to share with its readers.
+    number = jnp.cumsum(last, axis=1) - last
+    blocks = length // block
+    own_of_query = keys.of_queries(own)
+    chosen = ()
+    if min(top_k - 1, blocks):
+        end = jax.vmap(lambda row: jnp.nonzero(row, size=blocks, fill_value=length)[0])(last)  # [B, blocks]
+        members = jnp.maximum(end[:, :, None] - jnp.arange(block), 0).reshape(batch, -1)
+        members = jnp.take_along_axis(jax.lax.stop_gradient(key), members[:, :, None, None], axis=1, mode='clip')
+        mean = members.reshape(batch, blocks, block, num_kv_heads, -1).astype(jnp.float32).mean(axis=2)
+        grouped = jax.lax.stop_gradient(query).astype(jnp.float32)
+        grouped = grouped.reshape(*query.shape[:2], num_kv_heads, -1, query.shape[-1])
+        gate = jnp.einsum('btkgh,bikh->bkgti', grouped, mean, precision='highest')
+        gate = gate.reshape(batch, -1, *gate.shape[3:])  # [B, N, T, blocks]
+        past = (end[:, None] >= keys.of_queries(first)[:, :, None]) & (end[:, None] < own_of_query[:, :, None])
+        best, which = jax.lax.top_k(jnp.where(past[:, None], gate, -jnp.inf), min(top_k - 1, blocks))
+        which = jnp.where(best > -jnp.inf, which, -1)
+        chosen = tuple(ops.masks.Operand(which[..., j], 'bhq') for j in range(which.shape[-1]))
+    rows = ops.masks.Operand(own_of_query, 'bq'), ops.masks.Operand(number, 'bk')
+    return ops.masks.Mask(_routed, (*rows, *chosen))
+
+
+class MixtureOfBlockAttention(Mixer):
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        self.config, self.dtype = config, dims.dtype
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
+        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
+        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
+        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
+        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
+        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
+
+    def init_state(self, batch, capacity, dtype=None):
+        shape = (self.num_kv_heads, self.head_dim)
+        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        query = split_heads(self.query(x), self.config.num_heads)
+        key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
+        query, keys, state = self.core.extend(query, key, (value,), ctx, state)
+        mask = self.core.mask(keys) & route(query, keys, self.config.block, self.config.top_k)
+        out = self.core.attend(query, *keys.arrays, ctx, mask, self.core.score(keys))
+        return Output(self.out(merge_heads(out)), state)
+
+
+def _flops(config, dims, length):
+    head_dim = config.head_dim or dims.width // config.num_heads
+    gate = config.num_heads * head_dim * length / config.block
+    # softmax.flops halves the keys of a causal model; half of the own block is read, and all of the chosen.
+    return gate + softmax.flops(config.num_heads, head_dim, dims, min(length, config.block * (2 * config.top_k - 1)))
+
+
+SPEC = Spec(
+    module=MixtureOfBlockAttention,
+    config=Config,
+    paper='2502.13189',
+    ops=('softmax_attention',),
+    state='kv',
+    causal='causal',
+    example=Config(num_heads=4, num_kv_heads=2, block=4, top_k=3),
+    flops=_flops,
+)
