@@ -74,7 +74,7 @@ def reference(query, key, value, beta, log_decay=None, *, initial_state=None, se
 
 
 def xla(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):
-    """Chunk by chunk: what each token writes, U, from all tokens at once, then the gated linear recurrence with U for V.
+    """Chunk by chunk: what each token writes, U, of all tokens at once, then the gated linear recurrence with U for V.
 
     (I + A) U = diag(beta) (V - K S), S the chunk's first state as each token finds it; A_ij = beta_i k_i . k_j, decayed
     from j to i, for j < i.
