@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -e '.[$(EXTRA)]'
 	@touch $@
 
-train: $(STAMP)         ## trains the default small language model on real text; ARGS='--config.train.steps=2000' passes flags
+train: $(STAMP)         ## trains the default small language model on real text; ARGS='--config.steps=2000' passes flags
 	@$(BIN)/python train.py $(ARGS)
 
 test: $(STAMP)          ## every test: laws over all mechanisms, ops, models, training

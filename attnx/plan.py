@@ -184,15 +184,17 @@ def main(argv) -> int:
     from rich.console import Console
 
     from attnx import config as config_lib
-    from attnx.train.config import RunConfig
+    from attnx.train import data, loop
 
-    run = config_lib.build(RunConfig, _CONFIG.value, 'config')
-    model = run.resolved_model()
+    run = config_lib.build(loop.Config, _CONFIG.value, 'config')
+    task = data.open(run.data).task
     found = plan(
-        model,
-        length=run.data.length,
+        loop.completed(run.model, task),
+        length=task.length,
         batch=run.data.batch_size,
+        packed=task.packed,
         optimizer_slots={'adamw': 2, 'muon': 2, 'lion': 1}[run.optim.kind],
+        accumulate=run.step.accumulate,
     )
     report(found, flags.FLAGS.platform, Console(width=max(Console().width, 110)))
     return 1 if found.refused else 0

@@ -22,11 +22,11 @@ class Block(nnx.Module):
         norm = lambda: NORMS[model.norm](dims.width, dims, rngs=rngs)
         self.mixer = layer.spec.build(layer.config, dims, rngs=rngs)
         self.mixer_norm = norm()
-        self.cross = self.cross_norm = self.mlp = self.mlp_norm = None
-        if cross is not None:
-            self.cross, self.cross_norm = cross.spec.build(cross.config, dims, rngs=rngs), norm()
-        if model.mlp.kind != 'none':
-            self.mlp, self.mlp_norm = MLP(model.mlp, dims, rngs=rngs), norm()
+        self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs)
+        self.cross_norm = None if cross is None else norm()
+        wide = model.mlp.kind != 'none'
+        self.mlp = MLP(model.mlp, dims, rngs=rngs) if wide else None
+        self.mlp_norm = norm() if wide else None
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
 
     def init_state(self, batch, capacity, dtype):

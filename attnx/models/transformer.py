@@ -86,30 +86,22 @@ class Transformer(nnx.Module):
             raise ValueError(f'vocab_size {config.vocab_size}: a model of tokens needs a vocabulary of at least 1')
         both = config.kind == 'encoder_decoder'
         dims = config.dims(causal=config.kind != 'encoder', num_layers=config.num_layers)
-        if config.input_dim:
-            self.embedding = None
-            self.project = Linear(config.input_dim, dims.width, ('features', 'embed'), dims, rngs=rngs, bias=True)
-        else:
-            self.embedding = param(normal(rngs, (config.vocab_size, dims.width), 0.02), ('vocab', 'embed'))
-            self.project = None
-        self.table = None
-        if config.positions == 'learned':
-            self.table = param(normal(rngs, (dims.max_length, dims.width), 0.02), ('features', 'embed'))
+        features = config.input_dim
+        self.project = Linear(features, dims.width, ('features', 'embed'), dims, rngs=rngs, bias=True) if features else None
+        table = lambda rows, axis: param(normal(rngs, (rows, dims.width), 0.02), (axis, 'embed'))
+        self.embedding = None if features else table(config.vocab_size, 'vocab')
+        self.table = table(dims.max_length, 'features') if config.positions == 'learned' else None
         cross = config.mixer(config.cross) if both else None
         self.body = Stack(config.layers(), len(config.pattern), config, dims, rngs=rngs, cross=cross)
         self.norm = NORMS[config.norm](dims.width, dims, rngs=rngs)
-        self.encoder = self.encoder_norm = None
-        if both:
-            inner = config.dims(causal=False, num_layers=config.encoder.num_layers)
-            period = len(config.encoder.pattern)
-            self.encoder = Stack(config.encoder_layers(), period, config, inner, rngs=rngs)
-            self.encoder_norm = NORMS[config.norm](dims.width, dims, rngs=rngs)
-        self.head = None
-        if config.num_classes:
-            self.head = Linear(dims.width, config.num_classes, ('embed', 'features'), dims, rngs=rngs, bias=True)
-        elif self.embedding is None or not config.tie_embeddings:
-            outputs = config.vocab_size or config.input_dim
-            self.head = Linear(dims.width, outputs, ('embed', 'vocab'), dims, rngs=rngs)
+        inner = config.dims(causal=False, num_layers=config.encoder.num_layers)
+        layers = config.encoder_layers() if both else ()
+        self.encoder = Stack(layers, len(config.encoder.pattern), config, inner, rngs=rngs) if both else None
+        self.encoder_norm = NORMS[config.norm](dims.width, dims, rngs=rngs) if both else None
+        outputs = config.num_classes or config.vocab_size or features
+        axes = ('embed', 'features' if config.num_classes else 'vocab')
+        tied = config.tie_embeddings and not config.num_classes and not features
+        self.head = None if tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
         self.kind, self.classify, self.impl = config.kind, config.num_classes > 0, config.impl
         self.positions, self.softcap, self.rate = config.positions, config.logit_softcap, config.dropout
         self.dtype = DTYPES[config.dtype]
