@@ -41,12 +41,13 @@ class Config:
 
 def release_decay(num_heads: int, layer, num_layers: int):
     """-slope_h (1 - l / (L - 1) + 1e-5), slopes as in ALiBi: float32 [N]. `layer` may be traced."""
-    return -ops.scores.alibi_slopes(num_heads) * (1 - layer / max(num_layers - 1, 1) + 1e-5)
+    last = max(num_layers - 1, 1)
+    return -ops.scores.alibi_slopes(num_heads) * ((last - layer) / last + 1e-5)
 
 
 def paper_decay(num_heads: int, layer, num_layers: int):
     """-(8 h / N) (1 - l / L), h = 0, …, N - 1: float32 [N]; head 0 never forgets. `layer` may be traced."""
-    return -8 / num_heads * np.arange(num_heads, dtype=np.float32) * (1 - layer / num_layers)
+    return -8 / num_heads * np.arange(num_heads, dtype=np.float32) * ((num_layers - layer) / num_layers)
 
 
 DECAYS = {'release': release_decay, 'paper': paper_decay, 'none': lambda num_heads, layer, num_layers: None}
