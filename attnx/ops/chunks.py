@@ -201,6 +201,21 @@ def _(primals, tangents):
     return inverse, -matmul(inverse, matmul(*tangents, inverse))
 
 
+@jax.custom_jvp
+def unit_lower_solve(a, b):
+    """(I + a)^-1 b for strictly lower triangular a [..., C, C] and b [..., C, d]."""
+    return matmul(unit_lower_inverse(a), b)
+
+
+@unit_lower_solve.defjvp
+def _(primals, tangents):
+    # Derivatives by way of the solution: cheaper than those of the inverse, and no digits cancel in them.
+    (a, b), (da, db) = primals, tangents
+    inverse = unit_lower_inverse(a)
+    x = matmul(inverse, b)
+    return x, matmul(inverse, db - matmul(da, x))
+
+
 # One chunk ----------------------------------------------------------------------------------------------------------
 
 

@@ -86,10 +86,10 @@ def xla(query, key, value, beta, log_decay=None, *, initial_state=None, segment_
         query, beta = query if scale is None else scale * query, beta[..., None]
         length = value.shape[-2]
         strict = np.tril(np.ones((length, length), bool), -1)
-        inverse = chunks.unit_lower_inverse(jnp.where(strict, beta * span.products(span.key), 0))
-        error = chunks.matmul(inverse, beta * (value - span.read(span.key, state)))
-        out = chunks.matmul(span.products(query), error) + span.read(query, state)
-        return span.write(error, state), out
+        coupling = jnp.where(strict, beta * span.products(span.key), 0)
+        written = chunks.unit_lower_solve(coupling, beta * (value - span.read(span.key, state)))
+        out = chunks.matmul(span.products(query), written) + span.read(query, state)
+        return span.write(written, state), out
 
     size = chunks.size(chunk, key, value)
     return chunks.scan(body, query, key, value, beta, log_decay, initial_state, segment_ids, size)

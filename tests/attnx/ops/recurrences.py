@@ -18,7 +18,7 @@ def op(name):
     return getattr(module(name), name)
 
 
-def inputs(name, seed=0, *, B=2, T=130, K=2, N=2, H=4, Hv=5, decay='token', nats=1.0, dtype=np.float64, state=True):
+def inputs(name, seed=0, *, B=2, T=130, K=1, N=2, H=4, Hv=5, decay='token', nats=1.0, dtype=np.float64, state=True):
     """Random arguments as a dict: unit keys, beta in [0, 1], log_decay in [-nats, 0], a first state."""
     r = np.random.default_rng(seed)
     key = r.normal(size=(B, T, K, H))
@@ -38,7 +38,7 @@ def inputs(name, seed=0, *, B=2, T=130, K=2, N=2, H=4, Hv=5, decay='token', nats
 
 
 def segments(seed, B=2, T=130, rate=0.1):
-    """Ids that change at random places, and come back to earlier values."""
+    """Ids that change at random places, and come back to earlier values; one segment for rate 0."""
     r = np.random.default_rng(seed)
     return jnp.asarray(np.cumsum(r.uniform(size=(B, T)) < rate, axis=1) % 3, jnp.int32)
 
@@ -51,13 +51,62 @@ def forward(name, impl, **options):
 
 @functools.cache
 def gradients(name, impl, **options):
-    """Jitted (arrays, segment_ids) -> ((out, state), gradients of every array) of a loss that weighs all outputs."""
+    """Jitted (arrays, segment_ids) -> ((out, state), gradients of every array of `total`)."""
 
     def loss(arrays, ids):
-        out, state = op(name)(**arrays, segment_ids=ids, impl=impl, **options)
-        return jnp.sum(jnp.sin(out + jnp.arange(out.shape[-1]))) + jnp.sum(jnp.cos(state)), (out, state)
+        outputs = op(name)(**arrays, segment_ids=ids, impl=impl, **options)
+        return total(*outputs), outputs
 
     return jax.jit(lambda arrays, ids: jax.grad(loss, has_aux=True)(arrays, ids)[::-1])
+
+
+def total(out, state):
+    """A loss to which every output matters, each in its own way."""
+    return jnp.sum(jnp.sin(out + jnp.arange(out.shape[-1]))) + jnp.sum(jnp.cos(state))
+
+
+def compare(name, arrays, ids, tolerance):
+    """Chunked against token by token: outputs, final state, gradients of every array."""
+    assert_close(gradients(name, 'xla')(arrays, ids), gradients(name, 'reference')(arrays, ids), tolerance)
+
+
+def split_and_carry(name, arrays, ids, parts):
+    """Outputs and last state of the parts run one after the other; the caller drops a state from another segment."""
+    outs, state, start = [], arrays['initial_state'], 0
+    for length in parts:
+        stop = start + length
+        part = {k: v[:, start:stop] for k, v in arrays.items() if k != 'initial_state'}
+        if start:
+            state = jnp.where((ids[:, start] == ids[:, start - 1])[:, None, None, None], state, 0)
+        out, state = forward(name, 'xla')(part | {'initial_state': state}, ids[:, start:stop])
+        outs.append(out)
+        start = stop
+    return jnp.concatenate(outs, axis=1), state
+
+
+def second_derivatives(name, arrays, impl, chunk):
+    """The Hessian of `total` times one direction: forward over reverse."""
+    way = jax.tree.map(lambda x: jnp.cos(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape), arrays)
+    grad = jax.grad(lambda a: total(*op(name)(**a, chunk=chunk, impl=impl)))
+    return jax.jit(lambda a, t: jax.jvp(grad, (a,), (t,)))(arrays, way)
+
+
+def assert_finite_differences(name, arrays, ids, tolerance):
+    """float64 central differences along one random direction per array."""
+    _, grads = gradients(name, 'xla')(arrays, ids)
+    loss = lambda changed: float(total(*forward(name, 'xla')(arrays | changed, ids)))
+    for seed, (key, x) in enumerate(arrays.items()):
+        way = np.random.default_rng(seed).normal(size=x.shape)
+        up, down = (loss({key: x + step * way}) for step in (1e-5, -1e-5))
+        found, expected = float(jnp.vdot(grads[key], way)), (up - down) / 2e-5
+        assert abs(found - expected) <= tolerance * max(abs(expected), 1), (key, found, expected)
+
+
+def temporaries(name, T):
+    """Bytes of temporaries of forward and backward of one head of width 64."""
+    make = lambda: inputs(name, B=1, T=T, N=1, H=64, Hv=64, dtype=np.float32, state=False)
+    compiled = gradients(name, 'xla').lower(jax.eval_shape(make), None).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
 
 
 def assert_close(given, expected, tolerance):
