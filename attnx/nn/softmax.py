@@ -1,7 +1,7 @@
 """What softmax mechanisms share: positions, masks, scores, sinks, dropout and the cache around the op.
 
-A mechanism projects; `Core` does the rest. Every option here works for every mechanism built on it, in training, prefill and
-decoding, through whichever implementation of the op runs.
+A mechanism projects; `Core` does the rest. Every option here works for every mechanism built on it, in training,
+prefill and decoding, through whichever implementation of the op runs.
 """
 
 import dataclasses
@@ -35,19 +35,20 @@ class Rope:
     scaling: str = 'none'  # none, linear, ntk, yarn
     factor: float = 1.0  # context extension of the scaling
     original_length: int = 2048  # length the frequencies were trained for (yarn)
-    grid: int = 0  # tokens in a row of a 2-D grid: half of the pairs turn by row p // grid, half by column; 0: by position p
+    grid: int = 0  # tokens in a row of a 2-D grid: half of the pairs turn by row p // grid, half by column; 0: a line
 
     def __post_init__(self):
         if self.scaling not in SCALINGS:
             raise ValueError(f'unknown rope scaling {self.scaling!r}; {nearest(self.scaling, SCALINGS)}')
         if self.base <= 1 or not 0 < self.fraction <= 1 or self.grid < 0:
             raise ValueError(
-                f'rope: base {self.base} must exceed 1, fraction {self.fraction} be in (0, 1], grid {self.grid} not negative'
+                f'rope: base {self.base} must exceed 1, fraction {self.fraction} be in (0, 1], '
+                f'grid {self.grid} not negative'
             )
         if self.factor < 1 or (self.factor != 1 and self.scaling == 'none'):
-            raise ValueError(f'rope: factor {self.factor} must be at least 1, and needs a scaling; given {self.scaling!r}')
+            raise ValueError(f'rope: factor {self.factor} must be at least 1 and needs a scaling')
         if self.grid and self.scaling != 'none':
-            raise ValueError(f'rope: scaling {self.scaling!r} is defined for positions on a line, not for grid {self.grid}')
+            raise ValueError(f'rope: scaling {self.scaling!r} is of positions on a line, not on a grid of {self.grid}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,7 +155,7 @@ class Core(nnx.Module):
         return Cache.init(batch, min(window, capacity) if window else capacity, shapes, dtype, ring=bool(window))
 
     def extend(self, query, key, values, ctx: Context, state: Cache | None = None):
-        """Normalises and rotates queries and keys, and appends the keys and `values`, a tuple of [B, T, …], to the state.
+        """Normalises and rotates queries and keys; appends the keys and `values`, a tuple of [B, T, …], to the state.
 
         Returns:
           (query, all that there is to attend to, next state)

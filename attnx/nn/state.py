@@ -1,7 +1,7 @@
 """States that several mechanisms share, and the one rule for documents in them.
 
-Segment ids number the documents of a packed row; 0 is padding. A state remembers the segment of its last token, so that a
-recurrence that goes on in another document starts from zero. Ragged prompts are padded on the left.
+Segment ids number the documents of a packed row; 0 is padding. A state remembers the segment of its last token, so that
+a recurrence that goes on in another document starts from zero. Ragged prompts are padded on the left.
 """
 
 import dataclasses
@@ -35,8 +35,8 @@ class Recurrent:
         if ids is None:  # the document of the last token goes on
             ids = jnp.broadcast_to(jnp.maximum(self.segment, 1)[:, None], (batch, length))
         same = self.segment == ids[:, 0]
-        memory = jax.tree.map(lambda m: jnp.where(same.reshape(-1, *[1] * (m.ndim - 1)), m, 0).astype(m.dtype), self.memory)
-        return memory, ids
+        kept = lambda m: jnp.where(same.reshape(-1, *[1] * (m.ndim - 1)), m, 0).astype(m.dtype)
+        return jax.tree.map(kept, self.memory), ids
 
     def advance(self, memory: Any, ids: jax.Array) -> 'Recurrent':
         memory = jax.tree.map(lambda new, old: new.astype(old.dtype), memory, self.memory)
@@ -121,8 +121,13 @@ class Cache:
         if not self.ring:
             write = lambda o, n: jax.lax.dynamic_update_slice_in_dim(o, n, self.index, axis=1)
             *stored, stored_ids = map(write, old, (*new, ids))
-            slots = (self.index + jnp.arange(length))[None], jnp.arange(capacity)[None]
-            keys = Keys(arrays=tuple(stored), query_ids=ids, key_ids=stored_ids, query_slots=slots[0], key_slots=slots[1])
+            keys = Keys(
+                arrays=tuple(stored),
+                query_ids=ids,
+                key_ids=stored_ids,
+                query_slots=(self.index + jnp.arange(length))[None],
+                key_slots=jnp.arange(capacity)[None],
+            )
         else:
             last = min(length, capacity)
             where = (self.index + jnp.arange(length - last, length)) % capacity

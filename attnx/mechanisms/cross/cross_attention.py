@@ -2,9 +2,9 @@
 
 Equation: o_t = sum_s softmax_s(scale q_t . k_s) v_s, q from the tokens, k and v from the memory.
 Paper: Attention is all you need, 2017, arXiv 1706.03762.
-Differs: key/value heads may be shared by query heads; QK-norm, sinks and softcap are options, off by default. No position code:
-    the memory brings its own. All documents of a packed row read that row's memory.
-Cost: train O(T S) time, O(T + S) memory; decode reads 2 K H numbers for each memory token and keeps them, none per token.
+Differs: key/value heads may be shared by query heads; QK-norm, sinks and softcap are options, off by default. No
+    position code: the memory brings its own. All documents of a packed row read that row's memory.
+Cost: train O(T S) time, O(T + S) memory; decode keeps and reads 2 K H numbers for each memory token, none for its own.
 """
 
 import dataclasses
@@ -34,8 +34,9 @@ class Config(softmax.Options):
             raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
         if self.position != 'none' or self.masks or any(name not in SCORES for name, *_ in self.scores):
             raise ValueError(
-                f"cross_attention takes position='none', masks=() and scores of {SCORES}, for a token and a memory entry have "
-                f'no distance; given position={self.position!r}, masks={self.masks}, scores={self.scores}'
+                'a token and a memory entry have no distance: cross_attention takes '
+                f"position='none', masks=() and scores of {SCORES}; "
+                f'given position={self.position!r}, masks={self.masks}, scores={self.scores}'
             )
 
 
@@ -78,9 +79,9 @@ class CrossAttention(Mixer):
         elif state is not None:
             key, value, real = state.key, state.value, state.real
         else:
-            raise ValueError('cross_attention reads a memory: give Context(memory=[B, S, M]), or a state that holds one')
-        tokens = jnp.ones(x.shape[:2], jnp.int32) if ctx.segment_ids is None else (ctx.segment_ids > 0).astype(jnp.int32)
-        mask = ops.masks.segments(tokens, real.astype(jnp.int32))
+            raise ValueError('cross_attention reads a memory: give Context(memory=[B, S, M]), or a state holding one')
+        tokens = jnp.ones(x.shape[:2], bool) if ctx.segment_ids is None else ctx.segment_ids > 0
+        mask = ops.masks.segments(tokens.astype(jnp.int32), real.astype(jnp.int32))
         score = None
         for name, *arguments in self.config.scores:
             term = getattr(ops.scores, name)(*arguments)
@@ -98,9 +99,10 @@ class CrossAttention(Mixer):
     def store(self, state, key, value, real):
         if key.shape[1] > self.room:
             raise ValueError(
-                f'a memory of {key.shape[1]} tokens exceeds the room for {self.room}; set memory_length of cross_attention'
+                f'a memory of {key.shape[1]} tokens exceeds the room for {self.room}; '
+                'set memory_length of cross_attention'
             )
-        write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(old), new.astype(old.dtype), 0, axis=1)
+        write = lambda old, new: jnp.zeros_like(old).at[:, : new.shape[1]].set(new.astype(old.dtype))
         return State(key=write(state.key, key), value=write(state.value, value), real=write(state.real, real))
 
 

@@ -1,11 +1,12 @@
 """Agent attention: a few pooled queries, the agents, read the sequence, and every token reads the agents.
 
 Equation: A = pool(Q) in n places;  V_A = softmax(H^-1/2 A K^T + B1) V;  O = softmax(H^-1/2 Q A^T + B2) V_A + DWConv(V);
-    y = W_o O. Pooling is the adaptive average over n stretches of a document, or sqrt(n) x sqrt(n) patches of a grid. B1[a, s]
-    and B2[s, a] are learned tables, coarse over the document plus fine along each of its dimensions, interpolated to its size.
+    y = W_o O. Pooling is the adaptive average over n stretches of a document, or sqrt(n) x sqrt(n) patches of a grid.
+    B1[a, s] and B2[s, a] are learned tables, coarse over the document plus fine along each of its dimensions, stretched
+    to its size.
 Paper: Agent attention: on the integration of softmax and linear attention, 2023, arXiv 2312.08874.
-Differs: sequences (`grid` = 0) beside images; no class token; biases are interpolated to any size, fine ones too. A row may
-    hold `documents` packed documents, each with its own agents; the output of further ones is NaN, for they have none.
+Differs: sequences (`grid` = 0) beside images; no class token; biases are interpolated to any size, fine ones too. A row
+    may hold `documents` packed documents, each with its own agents; the output of further ones is NaN: they have none.
 Cost: train O(T n) time and memory a document slot; it needs the whole sequence and can not decode.
 """
 
@@ -41,7 +42,7 @@ class Config:
 
 
 def _bins(where, size, count: int):
-    """Adaptive pooling: bool [B, T, count], whether bin j = [floor(j size / count), ceil((j + 1) size / count)) holds `where`."""
+    """Adaptive pooling, bool [B, T, count]: is `where` in bin [floor(j size / count), ceil((j + 1) size / count))."""
     j, where, size = jnp.arange(count), where[:, :, None], size[:, :, None]
     return (j * size // count <= where) & (where < -(-(j + 1) * size // count))
 
@@ -59,7 +60,8 @@ class AgentAttention(Mixer):
         softmax.heads_of(n, 0, width)
         into = lambda: Linear(width, width, ('embed', 'heads'), dims, rngs=rngs, bias=config.bias)
         self.query, self.key, self.value = into(), into(), into()
-        self.out = Linear(width, width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5, bias=True)
+        scale = (2 * dims.num_layers) ** -0.5
+        self.out = Linear(width, width, ('heads', 'embed'), dims, rngs=rngs, bias=True, scale=scale)
         sizes = [(config.coarse,) * (2 if config.grid else 1), *[(config.fine,)] * (2 if config.grid else 1)]
 
         def tables(name):

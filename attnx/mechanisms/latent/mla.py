@@ -1,10 +1,12 @@
 """Multi-head latent attention: keys and values of all heads come from one small latent, which is all that is cached.
 
 Equation: [c_t ; r_t] = W_dkv x_t, c_t <- RMSNorm(c_t), r_t <- RoPE(r_t);  k_th = [W_uk,h c_t ; r_t], v_th = W_uv,h c_t;
-    q_th = [n_th ; RoPE(r'_th)] = W_q x_t, or W_uq RMSNorm(W_dq x_t);  o_th = sum_s softmax_s((Hn + Hr)^-1/2 q_th . k_sh) v_sh.
-    Absorbed: q_th . k_sh = [W_uk,h^T n_th ; r'_th] . [c_s ; r_s] and o_th = W_uv,h sum_s w_ths c_s: one shared key/value head.
+    q_th = [n_th ; RoPE(r'_th)] = W_q x_t, or W_uq RMSNorm(W_dq x_t);
+    o_th = sum_s w_ths v_sh, w_th = softmax_s((Hn + Hr)^-1/2 q_th . k_sh).
+    Absorbed: q_th . k_sh = [W_uk,h^T n_th ; r'_th] . [c_s ; r_s], o_th = W_uv,h sum_s w_ths c_s: one key/value head.
 Paper: DeepSeek-V2, 2024, arXiv 2405.04434; DeepSeek-V3 technical report, 2024, arXiv 2412.19437.
-Differs: the rotation pairs channels as in the other mechanisms here; widths of 0 keep the paper's ratios to the width of a head.
+Differs: the rotation pairs channels by halves, the released code neighbours; widths of 0 keep the paper's ratios to the
+    width of a head.
 Cost: train O(T²) time, O(T) memory; decode keeps R + Hr numbers a token, and reads them once for all heads.
 """
 
@@ -30,7 +32,7 @@ class Config(softmax.Options):
     def __post_init__(self):
         super().__post_init__()
         if self.qk_norm:
-            raise ValueError('qk_norm: keys that are normalised per head can not be read from the latent; the latent is normed')
+            raise ValueError('qk_norm: keys normalised per head can not be read from the latent, normed itself')
         if min(self.rope_dim, self.value_dim, self.kv_rank, self.query_rank) < 0 or self.rope_dim % 2:
             raise ValueError('rope_dim must be even, and rope_dim, value_dim, kv_rank and query_rank not negative')
 

@@ -1,7 +1,7 @@
 """Pooling: each token moves to the mean of its neighbourhood. No parameters, no queries, no keys.
 
-Equation: y_t = mean_{s in P_t} x_s - x_t;  P_t: the last p tokens, itself included (causal), or those at most p // 2 away, in
-    one dimension, or on a grid in each of two. Neighbours outside the document do not count, in the divisor neither.
+Equation: y_t = mean_{s in P_t} x_s - x_t;  P_t: the last p tokens, itself included (causal), or those at most p // 2
+    away, along the line, or in both dimensions of a grid. Nothing outside the document counts, in the divisor neither.
 Paper: MetaFormer is actually what you need for vision (PoolFormer), 2021, arXiv 2111.11418.
 Differs: the paper pools 3 x 3 on a grid (`grid` > 0) around each token; along a sequence, and causally, are extensions.
 Cost: train O(T p) sums a channel (p² on a grid), O(T) memory; decode keeps the last p - 1 inputs.
@@ -38,7 +38,7 @@ class State:
 class Pooling(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         if not dims.causal and config.window % 2 == 0:
-            raise ValueError(f'window {config.window} must be odd to reach as far ahead as back in a bidirectional model')
+            raise ValueError(f'window {config.window} of a bidirectional model must be odd')
         if dims.causal and config.grid:
             raise ValueError(f'grid {config.grid} pools rows below and above: a causal model pools a sequence, grid=0')
         self.config, self.causal, self.width, self.dtype = config, dims.causal, dims.width, dims.dtype

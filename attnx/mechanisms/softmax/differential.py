@@ -1,6 +1,6 @@
 """Differential attention: the difference of two softmax maps, which cancels what both give to irrelevant tokens.
 
-Equation: o_t = RMSNorm(sum_s (A1_ts - lambda A2_ts) v_s) (1 - lambda_init), Ai = softmax(H^-1/2 qi . ki), v of width 2H;
+Equation: o_t = RMSNorm(sum_s (A1_ts - lambda A2_ts) v_s) (1 - lambda_init), Ai = softmax(H^-1/2 qi . ki), v 2H wide;
     lambda = exp(a1 . b1) - exp(a2 . b2) + lambda_init, lambda_init = 0.8 - 0.6 exp(-0.3 l) in layer l = 0, 1, …
 Paper: Differential transformer, 2024, arXiv 2410.05258.
 Differs: query heads of both maps that share a value head share each map's own key head, where the released code (with

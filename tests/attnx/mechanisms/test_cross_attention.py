@@ -57,7 +57,7 @@ def test_padding_reads_nothing_and_no_memory_gives_nothing():
 
 
 def test_errors_name_the_way_out():
-    mixer, x, memory = make()
+    mixer, x, _ = make()
     with pytest.raises(ValueError, match='give Context'):
         mixer(x, Context())
     with pytest.raises(ValueError, match='memory_length'):

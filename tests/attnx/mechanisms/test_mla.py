@@ -18,7 +18,7 @@ SIZES = {'num_heads': 2, 'head_dim': 6, 'rope_dim': 4, 'value_dim': 5, 'kv_rank'
 
 
 def expected(mixer, x, frequencies=None, sharpen=1.0):
-    n, (head, rope, _, rank) = mixer.num_heads, mixer.sizes
+    n, (head, _, _, rank) = mixer.num_heads, mixer.sizes
     x = np.asarray(x, np.float64)
     q = oracle.heads(oracle.rms(x @ oracle.kernel(mixer.query_down)), mixer.query, n)
     down = x @ oracle.kernel(mixer.down)
