@@ -112,10 +112,6 @@ def completed(model: models.ModelConfig, task) -> models.ModelConfig:
     for name, value in known.items():
         if getattr(model, name) not in (0, value) and not (name == 'vocab_size' and model.vocab_size > value > 0):
             raise ValueError(f'config.model.{name} is {getattr(model, name)}; the task {task.kind!r} has {value}')
-    if task.packed:
-        for layer in model.layers():
-            if reason := layer.spec.limits.get('packing'):
-                raise ValueError(f'the task {task.kind!r} packs documents; mixer {layer.name!r} can not: {reason}')
     known['vocab_size'] = model.vocab_size or task.vocab_size
     return dataclasses.replace(model, **known, max_length=model.max_length or task.length)
 
@@ -225,6 +221,7 @@ class _Run:
     def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
+        optim_lib.schedule(config.optim, config.steps)
         rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
         if config.data.batch_size % (rows * config.step.accumulate):
             raise ValueError(
@@ -236,6 +233,8 @@ class _Run:
         )
         task = self.data.task
         self.config = config = dataclasses.replace(config, model=completed(config.model, task))
+        if task.packed:
+            config.model.check_packing()
         self.program = made = program(config.model, packed=task.packed, seed=config.seed)
         self.rules = sharding.rules(config.sharding)
         transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
@@ -299,7 +298,9 @@ class _Run:
             message = f'{self.run_dir} is complete: {number} of {config.steps} steps. {again}, or another run_dir.'
             return Result(number, 'already complete', last[-1] if last else {}, sample, message)
         if state is None:
-            state = jax.jit(self._init, out_shardings=self.where)()
+            # Random numbers are slow to compile and drawn once: compile them without optimizations.
+            cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)()
         self.log.open(number)
         self.progress = metrics.Progress(config.steps, number)
         for note in self.checkpoints.notes:

@@ -123,7 +123,7 @@ def schedule(config: Config, num_steps: int) -> Callable[[jax.Array], jax.Array]
     stable = num_steps - warmup - decay - hold
     if stable < 0:
         raise ValueError(
-            f'optim.schedule {config.schedule}: warmup {warmup} + decay {decay} + hold {hold} steps '
+            f'schedule {config.schedule}: warmup {warmup} + decay {decay} + hold {hold} steps '
             f'exceed the run of {num_steps}'
         )
     return trapezoid(config.learning_rate, warmup=warmup, stable=stable, decay=decay, floor=config.floor, shape=shape)

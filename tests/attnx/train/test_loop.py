@@ -1,0 +1,258 @@
+"""Whole runs of a tiny model: resume is bit-exact, a second command says so, failures name their cause."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from attnx import config as config_lib
+from attnx.train import checkpoint, data, loop, metrics, report
+
+TEXT = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(add(i, i))\n'
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('corpus')
+    for i in range(12):
+        (folder / f'file_{i}.py').write_text(TEXT.replace('10', str(i)) * 3)
+    return str(folder)
+
+
+def make_config(corpus, run_dir):
+    """Makes a config by overriding the tiny one, flat: config(steps=3, **{'optim.kind': 'lion'})."""
+
+    def make(**change):
+        given = {
+            'run_dir': str(run_dir),
+            'steps': 6,
+            'eval_every': 3,
+            'model': {'width': 16, 'num_layers': 2, 'pattern': ('retnet', 'gqa'), 'dropout': 0.1},
+            'data': {'task': {'kind': 'text', 'path': corpus}, 'length': 16, 'batch_size': 8, 'eval_batches': 2},
+            'optim': {'warmup': 2, 'decay': 2},
+            'checkpoint': {'every': 2},
+            'log': {'every': 1},
+            'sample': {'tokens': 0},
+        }
+        for name, value in change.items():
+            *folders, last = name.split('.')
+            inner = given
+            for folder in folders:
+                inner = inner.setdefault(folder, {})
+            inner[last] = value
+        return config_lib.build(loop.Config, given)
+
+    return make
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return make_config(corpus, tmp_path / 'run')
+
+
+@pytest.fixture(scope='module')
+def whole(corpus, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    made = make_config(corpus, tmp_path_factory.mktemp('whole') / 'run')()
+    assert loop.run(made).status == 'complete'
+    return made.run_dir
+
+
+def state_of(run_dir, step):
+    with ocp.StandardCheckpointer() as reader:
+        return reader.restore(f'{run_dir}/checkpoints/{step}/state')
+
+
+def at_step(monkeypatch, number, action):
+    """Calls `action(batch)` in place of batch `number` (1, 2, …) of training."""
+    plain = data.Train.__next__
+
+    def patched(self):
+        batch = plain(self)
+        return action(batch) if self.step == number else batch
+
+    monkeypatch.setattr(data.Train, '__next__', patched)
+
+
+def terminate(batch):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batch
+
+
+def crash(batch):
+    raise KeyboardInterrupt
+
+
+def test_a_run_leaves_everything_and_the_second_command_says_so(config, whole, tmp_path):
+    whole = shutil.copytree(whole, tmp_path / 'whole')
+    assert {'config.json', 'metrics.jsonl', 'loss.png', 'checkpoints'} <= set(os.listdir(whole))
+    saved = json.loads(pathlib.Path(whole, 'config.json').read_text())
+    assert list(saved) == sorted(saved)
+    assert saved['model.vocab_size'] == 257
+    entries = metrics.read(whole)
+    assert [e['step'] for e in entries if e['split'] == 'train'] == [1, 2, 3, 4, 5, 6]
+    assert [e['step'] for e in entries if e['split'] == 'eval'] == [0, 3, 6]
+    assert entries[-1]['nats_per_byte'] < entries[0]['nats_per_byte']
+    result = loop.run(config(run_dir=str(whole)))
+    assert result.status == 'already complete'
+    assert 'is complete: 6 of 6 steps' in result.message
+    assert '--config.steps=12' in result.message
+    longer = loop.run(config(run_dir=str(whole), steps=8))
+    assert (longer.status, longer.step) == ('complete', 8)
+    assert [e['step'] for e in metrics.read(whole) if e['split'] == 'train'] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+@pytest.mark.parametrize('how', ['signal', 'crash'])
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monkeypatch, how):
+    made = config()
+    with monkeypatch.context() as patch:
+        at_step(patch, 5, terminate if how == 'signal' else crash)
+        if how == 'signal':
+            result = loop.run(made)
+            assert (result.status, result.step) == ('stopped', 5)
+            assert 'SIGTERM at step 5 of 6, saved. Run the same command' in result.message
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(made)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert loop.run(made).status == 'complete'
+    jax.tree.map(np.testing.assert_array_equal, state_of(whole, 6), state_of(made.run_dir, 6))
+    numbers = lambda run_dir: [
+        {k: v for k, v in e.items() if k not in ('tokens_per_second', 'mfu')} for e in metrics.read(run_dir)
+    ]
+    assert numbers(made.run_dir) == numbers(whole)
+
+
+def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
+    made = config()
+    with monkeypatch.context() as patch:
+        at_step(patch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
+        with pytest.raises(report.TrainingFailure, match=r'step 4: loss nan.*first bad tensor: batch weights'):
+            loop.run(made)
+    found = json.loads(pathlib.Path(made.run_dir, report.FAILURE).read_text())
+    assert found['step'] == 4
+    assert found['first']['nan'] == 8 * 16
+    assert set(found['activations']) == {'embedding', 'layer_0', 'layer_1', 'logits'}
+    assert loop.run(made).status == 'complete'  # the checkpoint before it is good
+
+
+@pytest.fixture
+def made(config):
+    """A model of four layers (two repeats of two), its parameters and a batch."""
+    model = config(**{'model.num_layers': 4, 'model.dropout': 0.0}).model
+    program = loop.program(dataclasses.replace(model, vocab_size=20, max_length=8), packed=False, seed=0)
+    params = jax.jit(program.init)()
+    rng = np.random.default_rng(0)
+    batch = {name: rng.integers(0, 20, (2, 8)).astype(np.int32) for name in ('tokens', 'targets')}
+    return program, params, batch | {'weights': np.ones((2, 8), np.float32)}
+
+
+def diagnose(program, params, batch, gradients=None):
+    return report.diagnose(
+        step=1,
+        metrics={'loss': jnp.nan, 'objective': jnp.nan, 'grad_norm': jnp.nan},
+        params=params,
+        batch=batch,
+        trace=lambda: program.trace(params, batch, None),
+        gradients=gradients or (lambda: {}),
+    )
+
+
+def test_the_first_bad_layer_is_found(made):
+    program, params, batch = made
+    name = next(n for n in params if '/layers/1/' in n and n.endswith('mlp/down/kernel'))
+    huge = params | {name: params[name].at[1].set(3e38)}  # finite, but it overflows: repeat 1, place 1 is layer 3
+    first = diagnose(program, huge, batch)['first']
+    assert (first['stage'], first['tensor'], first['layer']) == ('activation', 'layer_3', 3)
+    bad = params | {name: params[name].at[1, 0, 0].set(jnp.nan)}
+    first = diagnose(program, bad, batch)['first']
+    assert (first['stage'], first['tensor'], first['layer'], first['nan']) == ('parameter', name, 3, 1)
+
+
+def test_bad_gradients_are_ordered_from_the_last_layer(made):
+    program, params, batch = made
+    spoiled = [n for n in params if n.endswith('mlp/down/kernel')] + ['embedding']
+    grads = {n: p * jnp.nan if n in spoiled else p for n, p in params.items()}
+    grads = {n: g.at[1].set(0.0) if '/layers/1/' in n else g for n, g in grads.items()}
+    bad = diagnose(program, params, batch, lambda: grads)['bad']
+    assert [(e['stage'], e['layer']) for e in bad] == [
+        ('loss', None),
+        ('gradient', 2),
+        ('gradient', 1),
+        ('gradient', None),
+    ]
+
+
+def test_sharded_accumulated_run_equals_the_plain_one(config, tmp_path):
+    common = {'model.dropout': 0.0, 'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    common['model.vocab_size'] = 258  # even, so that the tensor axis can cut it
+    plain = loop.run(config(run_dir=str(tmp_path / 'a'), **common))
+    change = {'sharding': 'fsdp_tp', 'mesh': {'data': 2, 'fsdp': 2, 'tensor': 2}, 'step.accumulate': 2}
+    other = loop.run(config(run_dir=str(tmp_path / 'b'), **common, **change))
+    np.testing.assert_allclose(other.evaluation['loss'], plain.evaluation['loss'], rtol=1e-4)
+
+
+def test_other_settings_are_refused_on_resume(config, whole):
+    with pytest.raises(checkpoint.CheckpointError, match=r'other settings: optim.learning_rate: saved 0.003, now'):
+        loop.run(config(run_dir=whole, **{'optim.learning_rate': 0.1}))
+
+
+def test_one_process_a_run_directory(config, tmp_path):
+    (tmp_path / 'run').mkdir()
+    with loop.locked(tmp_path / 'run'), pytest.raises(ValueError, match='another process trains in'):
+        loop.run(config())
+
+
+def test_a_mirror_that_is_not_installed_is_refused_at_once(config, monkeypatch):
+    monkeypatch.setattr(metrics.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match=r'log.wandb is True, but wandb is not installed: pip install'):
+        metrics.Log('.', metrics.Config(wandb=True), {})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of 2'),
+        ({'data.batch_size': 12}, 'data.batch_size 12 must be a multiple of 8'),
+        ({'sharding': 'fdsp'}, "unknown sharding preset 'fdsp'; did you mean 'fsdp'"),
+        ({'model.num_classes': 3}, r'config.model.num_classes is 3; the task .text. has 0'),
+    ],
+)
+def test_settings_that_cannot_be_served(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        loop.run(config(**change))
+
+
+def test_tensorboard_and_profile(config):
+    made = config(**{'log.tensorboard': True, 'profile.start': 2, 'profile.steps': 1})
+    loop.run(made)
+    assert os.listdir(f'{made.run_dir}/tensorboard')
+    assert [name for _, _, names in os.walk(f'{made.run_dir}/profile') for name in names if name.endswith('xplane.pb')]
+
+
+def test_free_settings():
+    assert loop.free('steps')
+    assert loop.free('checkpoint.every')
+    assert not loop.free('model.width')
+    assert not loop.free('optim.learning_rate')
+    assert not loop.free('data.batch_size')
+
+
+def test_peak_of_a_device():
+    assert metrics.peak_flops('NVIDIA H100 80GB HBM3') == 989e12
+    assert metrics.peak_flops('NVIDIA H100 PCIe') == 756e12
+    assert metrics.peak_flops('TPU v5 lite') == 197e12
+    assert metrics.peak_flops('cpu') is None
+
+
+def test_a_log_line_is_json():
+    text = metrics.line({'a': jnp.float32(1.5), 'b': np.nan, 'c': 3, 'd': 'x', 'e': jnp.bfloat16(2)})
+    assert json.loads(text) == {'a': 1.5, 'b': 'nan', 'c': 3, 'd': 'x', 'e': 2.0}
