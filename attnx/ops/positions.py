@@ -265,11 +265,9 @@ def _check(name, x, positions, letters):
     letters, positions = letters.split(), jnp.asarray(positions)
     if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f'{name}: x has shape {x.shape} and dtype {x.dtype}, expected floating [B, T, N, H]')
-    if positions.ndim == len(letters) - 1:
-        positions = positions[None]
-    sizes = positions.shape[:2]
-    if positions.ndim != len(letters) or sizes[1] != x.shape[1] or sizes[0] not in (1, x.shape[0]):
+    whole = positions[None] if positions.ndim == len(letters) - 1 else positions
+    if whole.ndim != len(letters) or whole.shape[1] != x.shape[1] or whole.shape[0] not in (1, x.shape[0]):
         what = 'positions' if len(letters) == 2 else 'coordinates'
         layout = f'[{", ".join(letters)}] with B, T = {x.shape[:2]}'
         raise ValueError(f'{name}: {what} has shape {positions.shape}, expected {layout}')
-    return positions
+    return whole

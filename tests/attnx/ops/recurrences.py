@@ -117,5 +117,5 @@ def assert_close(given, expected, tolerance):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert x.shape == y.shape, (path, x.shape, y.shape)
         assert np.isfinite(x).all(), path
-        error = np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)
+        error = np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-30)
         assert error <= tolerance, f'{jax.tree_util.keystr(path)}: error {error:.2e}, tolerance {tolerance:.0e}'
