@@ -67,13 +67,28 @@ class Options:
     def __post_init__(self):
         if self.position not in POSITIONS:
             raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
-        for what, entries, valid in (('masks', self.masks, MASKS), ('scores', self.scores, SCORES)):
+        makers = {name: getattr(ops.masks, name) for name in MASKS}
+        terms = {name: getattr(ops.scores, name) for name in SCORES} | {'alibi': _alibi, 't5': _t5}
+        for what, entries, valid in (('masks', self.masks, makers), ('scores', self.scores, terms)):
             for entry in entries:
                 if not isinstance(entry, tuple) or not entry or entry[0] not in valid:
                     name = entry[0] if isinstance(entry, tuple) and entry else entry
                     raise ValueError(f"{what}: {entry!r} is not ('name', parameters…); {nearest(name, valid)}")
+                try:
+                    valid[entry[0]](*entry[1:])
+                except TypeError as error:
+                    raise ValueError(f'{what}: {entry!r} has other parameters than it takes: {error}') from None
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
+
+
+def _alibi():
+    """A score ('alibi',): nothing to set, its slopes are those of the paper."""
+
+
+def _t5(num_buckets: int = 32, max_distance: int = 128):
+    """A score ('t5', buckets, distance of the last bucket)."""
+    ops.scores.t5_buckets(0, num_buckets, max_distance, bidirectional=num_buckets % 4 == 0)
 
 
 def heads_of(num_heads: int, head_dim: int, width: int) -> int:

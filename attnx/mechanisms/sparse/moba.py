@@ -5,8 +5,8 @@ Equation: o_t = sum_{s in R_t} softmax_s(scale q_t . k_s) v_s, R_t = {s <= t: bl
 Paper: MoBA: mixture of block attention for long-context LLMs, 2025, arXiv 2502.13189.
 Differs: top_k = 1 is attention inside the own block, where the released code falls back to full attention.
 Cost: train N T² / b gates (H products each), then the tiles that hold a chosen block: others are skipped, so all
-    causal tiles at worst; the mask is O(T top_k) numbers, no [T, S] array exists. Decode keeps and reads 2 K H numbers a
-    token, as full attention does: there the choice is a mask over the cache.
+    causal tiles at worst; the mask is O(T top_k) numbers, no [T, S] array exists. Decode keeps and reads 2 K H numbers
+    a token, as full attention does: there the choice is a mask over the cache.
 """
 
 import dataclasses
@@ -58,7 +58,7 @@ def route(query: jax.Array, keys, block: int, top_k: int) -> ops.masks.Mask:
     own = index - (index - first) % block  # first token of each token's block
     last = index - own == block - 1  # a token that completes a block
     # Complete blocks are numbered along the row, and tokens up to the end of block i bear number i. Tokens of an
-    # incomplete block bear the number of a later document's block, and the mask of documents hides them from its readers.
+    # incomplete block bear the number of a later document's block, which the mask of documents keeps apart.
     number = jnp.cumsum(last, axis=1) - last
     blocks = length // block
     own_of_query = keys.of_queries(own)
