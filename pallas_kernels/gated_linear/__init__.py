@@ -1,0 +1,1 @@
+"""Gated linear recurrence on Hopper. See README.md."""

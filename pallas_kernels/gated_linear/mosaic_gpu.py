@@ -1,0 +1,307 @@
+"""Gated linear recurrence on Hopper: forward and backward from one kernel, `sweep`.
+
+    S_t = exp(g_t) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
+
+Each gradient is the same recurrence with its arrays in other roles: dq = sweep(do, v, k) forward in time; dv = sweep(k, q, do)
+and dk = sweep(v, do, q) backward in time. `gated_linear` has the signature of `attnx.ops.gated_linear` without `impl`;
+`unsupported` says why a call can't run here. README.md in this folder has the maths, the limits and what was measured.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels import common
+from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep
+
+WIDEST = 256
+ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32 without denormals
+NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
+GROUP = 8  # chunks between the states that anchor the gradient of log_decay
+PROCESSORS = 132
+
+
+def unsupported(
+    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
+) -> str | None:
+    """Why this call can't run on the kernel, with the nearest choice that can; or None."""
+    return refuse(query, key, value, log_decay, scale, chunk)
+
+
+def refuse(query, key, value, log_decay, scale, chunk) -> str | None:
+    """The reasons that the recurrent kernels share."""
+    dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
+    if dtypes != ['bfloat16']:
+        return f'query, key and value must be bfloat16, given {", ".join(dtypes)}; cast, or use impl="xla"'
+    (_, T, heads, K), (N, V) = query.shape, value.shape[2:]
+    if T == 1:
+        return 'one token at a time is one fused step of impl="xla"; the kernel takes 2 tokens or more'
+    if N % heads:
+        return f'{N} heads of value are no multiple of the {heads} heads of query and key'
+    if max(K, V) > WIDEST:
+        return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
+    if log_decay is not None and log_decay.ndim == 4:
+        return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
+    if chunk not in (None, CHUNK):
+        return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
+    if scale is not None and (isinstance(scale, jax.Array) or not float(scale)):
+        return 'scale must be a Python number other than 0; multiply the query instead'
+    return _hardware()
+
+
+def _hardware() -> str | None:
+    try:
+        device = jax.devices('cuda')[0]
+    except RuntimeError:
+        return None  # nothing to say about a machine that is not here: lowering for one is fine
+    capability = str(getattr(device, 'compute_capability', '9.0'))
+    return None if capability == '9.0' else f'it needs compute capability 9.0 (Hopper), this GPU has {capability}'
+
+
+def gated_linear(
+    query,
+    key,
+    value,
+    log_decay=None,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    scale=None,
+    chunk=None,
+    interpret=False,
+):
+    """Linear attention with decay.
+
+    Args:
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2.
+      log_decay: None, [N] or [B, T, N], natural log.
+      initial_state: [B, N, H, Hv] or None.
+      segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
+      scale: a Python number.
+      chunk: None or 64.
+
+    Returns:
+      out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
+
+    Raises:
+      ValueError: `unsupported` has a reason.
+    """
+    if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
+        raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
+    scale = 1.0 if scale is None else float(scale)
+    return _gated_linear((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
+    scale, interpret = static
+    decay = cumulative(steps(log_decay, segment_ids), q.shape[1])
+    state = None if initial_state is None else pad_state(initial_state)
+    out, states, _ = run(*map(pad, (q, k, v)), decay, state, scale=scale, interpret=interpret)
+    out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
+    return out, last
+
+
+def _forward(static, *args):
+    """The residuals are the arguments; `()` in place of None marks a log_decay that wants its gradient."""
+    q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(lambda x: x.value, args, is_leaf=_is_primal)
+    wanted = any(x.perturbed for x in jax.tree.leaves(args[3], is_leaf=_is_primal))
+    saved = (q, k, v, log_decay, initial_state, segment_ids, () if wanted else None)
+    return _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids), saved
+
+
+def _is_primal(x) -> bool:
+    return hasattr(x, 'perturbed')
+
+
+def _backward(static, saved, cotangents):
+    q, k, v, log_decay, initial_state, segment_ids, wanted = saved
+    scale, interpret = static
+    do, dlast = cotangents
+    T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
+    do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
+    step = steps(log_decay, segment_ids)
+    decay = cumulative(step, T)
+    state = None if initial_state is None else pad_state(initial_state).swapaxes(2, 3)
+    dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
+    q8, k8, v8, do8 = map(pad, (q, k, v, do))
+    grouped = wanted is not None
+    sweep_ = functools.partial(run, scale=scale, grouped=grouped, interpret=interpret)
+    dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None)
+    dv, dstates, writes = sweep_(k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
+    transposed = None if dstate is None else dstate.swapaxes(2, 3)
+    dk, _, _ = run(v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
+    dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
+    dstate0 = None
+    if initial_state is not None:
+        dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
+    dlog_decay = None
+    if log_decay is not None:
+        dlog_decay = jnp.zeros_like(log_decay)
+    if grouped:
+        last = None if dstate is None else (states[:, :, -1], dstate.swapaxes(2, 3))
+        between = jnp.einsum('bngvk,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
+        last = jnp.zeros_like(reads[:, :, 0, 0]) if last is None else (last[0] * last[1]).sum((2, 3))
+        anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
+        each = (reads.sum(2) - writes.sum(2)) * scale
+        each = decay_gradient(each[..., :T], anchors, step)
+        each = jnp.where(jnp.moveaxis(step, 2, 1) > ERASE, each, 0)
+        each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
+        dlog_decay = each.astype(log_decay.dtype)
+    return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0, None
+
+
+_gated_linear.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+# Decays ------------------------------------------------------------------------------------------------------------------
+
+
+def steps(log_decay, segment_ids):
+    """Base-2 log-decay of each step, resets included: [B or 1, T or 1, N or 1], or None."""
+    step = None
+    if log_decay is not None:
+        step = jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, ERASE)
+        step = step[None, None] if step.ndim == 1 else step
+    if segment_ids is not None:
+        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])[..., None]
+        step = jnp.where(reset, ERASE, 0.0 if step is None else step).astype(jnp.float32)
+    return step
+
+
+def cumulative(step, T: int):
+    """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 64]. Tokens past the end are idle."""
+    if step is None:
+        return None
+    if step.shape[1] == 1 and T % CHUNK == 0:
+        return step.swapaxes(1, 2)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
+    step = jnp.broadcast_to(step, (step.shape[0], T, step.shape[2]))
+    step = jnp.pad(step, [(0, 0), (0, -T % CHUNK), (0, 0)]).swapaxes(1, 2)
+    return jnp.cumsum(step.reshape(*step.shape[:2], -1, CHUNK), axis=-1)
+
+
+def decay_gradient(each, anchors, step):
+    """Gradient of the log-decay of every step.
+
+    With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
+    d_t = d_{t+1} + a_t - b_t. Summed from the end that would carry rounding errors over the whole sequence, and into steps
+    that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
+    such step, from 0.
+
+    Args:
+      each: a_t - b_t, float32 [B, N, T].
+      anchors: d of the token after each group, [B, N, groups].
+      step: `steps`.
+    """
+    B, N, T = each.shape
+    size = GROUP * CHUNK
+    idle = anchors.shape[-1] * size - T
+    cut = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, idle)]).reshape(*x.shape[:2], -1, size)
+    each = cut(each)
+    sums = jnp.flip(jnp.cumsum(jnp.flip(each, -1), -1), -1)
+    silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
+    at = jnp.where(cut(silent), jnp.arange(size), size)
+    following = jnp.broadcast_to(jax.lax.cummin(at, axis=3, reverse=True), each.shape)
+    ends = jnp.concatenate([sums, -anchors[..., None]], axis=-1)
+    return (sums - jnp.take_along_axis(ends, following, axis=-1)).reshape(B, N, -1)[..., :T]
+
+
+# Schedules ---------------------------------------------------------------------------------------------------------------
+
+
+def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
+    """Parts of the sequence that are swept at the same time; 1 where batch and heads fill the chip."""
+    blocks = B * N * (V // columns(K, V))
+    return max(1, min(PROCESSORS // blocks, T // (GROUP * CHUNK)))
+
+
+def run(q, k, v, decay, state, partner=None, *, reverse=False, grouped=False, scale=1.0, interpret=False, parts=None):
+    """`sweep` by the schedule that the shape asks for: chunk after chunk, or in pieces that run side by side.
+
+    In pieces: each piece's own last state first, from keys and values alone; then the state that each piece starts with, a
+    small triangular product; then the sweep with the pieces as a batch.
+    """
+    (B, T, _, K), V = k.shape, v.shape[3]
+    N = max(x.shape[2] for x in (q, k, v))
+    every = GROUP if grouped else None
+    parts = parts or pieces(B, T, N, K, V)
+    size = common.cdiv(common.cdiv(T, parts), GROUP * CHUNK) * GROUP * CHUNK
+    parts = common.cdiv(T, size)
+    if parts == 1:
+        options = dict(reverse=reverse, every=every, scale=scale, interpret=interpret)
+        return sweep(q, k, v, decay, state, partner, **options)
+    if decay is not None and decay.shape[2] == 1 and T % size:  # idle tokens fill the last piece and must not decay
+        decay = jnp.broadcast_to(decay, (*decay.shape[:2], T // CHUNK, CHUNK))
+
+    def cut(x):
+        if x is None:
+            return None
+        x = jnp.pad(x, [(0, 0), (0, parts * size - T), (0, 0), (0, 0)])
+        return x.reshape(B * parts, size, *x.shape[2:])
+
+    total, local_decay = None, decay
+    if decay is not None:
+        total = decay[..., -1]
+        if decay.shape[2] == 1:
+            total = jnp.broadcast_to(total * (size // CHUNK), (*total.shape[:2], parts))
+        else:
+            chunks = parts * size // CHUNK
+            last = jnp.pad(decay, [(0, 0), (0, 0), (0, chunks - decay.shape[2]), (0, 0)])
+            last = last.reshape(*decay.shape[:2], parts, -1, CHUNK)
+            total = last[..., -1].sum(-1)
+            local_decay = jnp.broadcast_to(last.swapaxes(1, 2), (B, parts, *last.shape[1:2], *last.shape[3:]))
+            local_decay = local_decay.reshape(B * parts, *local_decay.shape[2:])
+    q, k, v, partner = map(cut, (q, k, v, partner))
+    _, local, _ = sweep(None, k, v, local_decay, None, reverse=reverse, heads=N, interpret=interpret)
+    local = local.reshape(B, parts, N, K, V)
+    starts = _starts(local, total, state, reverse)
+    options = dict(reverse=reverse, every=every, scale=scale, interpret=interpret)
+    out, states, dots = sweep(q, k, v, local_decay, starts.reshape(B * parts, N, K, V), partner, **options)
+    join = lambda x: jnp.moveaxis(x.reshape(B, parts, *x.shape[1:]), 1, 2).reshape(B, N, -1, *x.shape[3:])
+    states = join(states)
+    if not grouped:
+        states = states[:, :, :1] if reverse else states[:, :, -1:]
+    if dots is not None:
+        dots = jnp.moveaxis(dots.reshape(B, parts, *dots.shape[1:]), 1, 3)
+        dots = dots.reshape(*dots.shape[:3], -1)
+    return out.reshape(B, parts * size, N, V)[:, :T], states, dots
+
+
+def _starts(local, total, state, reverse):
+    """The state that each piece starts with, [B, parts, N, K, V], from the pieces' own last states."""
+    parts = local.shape[1]
+    if reverse:
+        local, total = jnp.flip(local, 1), None if total is None else jnp.flip(total, 2)
+    first = jnp.zeros_like(local[:, :1]) if state is None else state[:, None]
+    own = jnp.concatenate([first, local[:, :-1]], axis=1)  # own[j] is complete before piece j
+    lower = jnp.tril(jnp.ones((parts, parts), bool))
+    if total is None:
+        weights = lower[None, None].astype(jnp.float32)
+    else:  # between[i, j] = sum of total over pieces j <= r < i, summed and not subtracted
+        terms = jnp.where(jnp.tril(lower, -1), jnp.pad(total, [(0, 0), (0, 0), (1, 0)])[:, :, :-1, None], 0.0)
+        weights = jnp.where(lower, jnp.exp2(jnp.cumsum(terms, axis=2)), 0.0)
+    weights = jnp.broadcast_to(weights, (local.shape[0], local.shape[2], parts, parts))
+    starts = jnp.einsum('bnij,bjnkv->binkv', weights, own, precision='highest')
+    return jnp.flip(starts, 1) if reverse else starts
+
+
+# Layout ------------------------------------------------------------------------------------------------------------------
+
+
+def pad(x):
+    """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
+    length, width = -x.shape[1] % 8, -x.shape[3] % 64
+    return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
+
+
+def pad_state(x):
+    rows, cols = -x.shape[2] % 64, -x.shape[3] % 64
+    return jnp.pad(x.astype(jnp.float32), [(0, 0), (0, 0), (0, rows), (0, cols)])
+
+
+def over_groups(x, heads: int):
+    """Gradients of heads that were shared: [B, T, N, H] -> [B, T, heads, H]."""
+    B, T, N, H = x.shape
+    return x if N == heads else x.reshape(B, T, heads, N // heads, H).sum(3, dtype=jnp.float32).astype(x.dtype)

@@ -1,0 +1,262 @@
+"""One sweep over the chunks of a decaying recurrence, the kernel of `gated_linear` and of each of its gradients.
+
+    forward   S_t = a_t S_{t-1} + k_t^T v_t    o_t = q_t S_t
+    reverse   S_t = a_{t+1} S_{t+1} + k_t^T v_t    o_t = q_t S_t
+
+One block computes one head and up to 128 columns of v. A producer warp streams chunks of 64 tokens through a ring of shared
+memory; each consumer warpgroup owns 64 columns of v, so that warpgroups exchange nothing. Its part of the state stays in
+float32 registers; a 16-bit copy in shared memory is the right operand of q S.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.gated_linear import accumulate
+
+CHUNK = 64
+SQUARE = (CHUNK, CHUNK)
+
+
+def columns(K: int, V: int) -> int:
+    """Columns of v that a block computes."""
+    return 128 if K <= 128 and V % 128 == 0 else 64
+
+
+def stages(K: int, V: int, has_query: bool, has_partner: bool) -> int:
+    """How many chunks fit in the ring."""
+    width = columns(K, V)
+    fixed = 2 * K * width + 2 * CHUNK * width + 1024
+    chunk = 2 * CHUNK * (K * (1 + has_query) + width * (1 + has_partner)) + 1024
+    return min(4, (common.SMEM_LIMIT - 1024 - fixed) // chunk)
+
+
+def sweep(q, k, v, decay, state, partner=None, *, reverse=False, every=None, scale=1.0, heads=0, interpret=False):
+    """Runs the recurrence over all tokens.
+
+    Args:
+      q, k: [B, T', Nq, K], [B, T', Nk, K], bfloat16, K in 64, 128, 192, 256, T' a multiple of 8; N, the number of
+        heads computed, is the most heads of q, k and v (or `heads`), and a multiple of each. q may be None: only states
+        are computed.
+      v: [B, T', Nv, V], V a multiple of 64.
+      decay: float32 [B or 1, N or 1, chunks or 1, 64], base-2 logarithms of the decay, summed from the chunk's first token to
+        each token, inclusive; a step of -128 erases. None: no decay.
+      state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
+      partner: [B, T', Np, V], bfloat16, or None.
+      every: chunks between two emitted states; None emits the last only.
+      scale: multiplies out (not the states).
+
+    Returns:
+      out: [B, T', N, V], bfloat16; None without q.
+      states: float32 [B, N, groups of `every` chunks, K, V], after the sweep passed the group.
+      dots: float32 [B, N, V / 64, chunks * 64]: sums over 64 columns of partner_t o_t, less the part q_t k_t^T v_t of o_t
+        that token t has from itself, not scaled; None without partner.
+    """
+    (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
+    N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
+    chunks = common.cdiv(T, CHUNK)
+    every = min(every or chunks, chunks)
+    groups = common.cdiv(chunks, every)
+    width = columns(K, V)
+    W, depth, parts = width // 64, K // 64, V // width
+    ring = min(stages(K, V, q is not None, partner is not None), max(chunks, 1))
+    arrivals = 2 + sum(x is not None for x in (q, decay, partner))
+    registers = W == 2 and not interpret
+    early, pair = depth <= 2 and partner is None, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
+
+    def kernel(q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, out_ref, states_ref, dots_ref, scratch):
+        q_smem, k_smem, v_smem, p_smem, g_smem, s_smem, o_smem, full, free = scratch
+        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
+        wg = lax.axis_index('wg')
+        place = lambda step: chunks - 1 - step if reverse else step
+
+        @pl.when(wg < W)
+        def _consume():
+            if registers:
+                plgpu.set_max_registers(232, action='increase')
+            mine = pl.ds(wg * 64, 64)
+            cols = pl.ds(part * width + wg * 64, 64)
+
+            def factors(slot):
+                """What decays pairs, reads and writes: tiles or vectors; and the scalar of the whole chunk."""
+                if decay_ref is None:
+                    return None, None, None, None
+                row = plgpu.load(g_smem.at[slot], layout=ROW, optimized=False)
+                col = plgpu.load(g_smem.at[slot], layout=COL, optimized=False)
+                end = g_smem[slot, CHUNK - 1]
+                between = common.row(row, SQUARE) - common.col(col, SQUARE)
+                if reverse:
+                    return jnp.exp2(-between), jnp.exp2(end - row), jnp.exp2(col), jnp.exp2(end)
+                return jnp.exp2(between), jnp.exp2(row), jnp.exp2(end - col), jnp.exp2(end)
+
+            def visible():
+                i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
+                j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
+                return i <= j if reverse else i >= j
+
+            def diagonal():
+                i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
+                j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
+                return i == j
+
+            def step(s, S):
+                slot, c = lax.rem(s, ring), place(s)
+                here = wg if interpret else wg + common.opaque_zero()
+                plgpu.barrier_wait(full.at[slot])
+
+                between, read, write, total = factors(slot)
+                value = v_smem.at[slot, :, mine]
+
+                def write_to(S, first):
+                    """The state's rows from `first` on after the chunk; the products are issued, `load` waits for them."""
+
+                    def run(*accumulators):
+                        for i, acc in enumerate(accumulators):
+                            keys = plgpu.load(k_smem.at[slot, :, pl.ds(64 * (first + i), 64)].T, layout=TILE)
+                            acc.set(S[first + i] if total is None else S[first + i] * total)
+                            if write is None:
+                                acc.add(keys, value)
+                            else:  # the state is kept in float32, so its terms are not rounded to 16 bits
+                                keys = keys.astype(jnp.float32) * common.col(write, SQUARE)
+                                high = keys.astype(dtype)
+                                acc.add(high, value)
+                                acc.add((keys - high.astype(jnp.float32)).astype(dtype), value)
+                        return tuple(acc.load(0) for acc in accumulators)
+
+                    return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+
+                def write_state(S):
+                    return sum((write_to(S, first) for first in range(0, depth, pair)), ())
+
+                def weigh():
+                    def run(acc):
+                        acc.add(q_smem.at[slot], k_smem.at[slot].T)
+                        weights = acc.load(0)
+                        weights = weights if between is None else weights * between
+                        return jnp.where(visible(), weights, 0.0).astype(dtype)
+
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                def read_state(out):
+                    out.add(q_smem.at[slot], s_smem.at[here])
+                    weights = weigh()
+                    if read is not None:
+                        out.set(out.load(0) * common.row(read, SQUARE))
+                    out.add(weights, value)
+                    new = write_state(S) if early else None  # while the last product runs
+                    o, dots = out.load(0), None
+                    if p_smem is not None:
+                        other = plgpu.load(p_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
+                        own = plgpu.load(value, layout=TILE).astype(jnp.float32)
+                        itself = jnp.where(diagonal(), weights.astype(jnp.float32), 0.0).sum(axis=1)
+                        dots = (o * other).sum(axis=1) - itself * (own * other).sum(axis=1)
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    o_smem.at[wg][...] = (o * scale if scale != 1 else o).astype(dtype)
+                    return new, dots
+
+                dots = new = None
+                if q_smem is not None:
+                    new, dots = accumulate.scoped(read_state, SQUARE, interpret=interpret)
+                S = write_state(S) if new is None else new
+                plgpu.barrier_arrive(free.at[slot])
+                if q_smem is not None:
+                    for i in range(depth):
+                        s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                    plgpu.commit_smem()
+                    rows = pl.ds(c * CHUNK, CHUNK)
+                    plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
+                if dots is not None:
+                    dots_ref.at[b, h, part * W + wg, pl.ds(c * CHUNK, CHUNK)][...] = dots
+
+                passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+
+                @pl.when(passed)
+                def _emit():
+                    for i in range(depth):
+                        states_ref.at[b, h, c // every, pl.ds(64 * i, 64), cols][...] = S[i]
+
+                return S
+
+            if state_ref is None:
+                S = tuple(plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILE) for _ in range(depth))
+            else:
+                part_of = lambda i: state_ref.at[b, h, pl.ds(64 * i, 64), cols]
+                S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
+            if q_smem is not None:
+                for i in range(depth):
+                    s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                plgpu.commit_smem()
+            lax.fori_loop(0, chunks, step, S)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == W)
+        def _produce():
+            if registers:
+                plgpu.set_max_registers(40, action='decrease')
+
+            @plgpu.warp_map
+            def _warp(warp):
+                @pl.when(warp == 0)
+                def _():
+                    head = lambda ref: h // (N // ref.shape[2])
+                    first = pl.ds(part * width, width)
+
+                    @pl.loop(0, chunks)
+                    def _load(s):
+                        slot, c = lax.rem(s, ring), place(s)
+                        rows = pl.ds(c * CHUNK, CHUNK)
+                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
+                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem)):
+                            if ref is not None:
+                                plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
+                        for ref, smem in ((v_ref, v_smem), (partner_ref, p_smem)):
+                            if ref is not None:
+                                source = ref.at[b, rows, head(ref), first]
+                                plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                        if decay_ref is not None:
+                            batch = b if decay_ref.shape[0] > 1 else 0
+                            head_of = h if decay_ref.shape[1] > 1 else 0
+                            source = decay_ref.at[batch, head_of, c if decay_ref.shape[2] > 1 else 0]
+                            plgpu.copy_gmem_to_smem(source, g_smem.at[slot], full.at[slot])
+
+                    @pl.loop(max(chunks - ring, 0), chunks)
+                    def _drain(s):
+                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+
+    def entry_point(*refs):
+        pl.run_scoped(
+            lambda *scratch: kernel(*refs, scratch),
+            None if q is None else common.swizzled((ring, CHUNK, K), dtype),
+            common.swizzled((ring, CHUNK, K), dtype),
+            common.swizzled((ring, CHUNK, width), dtype),
+            None if partner is None else common.swizzled((ring, CHUNK, width), dtype),
+            None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
+            None if q is None else common.swizzled((W, K, 64), dtype),
+            None if q is None else common.swizzled((W, CHUNK, 64), dtype),
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
+            plgpu.Barrier(num_arrivals=W, num_barriers=ring),
+            collective_axes='wg',
+        )
+
+    return plgpu.kernel(
+        entry_point,
+        out_type=(
+            None if q is None else jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
+            None if partner is None else jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32),
+        ),
+        grid=(B, N, parts),
+        grid_names=('b', 'h', 'v'),
+        num_threads=W + 1,
+        thread_name='wg',
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )(q, k, v, decay, state, partner)
