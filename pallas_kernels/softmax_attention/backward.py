@@ -37,7 +37,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    bq, stages, dtype = tiles.queries, tiles.stages, q.dtype
+    bq, stages, outs, dtype = tiles.queries, tiles.stages, tiles.outs, q.dtype
     nq, nk = common.cdiv(T, bq), common.cdiv(S, KEYS)
     group = N // K
     shape = (64, bq)
@@ -110,11 +110,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             dp = jnp.where(keep, dp * inverse, 0.0) - common.col(delta_col, shape)
                         plgpu.wgmma(dv_acc, used, do_smem.at[slot])
                         ds = p * dp if slope is None else p * dp * slope
-                        ds = ds.astype(dtype)
-                        if spec.mask:  # a hidden pair's dp and slope may be poison
-                            hide = lambda ds, p: jnp.where(p > 0, ds, jnp.zeros((), dtype))
-                            ds = lax.cond(lax.rem(e, 2) == 1, hide, lambda ds, p: ds, ds, p)
-                        return ds
+                        return ds.astype(dtype)
 
                     ds = pl.run_scoped(logits, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
                     ds_smem.at[buffer, mine][...] = ds
@@ -133,13 +129,14 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
 
                     dq = pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
                     plgpu.barrier_arrive(q_free.at[slot])
-                    pl.when(j > 0)(lambda: plgpu.barrier_wait(dq_free))
+                    out = lax.rem(j, outs)
+                    pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
                     if by_rows:
-                        dq_smem.at[mine][...] = dq
+                        dq_smem.at[out, mine][...] = dq
                     else:
-                        dq_smem.at[:, pl.ds(wg * (H // 2), H // 2)][...] = dq
+                        dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
                     plgpu.commit_smem()
-                    plgpu.barrier_arrive(dq_full)
+                    plgpu.barrier_arrive(dq_full.at[out])
                     return following
 
                 lax.fori_loop(0, count, step, entry(0))
@@ -155,7 +152,11 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             rows = pl.ds(k0, 64)
             plgpu.copy_smem_to_gmem(v_smem.at[0, mine], dv_ref.at[b, rows, h])
             plgpu.copy_smem_to_gmem(k_smem.at[0, mine], dk_ref.at[b, rows, h])
-            pl.when(count > 0)(lambda: plgpu.barrier_wait(dq_free))
+
+            @pl.loop(jnp.maximum(count - outs, 0), count)
+            def _drain(j):
+                plgpu.barrier_wait(dq_free.at[lax.rem(j, outs)])
+
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         @pl.when(wg == 2)
@@ -193,15 +194,17 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         rank = ranks_ref[(*at, j)]
                         turn = turns.at[(b * N + h) * nq + tile]
                         target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
-                        plgpu.barrier_wait(dq_full)
+                        out = lax.rem(j, outs)
+                        plgpu.barrier_wait(dq_full.at[out])
                         if ordered:
                             plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
                         first = rank == 0
-                        pl.when(first)(lambda: plgpu.copy_smem_to_gmem(dq_smem, target))
-                        add = lambda: plgpu.copy_smem_to_gmem(dq_smem, target, reduction_op='add')
+                        pl.when(first)(lambda: plgpu.copy_smem_to_gmem(dq_smem.at[out], target))
+                        add = lambda: plgpu.copy_smem_to_gmem(dq_smem.at[out], target, reduction_op='add')
                         pl.when(jnp.logical_not(first))(add)
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        plgpu.barrier_arrive(dq_free.at[out])
                         plgpu.wait_smem_to_gmem(0)
-                        plgpu.barrier_arrive(dq_free)
                         if ordered:
                             plgpu.semaphore_signal(turn, 1, memory_scope='gpu')
 
@@ -215,14 +218,14 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             plgpu.SMEM((stages, bq), jnp.float32),
             plgpu.SMEM((stages, bq), jnp.float32),
             common.swizzled((2, KEYS, bq), dtype),
-            common.swizzled((bq, H), jnp.float32),
+            common.swizzled((outs, bq, H), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=3, num_barriers=stages),
             plgpu.Barrier(num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=outs),
+            plgpu.Barrier(num_barriers=outs),
             collective_axes='wg',
         )
 

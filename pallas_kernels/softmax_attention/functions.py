@@ -11,7 +11,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -88,12 +87,11 @@ def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: b
     if any(p for _, p in pads):
         x = jnp.pad(x, pads)
     if 'd' in index:  # entry (i, x): the difference of row i and column x, shifted so that columns are never negative
-        i = np.arange(64)[:, None]
-        if transposed:
-            at = i - (np.arange(Tp + Sp)[None] - Sp) + T - 1
-        else:
-            at = (np.arange(Tp + Sp)[None] - Tp) - i + T - 1
-        x = jnp.take(x, jnp.clip(at, 0, T + S - 2), axis=-1)
+        x, (R, Rp, C, Cp) = (x[..., ::-1], (S, Sp, T, Tp)) if transposed else (x, (T, Tp, S, Sp))
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(64 + Rp - R, Cp - C + 1)])
+        L = x.shape[-1] - 1  # row i is the strip from 63 - i on: rows of a flat copy, one entry short of its length
+        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 64, L + 1)).reshape(*x.shape[:-1], -1)
+        x = x[..., 63 : 63 + 64 * L].reshape(*x.shape[:-1], 64, L)[..., : Rp + Cp]
     if not order:
         x = x.reshape(1)
     return x
@@ -150,9 +148,11 @@ class Place:
             for ref, o in zip(refs, operands)
         ]
 
-    def _eval(self, fun, operands):
+    def _eval(self, fun, operands, first=0):
+        """`first`: where the positions b, h, q, k stand among the operands."""
         cast = lambda x: plgpu.layout_cast(x, TILE)
-        return tile_eval.tile_eval(fun, operands, self.shape, cast)
+        small = range(first, first + 4) if max(*self.inputs.padded) < 2**22 else ()
+        return tile_eval.tile_eval(fun, operands, self.shape, cast, small)
 
     def _booleans(self, operands, values):
         return [v != 0 if jnp.result_type(o.array) == jnp.bool_ else v for o, v in zip(operands, values)]
@@ -182,7 +182,7 @@ class Place:
             call = lambda s: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
             return jax.jvp(call, (s,), (jnp.float32(1),)) if derivative else (call(s),)
 
-        outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands))
+        outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
         if not derivative:
             return outs[0].to('rc')
         slope = outs[1]

@@ -142,9 +142,11 @@ def _forward(scale, q, k, v, mask, score, sinks, dropout):
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     lists = None
     if spec.mask:
-        lists = _entries(blocks.classify(mask, q.shape[0], q.shape[2], T, S, bq, bk))
+        lists = forward_lists(blocks.classify(mask, q.shape[0], q.shape[2], T, S, bq, bk))
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
-    out, lse2 = forward_kernel.forward(q8, k8, v8, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
+    out, lse2 = forward_kernel.forward(
+        q8, k8, v8, lists, operands, sinks, spec=spec, tiles=shape, scale=scale, processors=_processors()
+    )
     out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
     return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
@@ -154,7 +156,8 @@ def _backward(scale, saved, cotangents):
     do, dlse = cotangents
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    q8, k8, v8, do8 = _pad(q), _pad(k), _pad(v), _pad(do)
+    least = 128 if max(H, Hv) > 64 else 64  # the backward kernel has one width for q and k of at least v's class
+    q8, k8, v8, do8 = _pad(q, least), _pad(k, least), _pad(v), _pad(do)
     shape = tiles.backward(q8.shape[3], v8.shape[3])
     bq, bk = shape.queries, backward_kernel.KEYS
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
@@ -189,9 +192,9 @@ def _backward(scale, saved, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
-def _pad(x):
+def _pad(x, least=64):
     """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
-    length, width = -x.shape[1] % 8, -x.shape[3] % 64
+    length, width = -x.shape[1] % 8, max(least - x.shape[3], -x.shape[3] % 64)
     return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
 
 
@@ -202,12 +205,16 @@ def _over_groups(x, K):
     return x.reshape(B, S, K, N // K, H).sum(3, dtype=jnp.float32).astype(x.dtype)
 
 
-def _entries(classes):
-    """Per row of blocks the count, then 2 * block + partial: int32 [.., rows, 1 + columns]."""
-    found = blocks.lists(classes)
-    xp = np if isinstance(found.block, np.ndarray) else jnp
-    packed = 2 * found.block + found.partial
-    return xp.concatenate([found.count[..., None], packed], -1).astype(np.int32)
+def forward_lists(classes):
+    """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
+
+    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy.
+    """
+    xp = np if isinstance(classes, np.ndarray) else jnp
+    group = xp.where(classes == blocks.PARTIAL, 0, xp.where(classes == blocks.FULL, 1, 2))
+    order = xp.argsort(group, axis=-1, stable=True)
+    counts = xp.stack([(group < 2).sum(-1), (group == 0).sum(-1)], -1)
+    return xp.concatenate([counts, order], -1).astype(np.int32)
 
 
 def _processors() -> int:

@@ -26,11 +26,12 @@ def _tile(operand, array, q0, rows, T, S):
         x = jnp.pad(x, [(0, rows if a == axis else 0) for a in range(x.ndim)])
         x = lax.dynamic_slice_in_dim(x, q0, rows, axis)
     if 'd' in order:
-        # Row i reads the strip from T - 1 - q0 - i on: one slice, then a skew by reshaping.
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(rows, 0)])
-        x = lax.dynamic_slice_in_dim(x, T - q0, rows - 1 + S, x.ndim - 1)
-        at = (rows - 1 - jnp.arange(rows))[:, None] + jnp.arange(S)[None]
-        x = jnp.take(x, at, axis=-1)
+        # Row i reads the strip from T - 1 - q0 - i on: one slice, then a skew by reshaping, whose transpose is a plain sum.
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(rows, 1)])
+        x = lax.dynamic_slice_in_dim(x, T - q0, rows + S, x.ndim - 1)
+        width = rows + S
+        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], rows, width)).reshape(*x.shape[:-1], -1)
+        x = x[..., rows - 1 : rows * width - 1].reshape(*x.shape[:-1], rows, width - 1)[..., :S]
         order = order[:-1] + ['q', 'k']
     shape = [x.shape[order.index(c)] if c in order else 1 for c in 'bhqk']
     return x.reshape(shape)
