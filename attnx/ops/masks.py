@@ -9,6 +9,7 @@ needs; a key position below 0 marks an empty slot, which nothing sees.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from pallas_kernels.elementwise import Index, Mask, Operand, as_mask
@@ -154,20 +155,20 @@ def _window(q, k, size, ahead):
 
 def _dilated(q, k, size, rate):
     far = abs(q - k)
-    return (lax.rem(far, rate) == 0) & (far <= rate * (size - 1))
+    return (lax.rem(far, np.int32(rate)) == 0) & (far <= rate * (size - 1))
 
 
 def _strided(q, k, stride):
-    return lax.rem(abs(q - k), stride) == 0
+    return lax.rem(abs(q - k), np.int32(stride)) == 0
 
 
 def _fixed(q, k, block, summary):
-    start = lax.div(k, block) * block
-    return (lax.rem(k, block) >= block - summary) | ((start <= q) & (q < start + block))
+    start = lax.div(k, np.int32(block)) * block
+    return (lax.rem(k, np.int32(block)) >= block - summary) | ((start <= q) & (q < start + block))
 
 
 def _block_causal(q, k, block):
-    return lax.div(k, block) * block <= q
+    return lax.div(k, np.int32(block)) * block <= q
 
 
 def _first(q, k, count):
@@ -207,4 +208,4 @@ def _integers(mask, name, x, letters):
     x = jnp.asarray(x)
     if x.ndim != len(letters) or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f'masks.{mask}: {name} must be int [{shape}], given {x.dtype}{x.shape}')
-    return x
+    return x.astype(jnp.int32)

@@ -177,6 +177,12 @@ def _clean(x):
     return jnp.where(finite, x, 0), lax.stop_gradient(poison)
 
 
+def _hidden(seen, x, fill):
+    """x where it is seen. A score is given harmless values elsewhere, or the zero cotangent of a masked pair would meet
+    the infinite derivative of a masked NaN, and 0 · NaN is NaN."""
+    return jnp.where(seen, x, fill) if seen is not None and jnp.issubdtype(x.dtype, jnp.floating) else x
+
+
 # Reference
 
 
@@ -190,11 +196,11 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
     s = (s + poison).reshape(B, N, T, S) + jnp.moveaxis(poison_q, 1, 2)[..., None]
     i = Index(*(lax.broadcasted_iota(jnp.int32, (B, N, T, S), axis) for axis in range(4)), T, S)
     call, values = _whole(mask, i)
-    seen = True if mask is None else call(i, values)
+    seen = None if mask is None else call(i, values)
     if score is not None:
         call, values = _whole(score, i)
-        s = call(jnp.where(seen, s, 0), i, values)  # a masked NaN must not meet the score's derivative
-    s = jnp.where(seen, s, -jnp.inf)
+        s = call(_hidden(seen, s, 0), i, [_hidden(seen, x, 1) for x in values])
+    s = _hidden(seen, s, -jnp.inf)
     top = lax.stop_gradient(s.max(-1, keepdims=True))
     empty = top == -jnp.inf
     sink = None if sinks is None else jnp.asarray(sinks, dtype)[:, None, None]
@@ -245,7 +251,7 @@ def _block(n, limit):
 
 def _block_sizes(B, N, T, S):
     """One block for short sequences; few queries (decoding) take many keys at once; many heads bound the tile."""
-    limit = 512
+    limit = 256
     while limit > 128 and B * N * min(T, limit) * min(S, limit) > 2**24:
         limit //= 2
     bq = _block(T, limit)
@@ -364,9 +370,9 @@ def _logits(st, i, j, q, k, poison_q, poison_k, mask, score):
 
     def finish(s, slices):
         if call is not None:
-            s = s if seen is None else jnp.where(seen, s, 0)  # a masked NaN must not meet the score's derivative
-            s = call(s, index, [_spread(o, x, st) for o, x in zip(operands, slices)])
-        return s if seen is None else jnp.where(seen, s, -jnp.inf)
+            values = [_hidden(seen, _spread(o, x, st), 1) for o, x in zip(operands, slices)]
+            s = call(_hidden(seen, s, 0), index, values)
+        return _hidden(seen, s, -jnp.inf)
 
     s, pull = jax.vjp(finish, s, [_slice(o, o.array, st, i, j) for o in operands])
     return _Tile(s, seen, pull, index)
