@@ -22,9 +22,7 @@ def cdiv(a: int, b: int) -> int:
 def swizzled(shape, dtype, swizzle=128):
     """Shared memory for a wgmma operand: 8-row tiles, swizzled."""
     columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(
-        shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle))
-    )
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
 
 
 def row(value, shape):

@@ -113,10 +113,11 @@ RULES = {
     'not': lambda x: x ^ True if x.dtype == jnp.bool_ else ~x,
     'select_n': _select,
 }
-NATIVE = set(
-    'add sub mul div neg abs max min square sign and or xor shift_left shift_right_logical shift_right_arithmetic clz '
-    'eq ne lt le gt ge clamp bitcast_convert_type erf round'.split()  # noqa: SIM905
-)
+NATIVE = {
+    'add', 'sub', 'mul', 'div', 'neg', 'abs', 'max', 'min', 'square', 'sign', 'and', 'or', 'xor', 'shift_left',
+    'shift_right_logical', 'shift_right_arithmetic', 'clz', 'eq', 'ne', 'lt', 'le', 'gt', 'ge', 'clamp',
+    'bitcast_convert_type', 'erf', 'round',
+}  # fmt: skip
 SUPPORTED = sorted(NATIVE | set(RULES) | {'cond'})
 
 
@@ -156,7 +157,7 @@ def refusal(jaxpr) -> str | None:
 
 
 class Value(NamedTuple):
-    value: Any
+    value: Any  # perhaps Scaled
     kind: str
     to: Callable  # kind -> the value in that larger shape
     literal: Any  # the number, where it is one that tracing already knew
@@ -176,6 +177,16 @@ class Outer:
         return self.form(self.a, self.b)
 
 
+class Scaled:
+    """A float tile times a known number: a chain of factors costs one multiplication, or none if the user has one."""
+
+    def __init__(self, value, factor):
+        self.value, self.factor = value, factor
+
+    def __call__(self):
+        return self.value * jnp.float32(self.factor)
+
+
 def tile_eval(fun, operands, shape, cast, small=()):
     """Evaluates `fun`, a function of scalars, on tiles.
 
@@ -193,6 +204,7 @@ def tile_eval(fun, operands, shape, cast, small=()):
     jaxpr = jax.make_jaxpr(fun)(*[jax.ShapeDtypeStruct((), d) for _, d, _ in operands])
 
     def widen(v, k, to):
+        v = v() if isinstance(v, Scaled) else v
         if k == to:
             return v
         target = {'r': shape[:1], 'c': shape[1:], 'rc': shape}[to]
@@ -230,12 +242,19 @@ def tile_eval(fun, operands, shape, cast, small=()):
                 if isinstance(held, Outer):
                     env[eqn.outvars[0]] = held.form(*(x.astype(jnp.float32) for x in (held.a, held.b))), 'rc'
                     continue
+            if name in ('mul', 'div') and eqn.outvars[0].aval.dtype == jnp.float32:
+                numbers = [a.val if isinstance(a, jex.Literal) else None for a in eqn.invars]
+                at = 1 if numbers[1] is not None else 0 if name == 'mul' and numbers[0] is not None else None
+                if at is not None and numbers[1 - at] is None and numbers[at] != 0:
+                    held, k = env[eqn.invars[1 - at]]
+                    factor = float(numbers[at]) if name == 'mul' else 1 / float(numbers[at])
+                    if isinstance(held, Scaled):
+                        env[eqn.outvars[0]] = Scaled(held.value, held.factor * factor), k
+                        continue
+                    if k == 'rc':
+                        env[eqn.outvars[0]] = Scaled(read(eqn.invars[1 - at])[0], factor), k
+                        continue
             xs = [read(a) for a in eqn.invars]
-            if name == 'div' and xs[1][1] == '' and isinstance(eqn.invars[1], jex.Literal) and not whole:
-                xs[1] = jnp.asarray(1 / eqn.invars[1].val, eqn.invars[1].aval.dtype), ''
-                v, k = xs[0]
-                env[eqn.outvars[0]] = v * widen(xs[1][0], '', k), k
-                continue
             if name in INLINE or name == 'cond':
                 args = xs[1:] if name == 'cond' else xs
                 outs = [run(getattr(s, 'jaxpr', s), getattr(s, 'consts', ()), args) for s in _subjaxprs(eqn)]
@@ -247,7 +266,8 @@ def tile_eval(fun, operands, shape, cast, small=()):
                 out = f(*vs, **eqn.params) if f else eqn.primitive.bind(*vs, **eqn.params)
                 outs = [(v, k) for v in (out if eqn.primitive.multiple_results else [out])]
             env.update(zip(eqn.outvars, outs))
-        return [read(a) for a in jp.outvars]
+        scaled = lambda a: not isinstance(a, jex.Literal) and isinstance(env[a][0], Scaled)
+        return [env[a] if scaled(a) else read(a) for a in jp.outvars]
 
     def merge(which, cases):  # an elementwise cond: evaluate all branches, select
         k = ''.join(c for c in 'rc' if c in which[1] or any(c in kk for _, kk in cases))

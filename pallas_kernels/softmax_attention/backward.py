@@ -5,7 +5,8 @@ are transposed, [keys, queries]: S^T = K Q^T and dP^T = V dO^T stay in registers
 operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for dQ = dS K. A separate warp adds each dQ
 tile to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
 counter per tile, so that a second run is bit-equal; blocks start at different tiles, so that in the steady state none
-waits. The key blocks of a head are neighbours in the grid, which keeps the head's dQ in the L2 cache.
+waits; two buffers halve the chain of additions. The key blocks of a head are neighbours in the grid, which keeps the
+head's dQ in the L2 cache.
 """
 
 import jax
@@ -32,16 +33,17 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
 
     Returns:
-      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
-      and dv [B, S', N, Hv], per query head.
+      dq float32 [splits, B, T', N, H], to be summed and multiplied by `scale`; key tile i adds to part i % splits, and
+      query tiles that no key tile of a part visits are undefined there. dk [B, S', N, H] and dv [B, S', N, Hv], per
+      query head.
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    bq, stages, outs, dtype = tiles.queries, tiles.stages, tiles.outs, q.dtype
+    bq, stages, outs, splits, dtype = tiles.queries, tiles.stages, tiles.outs, tiles.splits, q.dtype
     nq, nk = common.cdiv(T, bq), common.cdiv(S, KEYS)
     group = N // K
     shape = (64, bq)
-    c = LOG2E if spec.score else scale * LOG2E
+    c = scale * LOG2E
     by_rows = bq == 128  # dQ is shared out by query rows, else by columns of H
     half = (64, H) if by_rows else (64, H // 2)
 
@@ -49,7 +51,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
         dq_ref, dk_ref, dv_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, do_bar, q_free, ds_bar, dq_full, dq_free = scratch[8:]
-        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((splits * B * N * nq,)))
         b, h, ki = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('k')
         wg = lax.axis_index('wg')
         at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, ki)
@@ -69,9 +71,9 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                 place = inputs.at((e // 2) * bq, k0, shape)
                 slope = None
                 if spec.score:
-                    s, slope = place.score(s * scale, derivative=True)
+                    s, factor, slope = place.score(s, scale, derivative=True)
                     lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
-                    p = jnp.exp2(s * c - common.col(lse_col, shape))
+                    p = jnp.exp2(s * (factor * LOG2E) - common.col(lse_col, shape))
                 else:
                     p = jnp.exp2(s * c)
                 if spec.mask:
@@ -192,8 +194,9 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                     def _(j):
                         tile = entry(j) // 2
                         rank = ranks_ref[(*at, j)]
-                        turn = turns.at[(b * N + h) * nq + tile]
-                        target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
+                        part = lax.rem(ki, splits)
+                        turn = turns.at[((part * B + b) * N + h) * nq + tile]
+                        target = dq_ref.at[part, b, pl.ds(tile * bq, bq), h]
                         out = lax.rem(j, outs)
                         plgpu.barrier_wait(dq_full.at[out])
                         if ordered:
@@ -232,7 +235,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     return plgpu.kernel(
         entry_point,
         out_type=(
-            jax.ShapeDtypeStruct((B, T, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((splits, B, T, N, H), jnp.float32),
             jax.ShapeDtypeStruct((B, S, N, H), dtype),
             jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
         ),

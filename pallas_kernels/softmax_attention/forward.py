@@ -1,11 +1,12 @@
 """Forward kernel of softmax attention for Hopper.
 
-A persistent block per multiprocessor works through (batch, head, query tile) items of `consumers` x 64 query rows. A
-producer warpgroup streams queries, keys and values through rings, running ahead into the next item while the consumers
-finish the last. Each consumer warpgroup issues S_j = Q K_j^T and then O += P_{j-1} V_{j-1}, and runs the softmax of S_j
-while that second product is still on the tensor cores. Consumers take turns in issuing, so that one's softmax hides behind
-the other's products (FlashAttention-3, arXiv:2407.08608). Which key tiles an item visits is a list made outside, those
-that need the mask first; a kernel without a list visits all.
+A block works through (batch, head, query tile) items of `consumers` x 64 query rows, one block per multiprocessor and a
+list of items for each where the work is known beforehand (`mosaic_gpu.agenda`). A producer warpgroup streams queries,
+keys and values through rings, running ahead into the next item while the consumers finish the last. Each consumer
+warpgroup issues S_j = Q K_j^T and then O += P_{j-1} V_{j-1}, and runs the softmax of S_j while that second product is
+still on the tensor cores. Consumers take turns in issuing, so that one's softmax hides behind the other's products
+(FlashAttention-3, arXiv:2407.08608). Which key tiles an item visits is a list made outside, those that need the mask
+first; a kernel without a list visits all.
 """
 
 import jax
@@ -21,18 +22,18 @@ from pallas_kernels.softmax_attention import functions
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
-def forward(q, k, v, lists, operands, sinks, *, spec, tiles, scale, processors=132):
+def forward(q, k, v, agenda, lists, operands, sinks, *, spec, tiles, scale):
     """softmax(score(scale * q k^T), masked) v.
 
     Args:
       q, k, v: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], 16-bit; T' and S' padded to 8, H and Hv to 64.
-      lists: int32 [B or 1, N or 1, query tiles, 2 + n]: how many key tiles to visit, how many of them with the mask, and
-        the key tiles, those with the mask first; or None.
+      agenda: int32 [blocks, 1 + n]: per block the count of its items, and the items (b * N + h) * query tiles + tile.
+      lists: int32 [B or 1, N or 1, query tiles, 2 + n]: how many key tiles to visit, how many of them with the mask,
+        and the key tiles, those with the mask first; or None.
       operands: arrays of the mask and score functions, laid out by `functions.prepare`.
       sinks: float32 [N], or None.
       spec: `functions.Spec`, static.
       tiles: `tiles.Forward`, static.
-      processors: how many blocks to launch.
 
     Returns:
       out [B, T', N, Hv] and the base-2 log-sum-exp [B, N, padded T] in float32.
@@ -46,31 +47,24 @@ def forward(q, k, v, lists, operands, sinks, *, spec, tiles, scale, processors=1
     score, mask, dropout = spec.score, spec.mask, spec.dropout
     padded = (nq * bq, nk * bkv)
     shape = (64, bkv)
-    c = LOG2E if score else scale * LOG2E
-    sizes = {'b': B, 'h': N, 'q': nq}
-    items = B * N * nq
-    blocks = min(processors, items)
+    c = scale * LOG2E
     stage_out = Hv <= 128  # else the output leaves through the queries' memory
 
-    def kernel(q_ref, k_ref, v_ref, lists_ref, operand_refs, sinks_ref, o_ref, lse_ref, scratch):
+    def kernel(q_ref, k_ref, v_ref, agenda_ref, lists_ref, operand_refs, sinks_ref, o_ref, lse_ref, scratch):
         q_smem, k_smem, v_smem, o_smem, q_bar, q_free, k_bar, v_bar, k_free, v_free, turn = scratch
         wg, block = lax.axis_index('wg'), lax.axis_index('block')
 
         def locate(n):
             """The n-th item of this block: batch, head, query tile, its counts, and its key tiles."""
-            rest = n * blocks + block
-            at = {}
-            for name in tiles.order[::-1]:
-                at[name] = lax.rem(rest, sizes[name])
-                rest = lax.div(rest, sizes[name])
-            b, h, qi = at['b'], at['h'], at['q']
+            item = agenda_ref[block, n + 1]
+            head, qi = lax.div(item, nq), lax.rem(item, nq)
+            b, h = lax.div(head, N), lax.rem(head, N)
             if lists_ref is None:
                 return b, h, qi, jnp.int32(nk), jnp.int32(0), lambda j: j
-            qi = nq - 1 - qi  # causal masks: longest first
             row = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, qi)
             return b, h, qi, lists_ref[(*row, 0)], lists_ref[(*row, 1)], lambda j: lists_ref[(*row, j + 2)]
 
-        mine = lax.div(items - block + blocks - 1, blocks)
+        mine = agenda_ref[block, 0]
 
         @pl.when(wg < W)
         def _consume():
@@ -96,13 +90,15 @@ def forward(q, k, v, lists, operands, sinks, *, spec, tiles, scale, processors=1
 
                 def softmax(s, tile, m, l, masked):
                     place = inputs.at(q0, tile * bkv, shape)
+                    factor = c
                     if score:
-                        s = place.score(s * scale)
+                        s, factor = place.score(s, scale)
+                        factor *= LOG2E
                     if mask:
                         s = lax.cond(masked, place.masked, lambda s: s, s)
-                    m_new = jnp.maximum(m, s.max(axis=1) * c)
+                    m_new = jnp.maximum(m, s.max(axis=1) * factor)
                     alpha = jnp.exp2(m - m_new)
-                    p = jnp.exp2(s * c - common.row(m_new, shape))
+                    p = jnp.exp2(s * factor - common.row(m_new, shape))
                     l = l * alpha + p.sum(axis=1)
                     return p, m_new, l, alpha
 
@@ -262,7 +258,7 @@ def forward(q, k, v, lists, operands, sinks, *, spec, tiles, scale, processors=1
             jax.ShapeDtypeStruct((B, T, N, Hv), dtype),
             jax.ShapeDtypeStruct((B, N, nq * bq), jnp.float32),
         ),
-        grid=(blocks,),
+        grid=(agenda.shape[0],),
         grid_names=('block',),
         num_threads=W + 1,
         thread_name='wg',
@@ -272,4 +268,4 @@ def forward(q, k, v, lists, operands, sinks, *, spec, tiles, scale, processors=1
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, lists, operands, sinks)
+    )(q, k, v, agenda, lists, operands, sinks)

@@ -171,8 +171,11 @@ class Place:
     def masked(self, s):
         return jnp.where(self.visible(), s, -jnp.inf)
 
-    def score(self, s, derivative=False):
-        """The score of scaled logits `s`; with `derivative`, also its derivative by them (None where it is 1)."""
+    def score(self, s, scale, derivative=False):
+        """The score of the logits scale * s, as a tile and a positive number to multiply it with.
+
+        With `derivative`, also the score's derivative by the scaled logits, None where it is 1.
+        """
         spec = self.inputs.spec
         operands = spec.score.operands
         first = len(spec.mask.operands) if spec.mask else 0
@@ -180,13 +183,19 @@ class Place:
         def fun(s, b, h, q, k, *values):
             i = ew.Index(b, h, q, k, spec.T, spec.S)
             call = lambda s: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
+            s = s * jnp.float32(scale)
             return jax.jvp(call, (s,), (jnp.float32(1),)) if derivative else (call(s),)
 
         outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
+        value, factor = outs[0].value, 1.0
+        if isinstance(value, tile_eval.Scaled) and value.factor > 0:
+            value, factor = value.value, value.factor
+        else:
+            value = outs[0].to('rc')
         if not derivative:
-            return outs[0].to('rc')
+            return value, factor
         slope = outs[1]
-        return outs[0].to('rc'), None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
+        return value, factor, None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
 
     def kept(self):
         """Whether dropout keeps each weight: a boolean tile."""

@@ -7,6 +7,7 @@ can't run here. README.md in this folder has the maths, the limits and what was 
 """
 
 import functools
+import heapq
 import math
 
 import jax
@@ -122,6 +123,8 @@ def softmax_attention(
     if reason:
         raise ValueError(f'softmax_attention on mosaic_gpu: {reason}')
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if scale <= 0:  # the kernels' running maximum wants a positive one
+        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
     mask, score = ew.as_mask(mask), _with_bias(score, bias)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     out, lse = _attention(scale, query, key, value, mask, score, sinks, dropout)
@@ -134,19 +137,21 @@ def _attention(scale, q, k, v, mask, score, sinks, dropout):
 
 
 def _forward(scale, q, k, v, mask, score, sinks, dropout):
-    T, S, Hv = q.shape[1], k.shape[1], v.shape[3]
+    (B, T, N, H), (S, K), Hv = q.shape, k.shape[1:3], v.shape[3]
     q8, k8, v8 = _pad(q), _pad(k), _pad(v)
-    shape = tiles.forward(q8.shape[3], v8.shape[3], mask is not None or bool(S % 128))
+    shape = tiles.forward(q8.shape[3], v8.shape[3])
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists = None
+    lists, counts = None, np.full((1, 1, nq), nk)
     if spec.mask:
-        lists = forward_lists(blocks.classify(mask, q.shape[0], q.shape[2], T, S, bq, bk))
+        lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
+        counts = lists[..., 0] if isinstance(lists, np.ndarray) else None
+    # As many heads at a time as have their keys and values in the L2 cache, with room for queries and outputs.
+    together = max(1, 2**25 // (2 * S * (H + Hv))) * (N // K)
+    items = agenda(B, N, nq, counts, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
-    out, lse2 = forward_kernel.forward(
-        q8, k8, v8, lists, operands, sinks, spec=spec, tiles=shape, scale=scale, processors=_processors()
-    )
+    out, lse2 = forward_kernel.forward(q8, k8, v8, items, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
     out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
     return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
@@ -169,15 +174,18 @@ def _backward(scale, saved, cotangents):
     pad = [(0, 0), (0, 0), (0, nq * bq - T)]
     lse_in = jnp.pad(jnp.where(live, lse2, HIDDEN), pad, constant_values=HIDDEN)
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
-    lists, ranks, touched = schedule(classes)
+    lists, ranks, touched = schedule(classes, shape.splits)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    dq, dk, dv = backward_kernel.backward(
+    parts, dk, dv = backward_kernel.backward(
         q8, k8, v8, do8, lse_in, jnp.pad(delta, pad), lists, ranks, operands, spec=spec, tiles=shape, scale=scale
     )
-    dq = dq[:, :T, :, :H] * scale
-    if not (isinstance(touched, np.ndarray) and touched.all()):  # a tile that no block visits was never written
-        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
-        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    dq = 0.0
+    for n, part in enumerate(parts[:, :, :T, :, :H]):
+        if not (isinstance(touched, np.ndarray) and touched[n].all()):  # tiles that no block visits were never written
+            rows = jnp.repeat(jnp.asarray(touched[n]), bq, axis=-1)[..., :T]
+            part = jnp.where(rows.swapaxes(1, 2)[..., None], part, 0.0)
+        dq += part
+    dq *= scale
     dk, dv = _over_groups(dk[:, :S, :, :H], K), _over_groups(dv[:, :S, :, :Hv], K)
     dsinks = None
     if sinks is not None:
@@ -217,6 +225,34 @@ def forward_lists(classes):
     return xp.concatenate([counts, order], -1).astype(np.int32)
 
 
+def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> np.ndarray:
+    """Which items each block of the forward kernel does, in order: int32 [blocks, 1 + n], the count first.
+
+    An item is (b * N + h) * nq + q. Where the work per item is known (`counts`, NumPy [B or 1, N or 1, nq]), there is
+    one block per multiprocessor, and each item in turn goes to the block that is free first, long items of `together`
+    heads at a time before short ones. Where it depends on data (None), each item is its own block and the hardware
+    deals them out.
+    """
+    items = np.arange(B * N * nq).reshape(B, N, nq)
+    if counts is None:
+        return np.stack([np.ones(items.size), items.ravel()], -1).astype(np.int32)
+    P = min(processors, items.size)
+    cost = np.broadcast_to(counts, (B, N, nq)) + 1.0  # an item's first product and last store overlap with nothing
+    if (cost == cost[0, 0, 0]).all():
+        order = items.ravel()
+    else:
+        heads = [items[b, h : h + together] for b in range(B) for h in range(0, N, together)]
+        order = np.concatenate([x.T[::-1].ravel() for x in heads])  # causal masks: the last query tiles see most
+    rows = [[] for _ in range(P)]
+    free = [(0.0, p) for p in range(P)]
+    for item, work in zip(order, cost.ravel()[order]):
+        t, p = heapq.heappop(free)
+        rows[p].append(item)
+        heapq.heappush(free, (t + work, p))
+    longest = max(map(len, rows))
+    return np.array([[len(r), *r, *[0] * (longest - len(r))] for r in rows], np.int32)
+
+
 def _processors() -> int:
     try:
         return int(jax.devices('cuda')[0].core_count)
@@ -224,20 +260,20 @@ def _processors() -> int:
         return 132
 
 
-def schedule(classes, together: int | None = None):
+def schedule(classes, splits: int = 1, together: int | None = None):
     """Which query tiles each key tile visits in the backward kernel, and when it may add to their dq.
 
     A key tile starts at its diagonal and wraps around, so that at any time the blocks of a head work on different
-    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
-    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
-    are resident together: `together` key tiles (the number of multiprocessors) form a group, and groups follow one
-    another in launch order.
+    query tiles. Key tile i adds to part i % splits of dq. Additions to a query tile of a part happen in the order of
+    nominal time, position in the visiting block's list. That order agrees with each block's own, so no cycle of waits
+    exists as long as the blocks that wait for each other are resident together: `together` key tiles (the number of
+    multiprocessors) form a group, and groups follow one another in launch order.
 
     Args:
       classes: int8 [.., nq, nk].
 
     Returns:
-      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [.., nq].
+      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [splits, .., nq].
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or _processors()
@@ -248,12 +284,17 @@ def schedule(classes, together: int | None = None):
     order = xp.argsort(xp.where(seen, distance, distance + nq), axis=-1)
     position = xp.argsort(order, axis=-1)
     time = xp.where(seen, position + (np.arange(nk) // together * nq)[:, None], np.iinfo(np.int32).max)
-    rank = xp.argsort(xp.argsort(time, axis=-2, stable=True), axis=-2)
-    ranks = xp.take_along_axis(rank, order, -1).astype(np.int32)
+    ranks, touched = xp.zeros(time.shape, np.int32), []
+    for part in range(splits):
+        mine = (np.arange(nk) % splits == part)[:, None]
+        rank = xp.argsort(xp.argsort(xp.where(mine, time, np.iinfo(np.int32).max), axis=-2, stable=True), axis=-2)
+        ranks = xp.where(mine, rank, ranks)
+        touched.append((seen & mine).any(-2))
+    ranks = xp.take_along_axis(ranks, order, -1).astype(np.int32)
     partial = (classes == blocks.PARTIAL).swapaxes(-1, -2)
     entries = 2 * order + xp.take_along_axis(partial, order, -1)
     lists = xp.concatenate([seen.sum(-1)[..., None], entries], -1).astype(np.int32)
-    return lists, ranks, seen.any(-2)
+    return lists, ranks, xp.stack(touched)
 
 
 assert math.isclose(common.LN2 * common.LOG2E, 1)

@@ -26,7 +26,7 @@ def _tile(operand, array, q0, rows, T, S):
         x = jnp.pad(x, [(0, rows if a == axis else 0) for a in range(x.ndim)])
         x = lax.dynamic_slice_in_dim(x, q0, rows, axis)
     if 'd' in order:
-        # Row i reads the strip from T - 1 - q0 - i on: one slice, then a skew by reshaping, whose transpose is a plain sum.
+        # Row i reads the strip from T - 1 - q0 - i on: a slice, then a skew by reshaping: its transpose is a plain sum.
         x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(rows, 1)])
         x = lax.dynamic_slice_in_dim(x, T - q0, rows + S, x.ndim - 1)
         width = rows + S

@@ -9,8 +9,7 @@ class Forward:
     keys: int  # keys a step
     stages: int  # key and value tiles in flight
     registers: tuple[int, int]  # consumer, producer
-    turns: bool  # consumers issue in turns
-    order: str  # grid axes, the last varies fastest
+    turns: bool = True  # consumers issue in turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,21 +17,21 @@ class Backward:
     queries: int  # query rows a step; a block owns 128 keys
     stages: int  # query tiles in flight
     outs: int  # dq tiles on their way out
+    splits: int  # how many dq buffers the key blocks of a head take in turn
     registers: tuple[int, int]
 
 
-def forward(H: int, Hv: int, lists: bool) -> Forward:
-    """Tiles for head widths H and Hv (multiples of 64); `lists`: the mask leaves blocks out."""
+def forward(H: int, Hv: int) -> Forward:
+    """Tiles for head widths H and Hv (multiples of 64)."""
     wide = max(H, Hv)
-    order = 'qbh' if lists else 'bhq'
     if wide <= 64:
-        return Forward(3, 128, 2, (160, 32), False, order)
+        return Forward(3, 128, 2, (160, 32))
     if wide <= 128:
-        return Forward(2, 128, 2, (240, 24), True, order)
-    return Forward(2, 64, 2, (240, 24), True, order)
+        return Forward(2, 128, 2, (240, 24))
+    return Forward(2, 64, 2, (240, 24))
 
 
 def backward(H: int, Hv: int) -> Backward:
     if max(H, Hv) <= 64:
-        return Backward(128, 2, 2, (240, 24))
-    return Backward(64, 2, 2, (240, 24))
+        return Backward(128, 2, 2, 2, (240, 24))
+    return Backward(64, 2, 2, 2, (240, 24))
