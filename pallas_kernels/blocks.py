@@ -182,7 +182,10 @@ class _Evaluator:
         out = rule(*xs, **params) if name in ('convert_element_type', 'integer_pow') else rule(*xs)
         if out is None:
             return unknown
-        return [_Interval(*(self.xp.asarray(x).astype(dtype) for x in out))]
+        out = _Interval(*(self.xp.asarray(x).astype(dtype) for x in out))
+        if jnp.issubdtype(dtype, jnp.floating):
+            out = self.choose(self.xp.isnan(out.lo) | self.xp.isnan(out.hi), self.unknown(dtype), out)
+        return [out]
 
     def unknown(self, dtype):
         if dtype == jnp.bool_:
@@ -217,6 +220,13 @@ class _Evaluator:
             wrapped = wrapped | (x > bound) | (x < (-bound if info.min < 0 else 0))
         return self.choose(wrapped, self.unknown(lo.dtype), _Interval(lo, hi))
 
+    def defined(self, out, first, second, f):
+        """Unknown where two infinities, or zero and infinity, may meet inside the operands and make NaN."""
+        if not jnp.issubdtype(out.lo.dtype, jnp.floating):
+            return out
+        bad = self.xp.isnan(f(*first)) | self.xp.isnan(f(*second))
+        return self.choose(bad, self.unknown(out.lo.dtype), out)
+
     def widen(self, lo, hi, ulps):
         # A tile may round otherwise than this evaluation does: other libraries, fused multiply-adds.
         eps, tiny = ulps * float(jnp.finfo(lo.dtype).eps), float(jnp.finfo(lo.dtype).tiny)
@@ -224,7 +234,8 @@ class _Evaluator:
 
     def _add(self, a, b):
         ends = [(a.lo, b.lo), (a.hi, b.hi)]
-        return self.checked(a.lo + b.lo, a.hi + b.hi, [_f32(x) + _f32(y) for x, y in ends])
+        out = self.checked(a.lo + b.lo, a.hi + b.hi, [_f32(x) + _f32(y) for x, y in ends])
+        return self.defined(out, (a.lo, b.hi), (a.hi, b.lo), lambda x, y: x + y)
 
     _add_any = _add
 
@@ -232,12 +243,15 @@ class _Evaluator:
         out = self.checked(a.lo - b.hi, a.hi - b.lo, [_f32(a.lo) - _f32(b.hi), _f32(a.hi) - _f32(b.lo)])
         if jnp.issubdtype(a.lo.dtype, jnp.unsignedinteger):
             out = self.choose(a.lo < b.hi, self.unknown(a.lo.dtype), out)
-        return out
+        return self.defined(out, (a.lo, b.lo), (a.hi, b.hi), lambda x, y: x - y)
 
     def _mul(self, a, b):
         ends = [(x, y) for x in a for y in b]
         out = self.join(*(_Interval(x * y, x * y) for x, y in ends))
-        return self.checked(out.lo, out.hi, [_f32(x) * _f32(y) for x, y in ends])
+        out = self.checked(out.lo, out.hi, [_f32(x) * _f32(y) for x, y in ends])
+        zero = lambda x: self.xp.where((x.lo <= 0) & (x.hi >= 0), self.xp.zeros_like(x.lo), self.xp.ones_like(x.lo))
+        far = lambda x: self.xp.maximum(abs(x.lo), abs(x.hi))
+        return self.defined(out, (zero(a), far(b)), (far(a), zero(b)), lambda x, y: x * y)
 
     def _square(self, a):
         a = self._abs(a)
@@ -266,10 +280,11 @@ class _Evaluator:
     def _div(self, a, b):
         ends = [(x, y) for x in a for y in b]
         if jnp.issubdtype(a.lo.dtype, jnp.floating):
-            safe = (b.lo > 0) | (b.hi < 0)
+            far = lambda x: self.xp.maximum(abs(x.lo), abs(x.hi))
+            safe = ((b.lo > 0) | (b.hi < 0)) & ~(self.xp.isinf(far(a)) & self.xp.isinf(far(b)))
             out = self.join(*(_Interval(x / y, x / y) for x, y in ends))
             return self.choose(safe, self.widen(out.lo, out.hi, 4), self.unknown(a.lo.dtype))
-        safe = b.lo > 0
+        safe = b.lo > 0  # integers
         quotient = lambda x, y: self.truncated(x, self.xp.where(safe, y, self.xp.ones_like(y)))
         out = self.join(*(_Interval(quotient(x, y), quotient(x, y)) for x, y in ends))
         return self.choose(safe, out, self.unknown(a.lo.dtype))
