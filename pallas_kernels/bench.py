@@ -1,0 +1,387 @@
+"""Times the softmax attention kernel against what a user would pick instead, after checking that it is right.
+
+    python -m pallas_kernels.bench [words] [--json FILE] [--with module:function ...] [--no-gate] [--no-torch]
+
+Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_attention:xla` adds an implementation with
+the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a small
+size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
+PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Times are medians; TFLOP/s count visible pairs, 3.5 times the forward
+for forward + backward. Prints a table, one JSON line a figure, and writes them all to FILE.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from typing import Any
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch shares the card
+
+WINDOW, DOCUMENT, PREFIX, SINK, CAP = 1024, 1536, 2048, 64, 30.0
+SHAPES = [(8, 2048, 16, 16, 128), (2, 8192, 16, 16, 128), (2, 8192, 32, 32, 64), (2, 8192, 16, 4, 128)]
+MAIN = SHAPES[1]
+KINDS = ('window', 'documents', 'prefix', 'global-window', 'alibi', 'relative', 'softcap')
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    kind: str
+    shape: tuple[int, int, int, int, int]  # B, T, N, K, H
+
+    @property
+    def name(self) -> str:
+        return '{} B{}T{}N{}K{}H{}'.format(self.kind, *self.shape)
+
+    def visible(self) -> int:
+        """Visible pairs of one head."""
+        T = self.shape[1]
+        if self.kind == 'full':
+            return T * T
+        if self.kind in ('causal', 'alibi', 'relative', 'softcap'):
+            return T * T // 2  # as peers count
+        if self.kind == 'window':
+            return sum(min(i + 1, WINDOW) for i in range(T))
+        if self.kind == 'documents':
+            return sum(i % DOCUMENT + 1 for i in range(T))
+        if self.kind == 'prefix':
+            return sum(max(i + 1, PREFIX) for i in range(T))
+        return sum(min(i + 1, WINDOW) + min(max(i + 1 - WINDOW, 0), SINK) for i in range(T))
+
+    @property
+    def flops(self) -> float:
+        B, _, N, _, H = self.shape
+        return 4.0 * B * N * H * self.visible()
+
+
+def rows(words) -> list[Row]:
+    found = [Row(kind, shape) for shape in SHAPES for kind in ('full', 'causal')] + [Row(kind, MAIN) for kind in KINDS]
+    return [r for r in found if not words or any(w in r.name for w in words)]
+
+
+def emit(results, **figure):
+    results.append(figure)
+    print('RESULT ' + json.dumps(figure), flush=True)
+
+
+# JAX
+
+
+def jax_inputs(row: Row, T=None):
+    import jax
+    import jax.numpy as jnp
+
+    B, length, N, K, H = row.shape
+    T = T or length
+    keys = jax.random.split(jax.random.key(0), 5)
+    q, k, v, do = (
+        jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=False)
+    )
+    strip = jax.random.normal(keys[4], (N, 2 * T - 1), jnp.float32) if row.kind == 'relative' else None
+    return (q, k, v, strip), do
+
+
+def mask_and_score(row: Row, B, T, N, strip):
+    import jax.numpy as jnp
+
+    from pallas_kernels import elementwise as ew
+    from pallas_kernels.softmax_attention import check
+
+    scale = T / row.shape[1]  # the gate runs the same picture at a smaller size
+    size = lambda n: max(1, int(n * scale))
+    mask = {
+        'full': None,
+        'window': check.window(size(WINDOW)),
+        'prefix': check.prefix_lm(size(PREFIX)),
+        'global-window': check.global_window(size(WINDOW), size(SINK)),
+    }.get(row.kind, check.causal)
+    if row.kind == 'documents':
+        mask = ew.as_mask(mask) & check.segments(jnp.asarray(check.documents(B, T, size(DOCUMENT))))
+    score = None
+    if row.kind == 'alibi':
+        score = check.alibi(2.0 ** (-8.0 * jnp.arange(1, N + 1) / N))
+    if row.kind == 'relative':
+        score = check.added(strip, 'hd')
+    if row.kind == 'softcap':
+        score = check.softcap(CAP)
+    return mask, score
+
+
+def ours(attention, row: Row):
+    def call(q, k, v, strip):
+        mask, score = mask_and_score(row, q.shape[0], q.shape[1], q.shape[2], strip)
+        return attention(q, k, v, mask=mask, score=score)
+
+    return call
+
+
+def cudnn(row: Row):
+    import jax
+
+    if row.kind not in ('full', 'causal', 'window'):
+        return None
+    options = dict(is_causal=row.kind != 'full', implementation='cudnn')
+    if row.kind == 'window':
+        options['local_window_size'] = (WINDOW - 1, 0)
+    return lambda q, k, v, strip: jax.nn.dot_product_attention(q, k, v, **options)
+
+
+def tokamax_mosaic(row: Row):
+    if row.kind not in ('full', 'causal', 'window', 'softcap'):
+        return None
+    try:
+        import tokamax
+    except ImportError:
+        return None
+    options: dict[str, Any] = dict(is_causal=row.kind != 'full', implementation='mosaic')
+    if row.kind == 'window':
+        options['local_window_size'] = (WINDOW - 1, 0)
+    if row.kind == 'softcap':
+        options['logits_soft_cap'] = CAP
+    return lambda q, k, v, strip: tokamax.dot_product_attention(q, k, v, **options)
+
+
+def gate(row: Row) -> str | None:
+    """None, or what is wrong with the kernel on this row's mask and score at T = 1000."""
+    from pallas_kernels.softmax_attention import check, mosaic_gpu
+
+    _, _, N, K, H = row.shape
+    heads = 4 if N > K else 2
+    small = check.Case(
+        row.name,
+        B=2,
+        T=1000,
+        N=heads,
+        K=heads * K // N or 1,
+        H=H,
+        mask=lambda c: mask_and_score(row, c.B, c.T, c.N, None)[0] if row.kind != 'relative' else check.causal,
+        score=lambda rng, c: (
+            check._random('hd')(rng, c) if row.kind == 'relative' else mask_and_score(row, c.B, c.T, c.N, None)[1]
+        ),
+    )
+    try:
+        return check.verdict(check.errors(small, mosaic_gpu.softmax_attention))
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error)[:300]}'
+
+
+def timed_jax(f, args, target=0.2) -> float:
+    import jax
+    import numpy as np
+
+    jax.block_until_ready(f(*args))
+    jax.block_until_ready(f(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(f(*args))
+    one = time.perf_counter() - start
+    n = max(5, min(100, int(target / max(one, 1e-5))))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(n):
+            out = f(*args)
+        jax.block_until_ready(out)
+        times.append((time.perf_counter() - start) / n * 1e3)
+    return float(np.median(times))
+
+
+def run_jax(chosen, extra, with_gate, results):
+    import jax
+
+    from pallas_kernels.softmax_attention import mosaic_gpu
+
+    pool = concurrent.futures.ThreadPoolExecutor(12)
+    wrong = dict(zip(chosen, pool.map(gate, chosen))) if with_gate else {}
+    for row, reason in wrong.items():
+        emit(results, case=row.name, peer='gate', ok=reason is None, reason=reason)
+    chosen = [row for row in chosen if not wrong.get(row)]
+
+    def compile_all(job):
+        row, name, f = job
+        try:
+            args, do = jax.eval_shape(functools.partial(jax_inputs, row))
+            wanted = (0, 1, 2) if args[3] is None else (0, 1, 2, 3)
+
+            def both(do, *args):
+                def part(*chosen_args):
+                    full = list(args)
+                    for i, x in zip(wanted, chosen_args):
+                        full[i] = x
+                    return f(*full)
+
+                out, pull = jax.vjp(part, *(args[i] for i in wanted))
+                return out, pull(do)
+
+            start = time.perf_counter()
+            compiled = jax.jit(f).lower(*args).compile(), jax.jit(both).lower(do, *args).compile()
+            return row, name, compiled, time.perf_counter() - start
+        except Exception as error:
+            return row, name, f'{type(error).__name__}: {str(error)[:300]}', 0.0
+
+    jobs = []
+    for row in chosen:
+        jobs.append((row, 'ours', ours(mosaic_gpu.softmax_attention, row)))
+        jobs += [(row, name, ours(f, row)) for name, f in extra.items()]
+        for name, make in (('jax-cudnn', cudnn), ('tokamax-mosaic', tokamax_mosaic)):
+            f = make(row)
+            if f is not None:
+                jobs.append((row, name, f))
+    data = None, None
+    for row, name, compiled, seconds in pool.map(compile_all, jobs):
+        if isinstance(compiled, str):
+            emit(results, case=row.name, peer=name, error=compiled)
+            continue
+        if data[0] != row:
+            data = row, jax_inputs(row)
+        args, do = data[1]
+        try:
+            fwd, both = timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))
+        except Exception as error:
+            emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:300]}')
+            continue
+        temp = compiled[1].memory_analysis()
+        figures(
+            results, row, name, fwd, both, compile_s=round(seconds, 1), temp_mib=temp and temp.temp_size_in_bytes >> 20
+        )
+
+
+def figures(results, row, name, fwd, both, **more):
+    emit(
+        results,
+        case=row.name,
+        peer=name,
+        fwd_ms=round(fwd, 4),
+        fwdbwd_ms=both and round(both, 4),
+        fwd_tflops=round(row.flops / fwd / 1e9, 1),
+        fwdbwd_tflops=both and round(3.5 * row.flops / both / 1e9, 1),
+        **more,
+    )
+
+
+# PyTorch, in its own process
+
+
+def run_torch(chosen, results):
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from triton.testing import do_bench
+
+    flex = torch.compile(flex_attention, dynamic=False)
+    timed = lambda f: do_bench(f, warmup=20, rep=80, return_mode='median')
+    draw = lambda *shape: torch.randn(*shape, device='cuda', dtype=torch.bfloat16)
+    for row in chosen:
+        B, T, N, K, H = row.shape
+        grouped = N != K
+        peers = {}
+        if row.kind in ('full', 'causal'):
+            for name, backend in (('torch-cudnn', 'CUDNN_ATTENTION'), ('torch-fa2', 'FLASH_ATTENTION')):
+
+                def fused(q, k, v, backend=backend, row=row, grouped=grouped):
+                    with sdpa_kernel(getattr(SDPBackend, backend)):
+                        return F.scaled_dot_product_attention(
+                            q, k, v, is_causal=row.kind == 'causal', enable_gqa=grouped
+                        )
+
+                peers[name] = fused
+        causal = lambda b, h, i, j: i >= j
+        documents = torch.arange(T, device='cuda') // DOCUMENT
+        seen = {
+            'full': None,
+            'window': lambda b, h, i, j: (i >= j) & (i - j < WINDOW),
+            'documents': lambda b, h, i, j, d=documents: (i >= j) & (d[i] == d[j]),
+            'prefix': lambda b, h, i, j: (i >= j) | (j < PREFIX),
+            'global-window': lambda b, h, i, j: (i >= j) & ((i - j < WINDOW) | (j < SINK)),
+        }.get(row.kind, causal)
+        slopes = torch.exp2(-8.0 * torch.arange(1, N + 1, device='cuda') / N)
+        strip = torch.randn(N, 2 * T - 1, device='cuda', requires_grad=row.kind == 'relative')
+        score = {
+            'alibi': lambda s, b, h, i, j, a=slopes: s + a[h] * (j - i),
+            'relative': lambda s, b, h, i, j, a=strip, T=T: s + a[h, j - i + T - 1],
+            'softcap': lambda s, b, h, i, j: CAP * torch.tanh(s / CAP),
+        }.get(row.kind)
+        block_mask = None if seen is None else create_block_mask(seen, None, None, T, T, device='cuda')
+        peers['torch-flex'] = lambda q, k, v, score=score, block_mask=block_mask, grouped=grouped: flex(
+            q, k, v, score_mod=score, block_mask=block_mask, enable_gqa=grouped
+        )
+        for name, f in peers.items():
+            try:
+                q, k, v = draw(B, N, T, H), draw(B, K, T, H), draw(B, K, T, H)
+                with torch.no_grad():
+                    fwd = timed(lambda f=f, args=(q, k, v): f(*args))
+                leaves = [x.requires_grad_() for x in (q, k, v)]
+                do = draw(B, N, T, H)
+
+                def both(f=f, leaves=leaves, do=do, strip=strip):
+                    f(*leaves).backward(do)
+                    for x in (*leaves, strip):
+                        x.grad = None
+
+                figures(results, row, name, fwd, None if os.environ.get('FORWARD_ONLY') else timed(both))
+            except Exception as error:
+                emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:200]}')
+            torch.cuda.empty_cache()
+            torch._dynamo.reset()
+
+
+def table(results) -> str:
+    """One line a row: ours, the best peer, FlexAttention and their ratios, forward / forward + backward."""
+    lines = [f'{"case":36} {"ours":>11} {"best peer":>28} {"ratio":>11} {"flex ratio":>11}']
+    cases = list(dict.fromkeys(r['case'] for r in results))
+    for case in cases:
+        found = {r['peer']: r for r in results if r['case'] == case and r.get('fwd_ms')}
+        mine = found.get('ours')
+        if not mine:
+            continue
+        peers = {n: r for n, r in found.items() if n != 'ours' and n.split('-')[0] in ('jax', 'tokamax', 'torch')}
+        cell, ratio, flex = [], [], []
+        for key in ('fwd', 'fwdbwd'):
+            best = min((r[f'{key}_ms'], n) for n, r in peers.items() if r.get(f'{key}_ms')) if peers else None
+            cell.append(f'{peers[best[1]][f"{key}_tflops"]:.0f} {best[1]}' if best else '-')
+            ratio.append(f'{best[0] / mine[f"{key}_ms"]:.2f}' if best else '-')
+            other = peers.get('torch-flex', {}).get(f'{key}_ms')
+            flex.append(f'{other / mine[f"{key}_ms"]:.2f}' if other else '-')
+        own = f'{mine["fwd_tflops"]:.0f} / {mine["fwdbwd_tflops"]:.0f}'
+        lines.append(f'{case:36} {own:>11} {" / ".join(cell):>28} {" / ".join(ratio):>11} {" / ".join(flex):>11}')
+    return '\n'.join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('words', nargs='*')
+    parser.add_argument('--json')
+    parser.add_argument('--with', dest='extra', action='append', default=[])
+    parser.add_argument('--no-gate', action='store_true')
+    parser.add_argument('--no-torch', action='store_true')
+    parser.add_argument('--torch-only', action='store_true', help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    chosen, results = rows(args.words), []
+    if args.torch_only:
+        run_torch(chosen, results)
+        return
+    extra = {}
+    for spec in args.extra:
+        module, _, function = spec.partition(':')
+        extra[spec] = getattr(importlib.import_module(module), function)
+    run_jax(chosen, extra, not args.no_gate, results)
+    if not args.no_torch and importlib.util.find_spec('torch'):
+        command = [sys.executable, '-m', 'pallas_kernels.bench', '--torch-only', *args.words]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
+            for line in process.stdout:
+                if line.startswith('RESULT '):
+                    emit(results, **json.loads(line[7:]))
+    print(table(results))
+    if args.json:
+        with open(args.json, 'w') as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == '__main__':
+    main()
