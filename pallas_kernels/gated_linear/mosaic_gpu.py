@@ -106,13 +106,13 @@ def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
 
 def _forward(static, *args):
     """The residuals are the arguments; `()` in place of None marks a log_decay that wants its gradient."""
-    q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(lambda x: x.value, args, is_leaf=_is_primal)
-    wanted = any(x.perturbed for x in jax.tree.leaves(args[3], is_leaf=_is_primal))
+    q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(lambda x: x.value, args, is_leaf=is_primal)
+    wanted = any(x.perturbed for x in jax.tree.leaves(args[3], is_leaf=is_primal))
     saved = (q, k, v, log_decay, initial_state, segment_ids, () if wanted else None)
     return _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids), saved
 
 
-def _is_primal(x) -> bool:
+def is_primal(x) -> bool:
     return hasattr(x, 'perturbed')
 
 
@@ -217,7 +217,21 @@ def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
     return max(1, min(PROCESSORS // blocks, T // (GROUP * CHUNK)))
 
 
-def run(q, k, v, decay, state, partner=None, *, reverse=False, grouped=False, scale=1.0, interpret=False, parts=None):
+def run(
+    q,
+    k,
+    v,
+    decay,
+    state,
+    partner=None,
+    *,
+    reverse=False,
+    strict=False,
+    grouped=False,
+    scale=1.0,
+    interpret=False,
+    parts=None,
+):
     """`sweep` by the schedule that the shape asks for: chunk after chunk, or in pieces that run side by side.
 
     In pieces: each piece's own last state first, from keys and values alone; then the state that each piece starts with, a
@@ -230,7 +244,7 @@ def run(q, k, v, decay, state, partner=None, *, reverse=False, grouped=False, sc
     size = common.cdiv(common.cdiv(T, parts), GROUP * CHUNK) * GROUP * CHUNK
     parts = common.cdiv(T, size)
     if parts == 1:
-        options = dict(reverse=reverse, every=every, scale=scale, interpret=interpret)
+        options = dict(reverse=reverse, strict=strict, every=every, scale=scale, interpret=interpret)
         return sweep(q, k, v, decay, state, partner, **options)
     if decay is not None and decay.shape[2] == 1 and T % size:  # idle tokens fill the last piece and must not decay
         decay = jnp.broadcast_to(decay, (*decay.shape[:2], T // CHUNK, CHUNK))
@@ -257,7 +271,7 @@ def run(q, k, v, decay, state, partner=None, *, reverse=False, grouped=False, sc
     _, local, _ = sweep(None, k, v, local_decay, None, reverse=reverse, heads=N, interpret=interpret)
     local = local.reshape(B, parts, N, K, V)
     starts = _starts(local, total, state, reverse)
-    options = dict(reverse=reverse, every=every, scale=scale, interpret=interpret)
+    options = dict(reverse=reverse, strict=strict, every=every, scale=scale, interpret=interpret)
     out, states, dots = sweep(q, k, v, local_decay, starts.reshape(B * parts, N, K, V), partner, **options)
     join = lambda x: jnp.moveaxis(x.reshape(B, parts, *x.shape[1:]), 1, 2).reshape(B, N, -1, *x.shape[3:])
     states = join(states)

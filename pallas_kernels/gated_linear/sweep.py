@@ -35,7 +35,21 @@ def stages(K: int, V: int, has_query: bool, has_partner: bool) -> int:
     return min(4, (common.SMEM_LIMIT - 1024 - fixed) // chunk)
 
 
-def sweep(q, k, v, decay, state, partner=None, *, reverse=False, every=None, scale=1.0, heads=0, interpret=False):
+def sweep(
+    q,
+    k,
+    v,
+    decay,
+    state,
+    partner=None,
+    *,
+    reverse=False,
+    strict=False,
+    every=None,
+    scale=1.0,
+    heads=0,
+    interpret=False,
+):
     """Runs the recurrence over all tokens.
 
     Args:
@@ -48,6 +62,7 @@ def sweep(q, k, v, decay, state, partner=None, *, reverse=False, every=None, sca
       state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
       partner: [B, T', Np, V], bfloat16, or None.
       every: chunks between two emitted states; None emits the last only.
+      strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
       scale: multiplies out (not the states).
 
     Returns:
@@ -96,6 +111,8 @@ def sweep(q, k, v, decay, state, partner=None, *, reverse=False, every=None, sca
             def visible():
                 i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
+                if strict:
+                    return i < j if reverse else i > j
                 return i <= j if reverse else i >= j
 
             def diagonal():
@@ -116,8 +133,9 @@ def sweep(q, k, v, decay, state, partner=None, *, reverse=False, every=None, sca
 
                     def run(*accumulators):
                         for i, acc in enumerate(accumulators):
-                            keys = plgpu.load(k_smem.at[slot, :, pl.ds(64 * (first + i), 64)].T, layout=TILE)
                             acc.set(S[first + i] if total is None else S[first + i] * total)
+                        for i, acc in enumerate(accumulators):
+                            keys = plgpu.load(k_smem.at[slot, :, pl.ds(64 * (first + i), 64)].T, layout=TILE)
                             if write is None:
                                 acc.add(keys, value)
                             else:  # the state is kept in float32, so its terms are not rounded to 16 bits

@@ -1,0 +1,1 @@
+"""Delta rule on Hopper. See README.md."""

@@ -1,0 +1,284 @@
+"""The two sweeps of the delta rule that no gated linear sweep can do: the writes u, and what reaches them, w.
+
+    write    S_t = a_t S_{t-1} + k_t^T u_t                u_t = b_t (v_t - a_t k_t S_{t-1})            o_t = q_t S_t
+    reach    D_t = q_t^T do_t + a_{t+1} (D_{t+1} - k_{t+1}^T w_{t+1})            w_t = b_t k_t D_t
+
+A chunk's u (or w) solve a triangular system whose inverse, the same for both, is computed before, for all chunks at once:
+
+    T = (I + diag(b) L)^-1    L_ij = k_i . k_j decayed from j to i, j < i        u = T diag(b) (V - K S)    w = diag(b) T^T (K D)
+
+The inverse comes as two 16-bit terms, high and low, and its right side is split likewise: a key that repeats makes large terms
+cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.gated_linear import accumulate
+
+CHUNK = 64
+SQUARE = (CHUNK, CHUNK)
+RING = 2
+
+
+def write(q, k, v, beta, inverse, decay, state, *, every=None, scale=1.0, interpret=False):
+    """Forward in time.
+
+    Args:
+      q, k: [B, T', heads, K], bfloat16, K 64 or 128, T' a multiple of 8; heads divide N. q may be None.
+      v: [B, T', N, V], V a multiple of 64.
+      beta: float32 [B, N, chunks, 64], 0 past the end.
+      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of T.
+      decay: as in the gated linear sweep, or None.
+      state: float32 [B, N, K, V] or None.
+      every: chunks between two emitted states; None emits the last only.
+      scale: multiplies out.
+
+    Returns:
+      out [B, T', N, V] or None, u [B, T', N, V], states [B, N, groups, K, V].
+    """
+    return _sweep(q, k, v, beta, inverse, decay, state, False, every, scale, interpret)
+
+
+def reach(q, k, do, beta, inverse, decay, state, *, every=None, interpret=False):
+    """Backward in time: w [B, T', N, V] and the states D, before each group of chunks and decayed to its first token."""
+    _, w, states = _sweep(q, k, do, beta, inverse, decay, state, True, every, 1.0, interpret)
+    return w, states
+
+
+def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpret):
+    (B, T, heads, K), (N, V), dtype = k.shape, v.shape[2:], k.dtype
+    chunks = common.cdiv(T, CHUNK)
+    every = min(every or chunks, chunks)
+    groups = common.cdiv(chunks, every)
+    W = 2 if V % 128 == 0 else 1
+    width, depth = 64 * W, K // 64
+    parts, ring = V // width, min(RING, chunks)
+    has_out = q is not None and not reverse
+    arrivals = 4 + (q is not None) + (decay is not None)
+    registers = W == 2 and not interpret
+
+    def kernel(q_ref, k_ref, v_ref, beta_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, states_ref, scratch):
+        q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, o_smem, full, free = scratch
+        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
+        wg = lax.axis_index('wg')
+        place = lambda step: chunks - 1 - step if reverse else step
+
+        @pl.when(wg < W)
+        def _consume():
+            if registers:
+                plgpu.set_max_registers(232, action='increase')
+            mine = pl.ds(wg * 64, 64)
+            cols = pl.ds(part * width + wg * 64, 64)
+            wide = lambda x: x.astype(jnp.float32)
+
+            def split(x):
+                high = x.astype(dtype)
+                return high, (x - wide(high)).astype(dtype)
+
+            def factors(slot):
+                if decay_ref is None:
+                    return None, None, None, None
+                row = plgpu.load(g_smem.at[slot], layout=ROW, optimized=False)
+                col = plgpu.load(g_smem.at[slot], layout=COL, optimized=False)
+                end = g_smem[slot, CHUNK - 1]
+                between = common.row(row, SQUARE) - common.col(col, SQUARE)
+                if reverse:
+                    return jnp.exp2(-between), jnp.exp2(end - row), jnp.exp2(col), jnp.exp2(end)
+                return jnp.exp2(between), jnp.exp2(row), jnp.exp2(end - col), jnp.exp2(end)
+
+            def visible():
+                i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
+                j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
+                return i <= j if reverse else i >= j
+
+            def times(x, vector):
+                return x if vector is None else x * common.row(vector, SQUARE)
+
+            def step(s, S):
+                slot, c = lax.rem(s, ring), place(s)
+                here = wg if interpret else wg + common.opaque_zero()
+                plgpu.barrier_wait(full.at[slot])
+                between, read, written, total = factors(slot)
+                strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
+                value = v_smem.at[slot, :, mine]
+                T_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
+
+                def weigh(a, b):
+                    def run(acc):
+                        acc.add(a.at[slot], b.at[slot].T)
+                        weights = acc.load(0)
+                        weights = weights if between is None else weights * between
+                        return jnp.where(visible(), weights, 0.0).astype(dtype)
+
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                def right_side():
+                    """What the inverse multiplies: diag(b) (V - K S), or K D with D as the token finds it."""
+
+                    def run(acc):
+                        acc.add(k_smem.at[slot], s_smem.at[here])
+                        if not reverse:
+                            own = plgpu.load(value, layout=TILE)
+                            return times(wide(own) - times(acc.load(0), read), strength)
+                        weights = weigh(k_smem, q_smem)
+                        if read is not None:
+                            acc.set(times(acc.load(0), read))
+                        acc.add(weights, value)
+                        return acc.load(0)
+
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                def solve():
+                    def run(acc):
+                        acc.add(T_of(0), r_smem.at[here, 0])
+                        acc.add(T_of(1), r_smem.at[here, 0])
+                        acc.add(T_of(0), r_smem.at[here, 1])
+                        return acc.load(0)
+
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                high, low = split(right_side())
+                r_smem.at[wg, 0][...] = high
+                r_smem.at[wg, 1][...] = low
+                plgpu.commit_smem()
+                u = solve()
+                u = (times(u, strength) if reverse else u).astype(dtype)
+                r_smem.at[wg, 0][...] = u
+                plgpu.commit_smem()
+                rows = pl.ds(c * CHUNK, CHUNK)
+                plgpu.copy_smem_to_gmem(r_smem.at[wg, 0], u_ref.at[b, rows, h, cols])
+
+                if has_out:
+
+                    def output(out):
+                        out.add(q_smem.at[slot], s_smem.at[here])
+                        weights = weigh(q_smem, k_smem)
+                        if read is not None:
+                            out.set(times(out.load(0), read))
+                        out.add(weights, r_smem.at[here, 0])
+                        o = out.load(0)
+                        return o * scale if scale != 1 else o
+
+                    o_smem.at[wg][...] = accumulate.scoped(output, SQUARE, interpret=interpret).astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
+
+                def update(*accumulators):
+                    for i, acc in enumerate(accumulators):
+                        acc.set(S[i] if total is None else S[i] * total)
+                    for i, acc in enumerate(accumulators):
+                        sources = ((q_smem, value, 1), (k_smem, r_smem.at[here, 0], -1)) if reverse else (
+                            (k_smem, r_smem.at[here, 0], 1),
+                        )
+                        for smem, b_operand, sign in sources:
+                            keys = plgpu.load(smem.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE)
+                            if written is None and sign == 1:
+                                acc.add(keys, b_operand)
+                                continue
+                            keys = wide(keys) * float(sign)
+                            keys = keys if written is None else keys * common.col(written, SQUARE)
+                            high, low = split(keys)
+                            acc.add(high, b_operand)
+                            if written is not None:
+                                acc.add(low, b_operand)
+                    return tuple(acc.load(0) for acc in accumulators)
+
+                S = accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret)
+                plgpu.barrier_arrive(free.at[slot])
+                for i in range(depth):
+                    s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                plgpu.commit_smem()
+                passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+
+                @pl.when(passed)
+                def _emit():
+                    for i in range(depth):
+                        states_ref.at[b, h, c // every, pl.ds(64 * i, 64), cols][...] = S[i]
+
+                return S
+
+            if state_ref is None:
+                S = tuple(plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILE) for _ in range(depth))
+            else:
+                part_of = lambda i: state_ref.at[b, h, pl.ds(64 * i, 64), cols]
+                S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
+            for i in range(depth):
+                s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+            plgpu.commit_smem()
+            lax.fori_loop(0, chunks, step, S)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == W)
+        def _produce():
+            if registers:
+                plgpu.set_max_registers(40, action='decrease')
+
+            @plgpu.warp_map
+            def _warp(warp):
+                @pl.when(warp == 0)
+                def _():
+                    shared = h // (N // heads)
+
+                    @pl.loop(0, chunks)
+                    def _load(s):
+                        slot, c = lax.rem(s, ring), place(s)
+                        rows = pl.ds(c * CHUNK, CHUNK)
+                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
+                        copy = lambda source, smem: plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                        copy(k_ref.at[b, rows, shared], k_smem)
+                        if q_ref is not None:
+                            copy(q_ref.at[b, rows, shared], q_smem)
+                        copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
+                        copy(beta_ref.at[b, h, c], b_smem)
+                        copy(inverse_ref.at[b, h, c], i_smem)
+                        if decay_ref is not None:
+                            batch = b if decay_ref.shape[0] > 1 else 0
+                            head = h if decay_ref.shape[1] > 1 else 0
+                            copy(decay_ref.at[batch, head, c if decay_ref.shape[2] > 1 else 0], g_smem)
+
+                    @pl.loop(max(chunks - ring, 0), chunks)
+                    def _drain(s):
+                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+
+    def entry_point(*refs):
+        pl.run_scoped(
+            lambda *scratch: kernel(*refs, scratch),
+            None if q is None else common.swizzled((ring, CHUNK, K), dtype),
+            common.swizzled((ring, CHUNK, K), dtype),
+            common.swizzled((ring, CHUNK, width), dtype),
+            plgpu.SMEM((ring, CHUNK), jnp.float32),
+            common.swizzled((ring, 2, CHUNK, CHUNK), dtype),
+            None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
+            common.swizzled((W, K, 64), dtype),
+            common.swizzled((W, 2, CHUNK, 64), dtype),
+            common.swizzled((W, CHUNK, 64), dtype) if has_out else None,
+            plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
+            plgpu.Barrier(num_arrivals=W, num_barriers=ring),
+            collective_axes='wg',
+        )
+
+    return plgpu.kernel(
+        entry_point,
+        out_type=(
+            jax.ShapeDtypeStruct((B, T, N, V), dtype) if has_out else None,
+            jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
+        ),
+        grid=(B, N, parts),
+        grid_names=('b', 'h', 'v'),
+        num_threads=W + 1,
+        thread_name='wg',
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+        ),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )(q, k, v, beta, inverse, decay, state)

@@ -1,0 +1,204 @@
+"""The correctness gate and the clock of the gated linear kernel: `python -m pallas_kernels.gated_linear.check [words]`.
+
+The kernel's outputs, last state and every gradient are compared with a token-by-token recurrence in float64, and a second run
+must be bit-equal. The error of a 16-bit result may be twice that of the same recurrence in float32 with its results rounded.
+Results in float32 hold sums of 16-bit products: they are held to `FLOORS`.
+"""
+
+import dataclasses
+import functools
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.gated_linear import mosaic_gpu
+
+FACTOR = 2.0
+FLOORS = {'state': 3e-5, 'dstate': 3e-5, 'dlog_decay': 1.5e-2}
+
+
+def oracle(query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, dtype=jnp.float64):
+    """Token by token, in `dtype`."""
+    (B, T, N, V), K = value.shape, key.shape[3]
+    wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(dtype)
+    query, key, value = map(wide, (query, key, value))
+    decay = jnp.ones((1, 1, N), dtype) if log_decay is None else jnp.exp(log_decay.astype(dtype))
+    decay = jnp.broadcast_to(decay, (B, T, N))
+    if segment_ids is not None:
+        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+        decay = jnp.where(reset[..., None], 0, decay)
+    state = jnp.zeros((B, N, K, V), dtype) if initial_state is None else initial_state.astype(dtype)
+    scale = 1.0 if scale is None else scale
+
+    def step(state, xs):
+        q, k, v, a = xs
+        state = a[..., None, None] * state + k[..., :, None] * v[..., None, :]
+        return state, scale * jnp.einsum('bnk,bnkv->bnv', q, state, precision='highest')
+
+    state, out = jax.lax.scan(step, state, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, decay)))
+    return jnp.moveaxis(out, 0, 1), state
+
+
+@dataclasses.dataclass
+class Case:
+    name: str
+    B: int = 1
+    T: int = 128
+    N: int = 2
+    heads: int | None = None  # of query and key
+    K: int = 128
+    V: int = 128
+    decay: str = 'token'  # none, head, token
+    strength: tuple = (0.01, 0.2)  # range of -log_decay
+    erase: float = 0.0  # part of the tokens whose log_decay is -inf
+    state: bool = True
+    resets: float = 0.0  # part of the tokens that begin a segment
+    scale: float | None = None
+
+    def arrays(self):
+        """query, key, value, log_decay, initial_state, segment_ids and the cotangents of the results."""
+        rng = np.random.default_rng(sum(map(ord, self.name)))
+        B, T, N, heads = self.B, self.T, self.N, self.heads or self.N
+        normal = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)
+        query, value = normal(B, T, heads, self.K), normal(B, T, N, self.V)
+        key = rng.normal(size=(B, T, heads, self.K))
+        key = jnp.asarray(key / np.linalg.norm(key, axis=-1, keepdims=True), jnp.bfloat16)
+        shape = {'none': None, 'head': (N,), 'token': (B, T, N)}[self.decay]
+        log_decay = None
+        if shape:
+            log_decay = -rng.uniform(*self.strength, size=shape)
+            log_decay = jnp.asarray(np.where(rng.random(shape) < self.erase, -np.inf, log_decay), jnp.float32)
+        state = normal(B, N, self.K, self.V, dtype=jnp.float32) if self.state else None
+        ids = jnp.asarray(np.cumsum(rng.random((B, T)) < self.resets, 1), jnp.int32) if self.resets else None
+        cotangents = normal(B, T, N, self.V), normal(B, N, self.K, self.V, dtype=jnp.float32)
+        return (query, key, value, log_decay, state), ids, cotangents
+
+
+CASES = [
+    Case('two tokens', T=2),
+    Case('17', T=17, decay='none'),
+    Case('64', T=64, decay='head'),
+    Case('1000', B=2, T=1000, resets=0.01, scale=0.1),
+    Case('1000, shared heads', T=1000, N=4, heads=2, resets=0.1),
+    Case('1000, no decay, resets', T=1000, decay='none', state=False, resets=0.05),
+    Case('1000, constant', T=1000, decay='head', scale=0.1),
+    Case('8192 in pieces', T=8192, strength=(0.0, 0.02), resets=0.0005),
+    Case('8192 constant in pieces', T=8192, decay='head', state=False),
+    Case('strong', T=1000, strength=(0.0, 50.0)),
+    Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
+    Case('-50', T=300, strength=(49.9, 50.0)),
+    Case('widths 64, 64', T=200, K=64, V=64),
+    Case('widths 64, 128', T=200, K=64, V=128),
+    Case('widths 128, 256', T=200, K=128, V=256),
+    Case('widths 256, 128', T=200, K=256, V=128),
+    Case('widths 256, 256', T=200, K=256, V=256),
+    Case('widths 40, 80', T=200, K=40, V=80),
+]
+
+
+def gradients(function, arrays, ids, cotangents, scale, wide=None):
+    """{name: result or gradient} of a form; `wide` casts everything first."""
+    if wide:
+        arrays, cotangents = jax.tree.map(lambda x: x.astype(wide), (arrays, cotangents))
+
+    def forward(*arrays):
+        *rest, state = arrays
+        return function(*rest, initial_state=state, segment_ids=ids, scale=scale)
+
+    (out, state), pull = jax.vjp(forward, *arrays)
+    grads = pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, (out, state))))
+    named = {f'd{n}': g for n, g in zip(('query', 'key', 'value', 'log_decay', 'state'), grads) if g is not None}
+    return {'out': out, 'state': state, **named}
+
+
+def check(case: Case, interpret=False) -> tuple[bool, dict]:
+    """(passes, {result: (error, error of the float32 form)})."""
+    arrays, ids, cotangents = case.arrays()
+    kernel = functools.partial(mosaic_gpu.gated_linear, interpret=interpret)
+
+    def run(function, wide=None):
+        f = lambda arrays, cotangents: gradients(function, arrays, ids, cotangents, case.scale, wide)
+        return jax.tree.map(np.asarray, (f if interpret and function is kernel else jax.jit(f))(arrays, cotangents))
+
+    got = run(kernel)
+    again = got if interpret else run(kernel)
+    with jax.enable_x64(True):
+        want = run(functools.partial(oracle, dtype=jnp.float64), jnp.float64)
+    narrow = run(functools.partial(oracle, dtype=jnp.float32), jnp.float32)
+    errors, good = {}, all(np.array_equal(got[n], again[n], equal_nan=True) for n in got)
+    for name, x in got.items():
+        rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
+        norm = max(np.linalg.norm(want[name]), 1e-30)
+        error, plain = (np.linalg.norm(y.astype(np.float64) - want[name]) / norm for y in (x, rounded))
+        floor = FLOORS.get(name, 0.0)
+        if name == 'dlog_decay' and np.abs(want[name]).max() < 1e-15:  # nothing is felt through the decays
+            error = np.abs(x).max()
+        errors[name] = error, plain
+        good &= bool(error <= max(FACTOR * plain, floor))
+    return good, errors
+
+
+def clock(function, *args, calls=20, rounds=5) -> float:
+    """Median milliseconds of a call, in batches of `calls`."""
+    function = jax.jit(function)
+    jax.block_until_ready(function(*args))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*args)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return float(np.median(times))
+
+
+def timings():
+    """(name, forward ms, forward and backward ms) of the shapes that the README lists."""
+    for name, B, T, decay in (
+        ('constant B8 T2048', 8, 2048, 'head'),
+        ('scalar B8 T2048', 8, 2048, 'token'),
+        ('no decay B8 T2048', 8, 2048, 'none'),
+        ('constant B1 T16384', 1, 16384, 'head'),
+        ('constant B1 T65536', 1, 65536, 'head'),
+        ('scalar B1 T65536', 1, 65536, 'token'),
+        ('constant B1 T131072', 1, 131072, 'head'),
+    ):
+        arrays, _, (cotangent, _) = Case(name, B=B, T=T, N=16, decay=decay, state=False).arrays()
+        q, k, v, g, _ = arrays
+        constant = decay == 'head'
+        op = mosaic_gpu.gated_linear
+        forward = clock(lambda q, k, v, g, op=op: op(q, k, v, g)[0], q, k, v, g)
+
+        def both(q, k, v, g, c, op=op, constant=constant):
+            if constant or g is None:  # not trained, as in lightning attention
+                out, pull = jax.vjp(lambda q, k, v: op(q, k, v, g)[0], q, k, v)
+            else:
+                out, pull = jax.vjp(lambda *a: op(*a)[0], q, k, v, g)
+            return out, pull(c)  # without out, the forward sweep would be left out
+
+        yield name, forward, clock(both, q, k, v, g, cotangent, calls=10) if T <= 65536 else float('nan')
+
+
+def main(words):
+    failed = 0
+    for case in CASES:
+        if words and not any(w in case.name for w in words):
+            continue
+        try:
+            good, errors = check(case)
+            text = ' '.join(f'{n} {e:.1e}/{p:.1e}' for n, (e, p) in errors.items())
+        except Exception as error:
+            good, text = False, f'{type(error).__name__}: {str(error)[:300]}'
+        failed += not good
+        print('ok  ' if good else 'FAIL', case.name, text, flush=True)
+    if not words or 'time' in words:
+        for name, forward, both in timings():
+            print(f'time {name}: forward {forward:.4f} ms, forward+backward {both:.4f} ms', flush=True)
+    return failed
+
+
+if __name__ == '__main__':
+    sys.exit(main(sys.argv[1:]))
