@@ -85,6 +85,16 @@ class Config:
             raise ValueError(f'seed {self.seed} must lie in [0, 2**32)')
         if not self.run_dir:
             raise ValueError('run_dir is empty; give a folder')
+        # A placeholder left None is as if it were absent: a change of `kind` then leaves no foreign field behind.
+        task = _present(self.data.task)
+        mixers = {name: _present(mixer) for name, mixer in self.model.mixers.items()}
+        object.__setattr__(self, 'data', dataclasses.replace(self.data, task=task))
+        object.__setattr__(self, 'model', dataclasses.replace(self.model, mixers=mixers))
+
+
+def _present(given):
+    given = config_lib.as_dict(given, 'config') if isinstance(given, Mapping) or hasattr(given, 'to_dict') else given
+    return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
 
 
 class Result(NamedTuple):
@@ -207,6 +217,8 @@ def run(config: Config) -> Result:
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
       report.TrainingFailure: a NaN or Inf; run_dir/failure.json names the first bad layer and tensor.
     """
+    optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
+    config.model.layers()
     if config.distributed:
         jax.distributed.initialize()
     run_dir = pathlib.Path(config.run_dir).absolute()
@@ -221,7 +233,6 @@ class _Run:
     def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
-        optim_lib.schedule(config.optim, config.steps)
         rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
         if config.data.batch_size % (rows * config.step.accumulate):
             raise ValueError(

@@ -1,11 +1,14 @@
 """Whole runs of a tiny model: resume is bit-exact, a second command says so, failures name their cause."""
 
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -256,3 +259,36 @@ def test_peak_of_a_device():
 def test_a_log_line_is_json():
     text = metrics.line({'a': jnp.float32(1.5), 'b': np.nan, 'c': 3, 'd': 'x', 'e': jnp.bfloat16(2)})
     assert json.loads(text) == {'a': 1.5, 'b': 'nan', 'c': 3, 'd': 'x', 'e': 2.0}
+
+
+def test_the_base_config_names_every_setting():
+    """Else a setting could not be reached from the command line."""
+    spec = importlib.util.spec_from_file_location('base', pathlib.Path(__file__).parents[3] / 'configs/base.py')
+    base = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(base)
+    given = base.get_config()
+    built = config_lib.build(loop.Config, given)
+    free_form = ('model.mixers', 'data.task', 'mesh', 'step.aux_weights', 'model.overrides', 'model.encoder.overrides')
+    names = lambda d: {n for n in config_lib.flatten(d) if not n.startswith(free_form)}
+    assert names(given.to_dict()) == names(config_lib.to_dict(built))
+    assert built.data.task == {'kind': 'text'}
+    assert built.model.mixers['g'] == {'kind': 'gla'}
+
+
+def command(*flags):
+    root = pathlib.Path(__file__).parents[3]
+    return subprocess.run([sys.executable, 'train.py', *flags], cwd=root, capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ('flag', 'message'),
+    [
+        ('--config.model.widht=8', 'Did you mean "width"'),
+        ("--config.model.pattern=('glaa',)", "did you mean 'gla'?"),
+    ],
+)
+def test_bad_flags_get_one_line_and_exit_code_2(flag, message):
+    done = command(flag, '--config.run_dir=/dev/null/none' if 'widht' in flag else '--config.run_dir=runs/none')
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
