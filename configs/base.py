@@ -5,8 +5,8 @@
     python train.py --config.run_dir=runs/delta --config.model.pattern="('gated_deltanet','gated_deltanet','gqa')"
 
 Gated linear attention (2312.06635) and grouped-query attention by turns: 1.0 M parameters, 0.8 M tokens. Made for two
-CPU cores: some minutes, validation loss from 5.6 to under 2.0 nats a byte. Every setting stands here, so that each can be
-set on the command line; what it means is said beside its field in the dataclass named.
+CPU cores: some minutes, validation loss from 5.6 to under 2.0 nats a byte. Every setting stands here, so that each can
+be set on the command line; what it means is said beside its field in the dataclass named.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ from ml_collections import config_dict as cd
 
 
 def get_config():
-    c = ConfigDict()  # attnx.train.loop.Config
+    c = ConfigDict()  # attnx.train.config.Config
     c.run_dir = 'runs/base'
     c.seed = 0
     c.steps = 400

@@ -108,8 +108,10 @@ def test_a_run_leaves_everything_and_the_second_command_says_so(config, whole, t
     assert result.status == 'already complete'
     assert 'is complete: 6 of 6 steps' in result.message
     assert '--config.steps=12' in result.message
-    longer = loop.run(config(run_dir=str(whole), steps=8))
+    longer = loop.run(config(run_dir=str(whole), steps=8, **{'sample.tokens': 8, 'sample.prompt': 'def '}))
     assert (longer.status, longer.step) == ('complete', 8)
+    assert longer.sample.startswith('def ')
+    assert (whole / 'sample.txt').read_text() == longer.sample
     assert [e['step'] for e in metrics.read(whole) if e['split'] == 'train'] == [1, 2, 3, 4, 5, 6, 7, 8]
 
 

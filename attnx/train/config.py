@@ -1,0 +1,97 @@
+"""The config of a whole run, composed of the configs of its parts, and what a task adds to it."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+
+from attnx import config as config_lib
+from attnx import models
+from attnx.train import checkpoint as checkpoint_lib
+from attnx.train import data as data_lib
+from attnx.train import metrics
+from attnx.train import optim as optim_lib
+from attnx.train import step as step_lib
+
+# Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
+FREE = (
+    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding',
+    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.max_skipped', 'model.remat',
+    'model.impl',
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sample:
+    """The text drawn from the model at the end of a run."""
+
+    tokens: int = 500  # length; 0: no sample
+    prompt: str = ''  # what it continues; '': the beginning of a document
+    temperature: float = 0.8  # 0: greedy
+    top_k: int = 0  # 0: all
+    top_p: float = 0.95  # 1: all
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile:
+    """A window of steps that the profiler records, into run_dir/profile."""
+
+    start: int = 0  # first step; 0: no profile
+    steps: int = 5  # how many
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    run_dir: str = 'runs/base'  # all that the run writes
+    seed: int = 0  # of parameters and dropout; the data have their own
+    steps: int = 1000  # updates
+    eval_every: int = 100  # steps between evaluations; there is one at the beginning and one at the end; 0: these only
+    model: models.ModelConfig = dataclasses.field(default_factory=models.ModelConfig)
+    data: data_lib.Config = dataclasses.field(default_factory=data_lib.Config)
+    optim: optim_lib.Config = dataclasses.field(default_factory=optim_lib.Config)
+    step: step_lib.Config = dataclasses.field(default_factory=step_lib.Config)
+    checkpoint: checkpoint_lib.Config = dataclasses.field(default_factory=checkpoint_lib.Config)
+    log: metrics.Config = dataclasses.field(default_factory=metrics.Config)
+    sample: Sample = dataclasses.field(default_factory=Sample)
+    profile: Profile = dataclasses.field(default_factory=Profile)
+    mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
+    sharding: str = 'ddp'  # preset of attnx.sharding
+    distributed: bool = False  # several hosts: jax.distributed.initialize() first
+
+    def __post_init__(self):
+        if self.steps < 1 or self.eval_every < 0:
+            raise ValueError(f'steps {self.steps} must be >= 1 and eval_every {self.eval_every} >= 0')
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f'seed {self.seed} must lie in [0, 2**32)')
+        if not self.run_dir:
+            raise ValueError('run_dir is empty; give a folder')
+        # A placeholder left None is as if it were absent: a change of `kind` then leaves no foreign field behind.
+        task = _present(self.data.task)
+        mixers = {name: _present(mixer) for name, mixer in self.model.mixers.items()}
+        object.__setattr__(self, 'data', dataclasses.replace(self.data, task=task))
+        object.__setattr__(self, 'model', dataclasses.replace(self.model, mixers=mixers))
+
+
+def _present(given):
+    given = config_lib.as_dict(given, 'config') if isinstance(given, Mapping) or hasattr(given, 'to_dict') else given
+    return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
+
+
+def free(name: str) -> bool:
+    """Whether a setting may change on resume."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in FREE)
+
+
+def completed(model: models.ModelConfig, task) -> models.ModelConfig:
+    """The model's config with what the task decides filled in.
+
+    Raises:
+      ValueError: the model was given other sizes than the task has.
+    """
+    known = {'vocab_size': task.vocab_size, 'input_dim': task.features, 'num_classes': task.num_classes}
+    for name, value in known.items():
+        if getattr(model, name) not in (0, value) and not (name == 'vocab_size' and model.vocab_size > value > 0):
+            raise ValueError(f'config.model.{name} is {getattr(model, name)}; the task {task.kind!r} has {value}')
+    known['vocab_size'] = model.vocab_size or task.vocab_size
+    return dataclasses.replace(model, **known, max_length=model.max_length or task.length)
