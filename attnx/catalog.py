@@ -79,7 +79,7 @@ def scan() -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _read(file: str, stamp: int) -> Entry:
     path = pathlib.Path(file)
     tree = ast.parse(path.read_text())
@@ -141,7 +141,7 @@ def get(name: str):
     return module(name).SPEC
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def module(name: str):
     """The module that holds mechanism `name`."""
     path = entry(name).path

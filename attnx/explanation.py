@@ -1,5 +1,6 @@
 """`attnx.explain`: which implementation of an op runs, on each platform, and why others do not."""
 
+import inspect
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def explain(what: str, *args: Any, **kwargs: Any) -> str:
     """
     from attnx import ops
 
-    public = [name for name in ops.__all__ if callable(getattr(ops, name))]
+    public = [name for name in ops.__all__ if inspect.isfunction(getattr(ops, name))]
     if what in public:
         arrays, rebuild = dispatch.split_arrays((args, kwargs))
 

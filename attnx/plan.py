@@ -17,7 +17,7 @@ from attnx import dispatch, explanation
 from attnx.models import ModelConfig, build
 from attnx.models.config import Layer
 from attnx.nn import to_flat
-from attnx.spec import Context, Dims
+from attnx.spec import Dims
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ the same call with T > 1 or T = 1, and prefill plus steps equals the full pass.
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -67,7 +68,7 @@ LAWS = {
 class Output(NamedTuple):
     y: jax.Array  # [B, T, M]
     state: Any = None  # the successor of the state that was passed; None if none was
-    aux: Mapping[str, jax.Array] = {}  # scalars; names ending in '_loss' are added to the training loss
+    aux: Mapping[str, jax.Array] = MappingProxyType({})  # scalars; names ending in '_loss' are added to the training loss
 
 
 class Mixer(nnx.Module):

@@ -21,13 +21,16 @@ def case(name: str) -> 'Case':
 
 
 class Case:
-    """The example config of a mechanism, built at width 32 with every parameter moved off its initial value."""
+    """The example config of a mechanism, built at width 32 with every parameter moved off its initial value.
+
+    'mha' is causal if the mechanism can be, 'mha-bidirectional' is not.
+    """
 
     def __init__(self, name: str):
-        self.name, self.spec, self.entry = name, catalog.get(name), catalog.entry(name)
-        self.dims = Dims(
-            width=WIDTH, causal=self.spec.causal != 'bidirectional', num_layers=2, max_length=LENGTH, dtype=jnp.float32
-        )
+        self.name, _, form = name.partition('-')
+        self.spec, self.entry = catalog.get(self.name), catalog.entry(self.name)
+        causal = not form and self.spec.causal != 'bidirectional'
+        self.dims = Dims(width=WIDTH, causal=causal, num_layers=2, max_length=LENGTH, dtype=jnp.float32)
         fresh = jax.jit(lambda: self.build(self.dims))()
         rng = np.random.default_rng(0)
         self.module = jax.tree.map(lambda v: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype), fresh)

@@ -46,8 +46,8 @@ class ModelConfig(StackConfig):
     max_length: int = 0  # longest sequence of training; 0: the data's length
     mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
-    encoder: StackConfig = StackConfig()  # encoder_decoder: the encoder's layers
-    mlp: mlp_lib.Config = mlp_lib.Config()
+    encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
+    mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal

@@ -116,7 +116,7 @@ def generate(
     if not prompts or any(p.size == 0 for p in prompts):
         raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
     if model.kind == 'encoder' or model.classify or model.embedding is None:
-        raise ValueError(f'a model of kind {model.kind!r} with a {"classifier" if model.classify else "token"} head has no next token')
+        raise ValueError(f'this model of kind {model.kind!r} has no next token: it classifies, or reads no tokens')
     vocab = model.embedding[...].shape[0]
     low, high = min(p.min() for p in prompts), max(p.max() for p in prompts)
     if low < 0 or high >= vocab:

@@ -5,6 +5,8 @@ another. Only this file stacks modules.
 """
 
 import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +27,7 @@ _POLICIES = {'full': None, 'dots': 'dots_with_no_batch_dims_saveable'}
 class ModelOutput(NamedTuple):
     logits: jax.Array  # float32 [B, T, V], or [B, num_classes] of a classifier
     state: Any = None
-    aux: dict = {}
+    aux: Mapping[str, jax.Array] = MappingProxyType({})
 
 
 class Stack(nnx.Module):
@@ -40,8 +42,8 @@ class Stack(nnx.Module):
         self.remat = model.remat
 
     def init_state(self, batch: int, capacity: int, dtype: Any):
-        def one(units, repeats):
-            state = jax.tree.map(lambda v: v[0], units).init_state(batch, capacity, dtype)
+        def one(unit, repeats):
+            state = jax.tree.map(lambda v: v[0], unit).init_state(batch, capacity, dtype)
             return jax.tree.map(lambda s: jnp.broadcast_to(s, (repeats, *s.shape)), state)
 
         return tuple(map(one, self.stacks, self.repeats))
@@ -70,9 +72,9 @@ class Stack(nnx.Module):
     def trace(self, x, ctx: Context):
         """Yields (layer index, x after it), one layer after another, without scan: for finding where a NaN is born."""
         index = 0
-        for units, repeats in zip(self.stacks, self.repeats):
+        for stacked, repeats in zip(self.stacks, self.repeats):
             for repeat in range(repeats):
-                for layer in jax.tree.map(lambda v, r=repeat: v[r], units).layers:
+                for layer in jax.tree.map(lambda v, r=repeat: v[r], stacked).layers:
                     x, _, _ = layer(x, dataclasses.replace(ctx, layer=index))
                     yield index, x
                     index += 1
@@ -198,15 +200,15 @@ class Transformer(nnx.Module):
             ids = None if source_mask is None else source_mask.astype(jnp.int32)
             ctx = Context(segment_ids=ids, key=key, impl=self.impl)
             x = self.embed(source, positions_of(ctx, source.shape[1]), key)
-            for index, x in self.encoder.trace(x, ctx):
-                yield f'encoder/layer_{index}', x
-            memory = self.encoder_norm(x)
+            for index, memory in self.encoder.trace(x, ctx):
+                yield f'encoder/layer_{index}', memory
+            memory = self.encoder_norm(memory)
         ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key)
         x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
         yield 'embedding', x
-        for index, x in self.body.trace(x, ctx):
-            yield f'layer_{index}', x
-        yield 'logits', self.read(self.norm(x), segment_ids)
+        for index, y in self.body.trace(x, ctx):
+            yield f'layer_{index}', y
+        yield 'logits', self.read(self.norm(y), segment_ids)
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:

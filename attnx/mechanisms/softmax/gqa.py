@@ -48,6 +48,11 @@ class GroupedQueryAttention(Mixer):
         return Output(self.out(merge_heads(out)), state)
 
 
+def _flops(config, dims, length):
+    head_dim = config.head_dim or dims.width // config.num_heads
+    return softmax.flops(config.num_heads, head_dim, dims, length)
+
+
 SPEC = Spec(
     module=GroupedQueryAttention,
     config=Config,
@@ -55,5 +60,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=4, num_kv_heads=2),
-    flops=lambda config, dims, length: softmax.flops(config.num_heads, config.head_dim or dims.width // config.num_heads, dims, length),
+    flops=_flops,
 )

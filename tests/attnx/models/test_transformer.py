@@ -95,7 +95,7 @@ def test_packed_rows_equal_separate_rows(tokens):
 
 
 def test_encoder_classifies_and_ignores_padding(tokens):
-    config, model = model_of(kind='encoder', pattern=('gqa',), num_classes=10, vocab_size=0, input_dim=4)
+    _, model = model_of(kind='encoder', pattern=('gqa',), num_classes=10, vocab_size=0, input_dim=4)
     x = np.random.default_rng(0).standard_normal((2, 20, 4)).astype(np.float32)
     ids = np.ones((2, 20), np.int32)
     ids[:, 15:] = 0
