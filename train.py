@@ -49,7 +49,7 @@ def main(argv):
     except report.TrainingFailure as failure:
         print(f'training failed: {failure}', file=sys.stderr)
         sys.exit(1)
-    print(loop.describe(result))
+    loop.tell(result)
     sys.exit(143 if result.status == 'stopped' else 0)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import fcntl
 import json
+import os
 import pathlib
 import signal
 import threading
@@ -136,7 +137,9 @@ def run(config: Config) -> Result:
     optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
     config.model.layers()
     if config.distributed:
-        jax.distributed.initialize()
+        # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
+        given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
+        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in given.items() if v in os.environ})
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir), contextlib.ExitStack() as stack:
@@ -349,8 +352,11 @@ class _Run:
         return task.decode([*task.encode(how.prompt), *new])
 
 
-def describe(result: Result) -> str:
-    """What a run prints at its end."""
-    numbers = json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')})
-    sample = f'--- sample ---\n{result.sample}\n--- end of sample ---\n' if result.sample else ''
-    return f'{sample}validation: {numbers}\n{result.message}'
+def tell(result: Result) -> None:
+    """Prints how a run ended: its sample, its last evaluation, what to do next."""
+    if jax.process_index():
+        return
+    if result.sample:
+        print(f'--- sample ---\n{result.sample}\n--- end of sample ---')
+    print('validation:', json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')}))
+    print(result.message)
