@@ -107,7 +107,7 @@ def _backward(static, saved, cotangents):
     every = linear.GROUP
     _, (u, states, (strength, inverse, decay, state)) = _run(static, *args, every=every)
     dstate = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
-    q8, k8, v8, do8 = map(linear.pad, (q, k, v, do))
+    q8, k8, do8 = map(linear.pad, (q, k, do))
     w, dstates = sweeps.reach(q8, k8, do8, strength, inverse, decay, dstate, every=every, interpret=interpret)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     sweep = functools.partial(linear.run, scale=scale, interpret=interpret)

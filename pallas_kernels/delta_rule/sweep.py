@@ -5,7 +5,8 @@
 
 A chunk's u (or w) solve a triangular system whose inverse, the same for both, is computed before, for all chunks at once:
 
-    T = (I + diag(b) L)^-1    L_ij = k_i . k_j decayed from j to i, j < i        u = T diag(b) (V - K S)    w = diag(b) T^T (K D)
+    T = (I + diag(b) L)^-1        L_ij = k_i . k_j decayed from j to i, j < i
+    u = T diag(b) (V - K S)       w = diag(b) T^T (K D)
 
 The inverse comes as two 16-bit terms, high and low, and its right side is split likewise: a key that repeats makes large terms
 cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
@@ -174,8 +175,10 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
                     for i, acc in enumerate(accumulators):
                         acc.set(S[i] if total is None else S[i] * total)
                     for i, acc in enumerate(accumulators):
-                        sources = ((q_smem, value, 1), (k_smem, r_smem.at[here, 0], -1)) if reverse else (
-                            (k_smem, r_smem.at[here, 0], 1),
+                        sources = (
+                            ((q_smem, value, 1), (k_smem, r_smem.at[here, 0], -1))
+                            if reverse
+                            else ((k_smem, r_smem.at[here, 0], 1),)
                         )
                         for smem, b_operand, sign in sources:
                             keys = plgpu.load(smem.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE)

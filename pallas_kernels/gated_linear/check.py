@@ -17,6 +17,7 @@ import numpy as np
 from pallas_kernels.gated_linear import mosaic_gpu
 
 FACTOR = 2.0
+NAMES = ('query', 'key', 'value', 'log_decay', 'state')
 FLOORS = {'state': 3e-5, 'dstate': 3e-5, 'dlog_decay': 1.5e-2}
 
 
@@ -99,7 +100,7 @@ CASES = [
 ]
 
 
-def gradients(function, arrays, ids, cotangents, scale, wide=None):
+def gradients(function, arrays, ids, cotangents, scale, wide=None, names=NAMES):
     """{name: result or gradient} of a form; `wide` casts everything first."""
     if wide:
         arrays, cotangents = jax.tree.map(lambda x: x.astype(wide), (arrays, cotangents))
@@ -110,20 +111,24 @@ def gradients(function, arrays, ids, cotangents, scale, wide=None):
 
     (out, state), pull = jax.vjp(forward, *arrays)
     grads = pull(tuple(c.astype(o.dtype) for c, o in zip(cotangents, (out, state))))
-    named = {f'd{n}': g for n, g in zip(('query', 'key', 'value', 'log_decay', 'state'), grads) if g is not None}
-    return {'out': out, 'state': state, **named}
+    return {'out': out, 'state': state, **{f'd{n}': g for n, g in zip(names, grads) if g is not None}}
 
 
 def check(case: Case, interpret=False) -> tuple[bool, dict]:
     """(passes, {result: (error, error of the float32 form)})."""
+    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS, interpret)
+
+
+def compare(kernel, oracle, case, names, floors, interpret):
+    """`check` of any recurrent kernel against any oracle."""
     arrays, ids, cotangents = case.arrays()
-    kernel = functools.partial(mosaic_gpu.gated_linear, interpret=interpret)
 
-    def run(function, wide=None):
-        f = lambda arrays, cotangents: gradients(function, arrays, ids, cotangents, case.scale, wide)
-        return jax.tree.map(np.asarray, (f if interpret and function is kernel else jax.jit(f))(arrays, cotangents))
+    def run(function, wide=None, eager=False):
+        f = lambda arrays, cotangents: gradients(function, arrays, ids, cotangents, case.scale, wide, names)
+        return jax.tree.map(np.asarray, (f if eager else jax.jit(f))(arrays, cotangents))
 
-    got = run(kernel)
+    kernel = functools.partial(kernel, interpret=interpret)
+    got = run(kernel, eager=interpret)
     again = got if interpret else run(kernel)
     with jax.enable_x64(True):
         want = run(functools.partial(oracle, dtype=jnp.float64), jnp.float64)
@@ -132,12 +137,11 @@ def check(case: Case, interpret=False) -> tuple[bool, dict]:
     for name, x in got.items():
         rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
         norm = max(np.linalg.norm(want[name]), 1e-30)
-        error, plain = (np.linalg.norm(y.astype(np.float64) - want[name]) / norm for y in (x, rounded))
-        floor = FLOORS.get(name, 0.0)
+        error, plain = (float(np.linalg.norm(y.astype(np.float64) - want[name]) / norm) for y in (x, rounded))
         if name == 'dlog_decay' and np.abs(want[name]).max() < 1e-15:  # nothing is felt through the decays
-            error = np.abs(x).max()
+            error = float(np.abs(x).max())
         errors[name] = error, plain
-        good &= bool(error <= max(FACTOR * plain, floor))
+        good &= error <= max(FACTOR * plain, floors.get(name, 0.0))
     return good, errors
 
 
@@ -182,9 +186,9 @@ def timings():
         yield name, forward, clock(both, q, k, v, g, cotangent, calls=10) if T <= 65536 else float('nan')
 
 
-def main(words):
+def main(words, cases, check, timings):
     failed = 0
-    for case in CASES:
+    for case in cases:
         if words and not any(w in case.name for w in words):
             continue
         try:
@@ -201,4 +205,4 @@ def main(words):
 
 
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:], CASES, check, timings))

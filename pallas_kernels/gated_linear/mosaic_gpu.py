@@ -244,7 +244,7 @@ def run(
     size = common.cdiv(common.cdiv(T, parts), GROUP * CHUNK) * GROUP * CHUNK
     parts = common.cdiv(T, size)
     if parts == 1:
-        options = dict(reverse=reverse, strict=strict, every=every, scale=scale, interpret=interpret)
+        options = {'reverse': reverse, 'strict': strict, 'every': every, 'scale': scale, 'interpret': interpret}
         return sweep(q, k, v, decay, state, partner, **options)
     if decay is not None and decay.shape[2] == 1 and T % size:  # idle tokens fill the last piece and must not decay
         decay = jnp.broadcast_to(decay, (*decay.shape[:2], T // CHUNK, CHUNK))
@@ -271,7 +271,7 @@ def run(
     _, local, _ = sweep(None, k, v, local_decay, None, reverse=reverse, heads=N, interpret=interpret)
     local = local.reshape(B, parts, N, K, V)
     starts = _starts(local, total, state, reverse)
-    options = dict(reverse=reverse, strict=strict, every=every, scale=scale, interpret=interpret)
+    options = {'reverse': reverse, 'strict': strict, 'every': every, 'scale': scale, 'interpret': interpret}
     out, states, dots = sweep(q, k, v, local_decay, starts.reshape(B * parts, N, K, V), partner, **options)
     join = lambda x: jnp.moveaxis(x.reshape(B, parts, *x.shape[1:]), 1, 2).reshape(B, N, -1, *x.shape[3:])
     states = join(states)
@@ -318,4 +318,4 @@ def pad_state(x):
 def over_groups(x, heads: int):
     """Gradients of heads that were shared: [B, T, N, H] -> [B, T, heads, H]."""
     B, T, N, H = x.shape
-    return x if N == heads else x.reshape(B, T, heads, N // heads, H).sum(3, dtype=jnp.float32).astype(x.dtype)
+    return x if heads == N else x.reshape(B, T, heads, N // heads, H).sum(3, dtype=jnp.float32).astype(x.dtype)

@@ -1,0 +1,108 @@
+"""The correctness gate and the clock of the delta rule kernel: `python -m pallas_kernels.delta_rule.check [words]`.
+
+As `pallas_kernels.gated_linear.check`. What the recurrence writes is held in 16 bits here, and the kernel's float32 results
+carry that rounding: they are held to `FLOORS`.
+"""
+
+import dataclasses
+import functools
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.delta_rule import mosaic_gpu
+from pallas_kernels.gated_linear import check as linear
+
+NAMES = ('query', 'key', 'value', 'beta', 'log_decay', 'state')
+FLOORS = {'state': 6e-3, 'dstate': 6e-3, 'dbeta': 1e-2, 'dlog_decay': 2e-2, 'dkey': 6e-3, 'dvalue': 6e-3}
+
+
+def oracle(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, dtype=jnp.float64):
+    """Token by token, in `dtype`."""
+    (B, T, N, V), K = value.shape, key.shape[3]
+    wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(dtype)
+    query, key, value = map(wide, (query, key, value))
+    decay = jnp.ones((1, 1, N), dtype) if log_decay is None else jnp.exp(log_decay.astype(dtype))
+    decay = jnp.broadcast_to(decay, (B, T, N))
+    if segment_ids is not None:
+        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
+        decay = jnp.where(reset[..., None], 0, decay)
+    state = jnp.zeros((B, N, K, V), dtype) if initial_state is None else initial_state.astype(dtype)
+    einsum = functools.partial(jnp.einsum, precision='highest')
+    scale = 1.0 if scale is None else scale
+
+    def step(state, xs):
+        q, k, v, b, a = xs
+        state = a[..., None, None] * state
+        u = b[..., None] * (v - einsum('bnk,bnkv->bnv', k, state))
+        state = state + k[..., :, None] * u[..., None, :]
+        return state, scale * einsum('bnk,bnkv->bnv', q, state)
+
+    xs = tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, beta.astype(dtype), decay))
+    state, out = jax.lax.scan(step, state, xs)
+    return jnp.moveaxis(out, 0, 1), state
+
+
+@dataclasses.dataclass
+class Case(linear.Case):
+    beta: tuple = (0.0, 1.0)  # range; a seventh of the tokens each has its two ends
+    collinear: float = 0.0  # how near keys are to one direction, below 1
+
+    def arrays(self):
+        """As `linear.Case.arrays`, with beta after value."""
+        (query, key, value, log_decay, state), ids, cotangents = super().arrays()
+        rng = np.random.default_rng(7)
+        beta = rng.uniform(*self.beta, size=value.shape[:3])
+        beta[:, ::7], beta[:, 3::7] = self.beta
+        if self.collinear:
+            key = (1 - self.collinear) * np.asarray(key, np.float64) + self.collinear * self.K**-0.5
+            key = jnp.asarray(key / np.linalg.norm(key, axis=-1, keepdims=True), jnp.bfloat16)
+        return (query, key, value, jnp.asarray(beta, jnp.float32), log_decay, state), ids, cotangents
+
+
+CASES = [
+    Case('two tokens', T=2),
+    Case('17', T=17, decay='none'),
+    Case('64', T=64, decay='head'),
+    Case('1000', B=2, T=1000, resets=0.01, scale=0.1),
+    Case('1000, shared heads', T=1000, N=4, heads=2, resets=0.1),
+    Case('1000, no decay', T=1000, decay='none', scale=0.1),
+    Case('8192', T=8192, strength=(0.0, 0.02), resets=0.0005),
+    Case('strong', T=1000, strength=(0.0, 50.0)),
+    Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
+    Case('reflecting', T=300, decay='none', beta=(0.0, 2.0)),
+    Case('nearly collinear keys', T=300, decay='none', beta=(0.9, 1.0), collinear=0.95),
+    Case('widths 64, 64', T=200, K=64, V=64),
+    Case('widths 64, 128', T=200, K=64, V=128),
+    Case('widths 128, 64', T=200, K=128, V=64),
+    Case('widths 40, 80', T=200, K=40, V=80),
+]
+
+
+def check(case: Case, interpret=False) -> tuple[bool, dict]:
+    """(passes, {result: (error, error of the float32 form)})."""
+    return linear.compare(mosaic_gpu.delta_rule, oracle, case, NAMES, FLOORS, interpret)
+
+
+def timings():
+    """(name, forward ms, forward and backward ms) of the shapes that the README lists."""
+    for name, B, T, decay in (
+        ('delta B8 T2048', 8, 2048, 'none'),
+        ('gated delta B8 T2048', 8, 2048, 'token'),
+        ('gated delta B1 T65536', 1, 65536, 'token'),
+    ):
+        arrays, _, (cotangent, _) = Case(name, B=B, T=T, N=16, decay=decay, state=False).arrays()
+        arrays = [x for x in arrays if x is not None]
+        op = lambda *a: mosaic_gpu.delta_rule(*a)[0]
+
+        def both(cotangent, *arrays, op=op):
+            out, pull = jax.vjp(op, *arrays)
+            return out, pull(cotangent)
+
+        yield name, linear.clock(op, *arrays), linear.clock(both, cotangent, *arrays, calls=5)
+
+
+if __name__ == '__main__':
+    sys.exit(linear.main(sys.argv[1:], CASES, check, timings))

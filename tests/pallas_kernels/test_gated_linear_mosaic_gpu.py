@@ -1,0 +1,141 @@
+"""The gated linear kernel: schedule and derivative logic and lowering on the CPU, the whole grid on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.gated_linear import check, mosaic_gpu
+
+
+def plain_sweep(
+    q,
+    k,
+    v,
+    decay,
+    state,
+    partner=None,
+    *,
+    reverse=False,
+    strict=False,
+    every=None,
+    scale=1.0,
+    heads=0,
+    interpret=False,
+):
+    """What `sweep` promises, token by token in float64."""
+    del interpret
+    (B, T, _, K), V = k.shape, v.shape[3]
+    N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
+    repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
+    q, k, v = (None if x is None else repeat(x) for x in (q, k, v))
+    chunks = -(-T // 64)
+    every = min(every or chunks, chunks)
+    step = np.zeros((B, N, chunks, 64))
+    if decay is not None:
+        step = np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
+    step = np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1)
+    S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
+    out, dots = np.zeros((B, T, N, V)), np.zeros((B, N, V // 64, chunks * 64))
+    states = np.zeros((B, N, -(-chunks // every), K, V))
+    for t in reversed(range(T)) if reverse else range(T):
+        a = np.exp2(step[:, :, t])[..., None, None]
+        own = k[:, t][..., None] * v[:, t][..., None, :]
+        before = S if reverse else a * S
+        S = before + own
+        if q is not None:
+            read = lambda S, t=t: np.einsum('bnk,bnkv->bnv', q[:, t], S)
+            out[:, t] = scale * read(before if strict else S)
+            if partner is not None:
+                dots[:, :, 0, t] = (read(before) * repeat(partner)[:, t]).sum(-1)
+        if reverse:
+            S = a * S
+        states[:, :, t // 64 // every] = S
+    as_input = lambda x: jnp.asarray(x, jnp.float32)
+    return None if q is None else as_input(out), as_input(states), None if partner is None else as_input(dots)
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
+    monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
+    monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
+    monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_: None)
+
+
+def gradients(function, case):
+    arrays, ids, cotangents = case.arrays()
+    arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    return check.gradients(function, arrays, ids, cotangents, case.scale)
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        check.Case('shared heads', T=50, N=2, heads=1, K=64, V=64, resets=0.1, erase=0.1, scale=0.5),
+        check.Case('none', T=30, K=40, V=64, decay='none', state=False),
+        check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
+        check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
+    ],
+    ids=lambda c: c.name,
+)
+def test_derivatives_and_pieces(plain, case):
+    got = gradients(mosaic_gpu.gated_linear, case)
+    with jax.enable_x64(True):
+        want = gradients(functools.partial(check.oracle, dtype=jnp.float64), case)
+    assert got.keys() == want.keys()
+    for name in want:
+        scale = np.abs(want[name]).max()
+        # cumulative decays are in float32, and every step that erases adds 128 to them
+        np.testing.assert_allclose(got[name], want[name], atol=1e-4 * scale, err_msg=name)
+
+
+def test_pieces_fill_the_chip_only_where_it_is_empty():
+    assert mosaic_gpu.pieces(8, 2048, 16, 128, 128) == 1
+    assert mosaic_gpu.pieces(1, 65536, 16, 128, 128) == 8
+    assert mosaic_gpu.pieces(1, 1024, 1, 128, 128) == 2
+
+
+def test_interpreted_with_race_detection():
+    good, errors = check.check(check.Case('small', T=70, N=1, K=64, V=64, resets=0.05), interpret=True)
+    assert good, errors
+
+
+@pytest.mark.parametrize('K, V', [(128, 128), (256, 64)])
+def test_lowers_for_hopper(K, V):
+    x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, dtype=jnp.float32)
+    loss = lambda *a: mosaic_gpu.gated_linear(*a)[0].astype(jnp.float32).sum()
+    allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
+    jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['cuda'], disabled_checks=allowed)(*ones)
+
+
+@pytest.mark.parametrize(
+    'change, words',
+    [
+        ({'dtype': jnp.float32}, 'must be bfloat16, given float32'),
+        ({'T': 1}, 'takes 2 tokens or more'),
+        ({'V': 320}, 'widths up to 256, given 320'),
+        ({'per_channel': True}, 'a decay per channel'),
+        ({'chunk': 32}, 'chunks of 64, given chunk=32'),
+        ({'scale': 0.0}, 'other than 0'),
+    ],
+)
+def test_refusals(change, words):
+    dtype, T, V = change.get('dtype', jnp.bfloat16), change.get('T', 64), change.get('V', 64)
+    x = jnp.zeros((1, T, 2, 64), dtype)
+    decay = jnp.zeros((1, T, 2, 64)) if 'per_channel' in change else None
+    options = {name: change[name] for name in ('chunk', 'scale') if name in change}
+    reason = mosaic_gpu.unsupported(x, x, jnp.zeros((1, T, 2, V), dtype), decay, **options)
+    assert words in reason
+    with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
+        mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), decay, **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('case', check.CASES, ids=lambda c: c.name)
+def test_grid(case):
+    good, errors = check.check(case)
+    assert good, errors
