@@ -1,17 +1,20 @@
 """Times the softmax attention kernel against what a user would pick instead, after checking that it is right.
 
-    python -m pallas_kernels.bench [words] [--json FILE] [--with module:function ...] [--no-gate] [--no-torch]
+    python -m pallas_kernels.bench [words] [--json FILE] [--with module:function ...] [--peers NAME,...] [--no-gate]
 
-Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_attention:xla` adds an implementation with
-the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a small
-size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
-PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Times are medians; TFLOP/s count visible pairs, 3.5 times the forward
-for forward + backward. Prints a table, one JSON line a figure, and writes them all to FILE.
+Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_attention:xla` adds an implementation
+with the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a
+small size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
+PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Times are medians; TFLOP/s count visible pairs, 3.5 times the
+forward for forward + backward. Prints a table, one JSON line a figure, and writes them all to FILE. Several of these
+processes may run at once: they compile side by side and take turns in timing.
 """
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -19,6 +22,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -65,6 +69,14 @@ def rows(words) -> list[Row]:
     return [r for r in found if not words or any(w in r.name for w in words)]
 
 
+@contextlib.contextmanager
+def turn():
+    """One process at a time."""
+    with open(os.path.join(tempfile.gettempdir(), 'pallas_kernels_bench.lock'), 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def emit(results, **figure):
     results.append(figure)
     print('RESULT ' + json.dumps(figure), flush=True)
@@ -80,9 +92,7 @@ def jax_inputs(row: Row, T=None):
     B, length, N, K, H = row.shape
     T = T or length
     keys = jax.random.split(jax.random.key(0), 5)
-    q, k, v, do = (
-        jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=False)
-    )
+    q, k, v, do = (jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=False))
     strip = jax.random.normal(keys[4], (N, 2 * T - 1), jnp.float32) if row.kind == 'relative' else None
     return (q, k, v, strip), do
 
@@ -126,7 +136,7 @@ def cudnn(row: Row):
 
     if row.kind not in ('full', 'causal', 'window'):
         return None
-    options = dict(is_causal=row.kind != 'full', implementation='cudnn')
+    options: dict[str, Any] = {'is_causal': row.kind != 'full', 'implementation': 'cudnn'}
     if row.kind == 'window':
         options['local_window_size'] = (WINDOW - 1, 0)
     return lambda q, k, v, strip: jax.nn.dot_product_attention(q, k, v, **options)
@@ -139,7 +149,7 @@ def tokamax_mosaic(row: Row):
         import tokamax
     except ImportError:
         return None
-    options: dict[str, Any] = dict(is_causal=row.kind != 'full', implementation='mosaic')
+    options: dict[str, Any] = {'is_causal': row.kind != 'full', 'implementation': 'mosaic'}
     if row.kind == 'window':
         options['local_window_size'] = (WINDOW - 1, 0)
     if row.kind == 'softcap':
@@ -191,7 +201,7 @@ def timed_jax(f, args, target=0.2) -> float:
     return float(np.median(times))
 
 
-def run_jax(chosen, extra, with_gate, results):
+def run_jax(chosen, extra, with_gate, peers, results):
     import jax
 
     from pallas_kernels.softmax_attention import mosaic_gpu
@@ -232,6 +242,7 @@ def run_jax(chosen, extra, with_gate, results):
             f = make(row)
             if f is not None:
                 jobs.append((row, name, f))
+    jobs = [job for job in jobs if not peers or job[1] in peers]
     data = None, None
     for row, name, compiled, seconds in pool.map(compile_all, jobs):
         if isinstance(compiled, str):
@@ -241,14 +252,13 @@ def run_jax(chosen, extra, with_gate, results):
             data = row, jax_inputs(row)
         args, do = data[1]
         try:
-            fwd, both = timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))
+            with turn():
+                fwd, both = timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))
         except Exception as error:
             emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:300]}')
             continue
         temp = compiled[1].memory_analysis()
-        figures(
-            results, row, name, fwd, both, compile_s=round(seconds, 1), temp_mib=temp and temp.temp_size_in_bytes >> 20
-        )
+        figures(results, row, name, fwd, both, compile_s=round(seconds, 1), temp_mib=temp and temp.temp_size_in_bytes >> 20)
 
 
 def figures(results, row, name, fwd, both, **more):
@@ -267,7 +277,7 @@ def figures(results, row, name, fwd, both, **more):
 # PyTorch, in its own process
 
 
-def run_torch(chosen, results):
+def run_torch(chosen, wanted, results):
     import torch
     import torch.nn.functional as F
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -286,9 +296,7 @@ def run_torch(chosen, results):
 
                 def fused(q, k, v, backend=backend, row=row, grouped=grouped):
                     with sdpa_kernel(getattr(SDPBackend, backend)):
-                        return F.scaled_dot_product_attention(
-                            q, k, v, is_causal=row.kind == 'causal', enable_gqa=grouped
-                        )
+                        return F.scaled_dot_product_attention(q, k, v, is_causal=row.kind == 'causal', enable_gqa=grouped)
 
                 peers[name] = fused
         causal = lambda b, h, i, j: i >= j
@@ -312,10 +320,14 @@ def run_torch(chosen, results):
             q, k, v, score_mod=score, block_mask=block_mask, enable_gqa=grouped
         )
         for name, f in peers.items():
+            if wanted and name not in wanted:
+                continue
             try:
                 q, k, v = draw(B, N, T, H), draw(B, K, T, H), draw(B, K, T, H)
                 with torch.no_grad():
-                    fwd = timed(lambda f=f, args=(q, k, v): f(*args))
+                    f(q, k, v)  # compiles
+                    with turn():
+                        fwd = timed(lambda f=f, args=(q, k, v): f(*args))
                 leaves = [x.requires_grad_() for x in (q, k, v)]
                 do = draw(B, N, T, H)
 
@@ -324,7 +336,10 @@ def run_torch(chosen, results):
                     for x in (*leaves, strip):
                         x.grad = None
 
-                figures(results, row, name, fwd, None if os.environ.get('FORWARD_ONLY') else timed(both))
+                both()
+                with turn():
+                    fwdbwd = timed(both)
+                figures(results, row, name, fwd, fwdbwd)
             except Exception as error:
                 emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:200]}')
             torch.cuda.empty_cache()
@@ -358,21 +373,24 @@ def main(argv=None):
     parser.add_argument('words', nargs='*')
     parser.add_argument('--json')
     parser.add_argument('--with', dest='extra', action='append', default=[])
+    parser.add_argument('--peers', help='only these, "ours" included')
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
     parser.add_argument('--torch-only', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     chosen, results = rows(args.words), []
+    peers = args.peers.split(',') if args.peers else []
     if args.torch_only:
-        run_torch(chosen, results)
+        run_torch(chosen, peers, results)
         return
     extra = {}
     for spec in args.extra:
         module, _, function = spec.partition(':')
         extra[spec] = getattr(importlib.import_module(module), function)
-    run_jax(chosen, extra, not args.no_gate, results)
+    run_jax(chosen, extra, not args.no_gate, peers, results)
     if not args.no_torch and importlib.util.find_spec('torch'):
         command = [sys.executable, '-m', 'pallas_kernels.bench', '--torch-only', *args.words]
+        command += ['--peers', args.peers] if args.peers else []
         with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
             for line in process.stdout:
                 if line.startswith('RESULT '):

@@ -2,11 +2,10 @@
 
 One block owns 128 keys of one query head, 64 per consumer warpgroup, and visits the query tiles of its list. Tiles
 are transposed, [keys, queries]: S^T = K Q^T and dP^T = V dO^T stay in registers, where P^T and dS^T are the left
-operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for dQ = dS K. A separate warp adds each dQ
-tile to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
+operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for dQ = dS K. Two warps take turns to
+add dQ tiles to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
 counter per tile, so that a second run is bit-equal; blocks start at different tiles, so that in the steady state none
-waits; two buffers halve the chain of additions. The key blocks of a head are neighbours in the grid, which keeps the
-head's dQ in the L2 cache.
+waits. The key blocks of a head are neighbours in the grid, which keeps the head's dQ in the L2 cache.
 """
 
 import jax
@@ -33,13 +32,12 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
 
     Returns:
-      dq float32 [splits, B, T', N, H], to be summed and multiplied by `scale`; key tile i adds to part i % splits, and
-      query tiles that no key tile of a part visits are undefined there. dk [B, S', N, H] and dv [B, S', N, Hv], per
-      query head.
+      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
+      and dv [B, S', N, Hv], per query head.
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    bq, stages, outs, splits, dtype = tiles.queries, tiles.stages, tiles.outs, tiles.splits, q.dtype
+    bq, stages, outs, dtype = tiles.queries, tiles.stages, 2, q.dtype
     nq, nk = common.cdiv(T, bq), common.cdiv(S, KEYS)
     group = N // K
     shape = (64, bq)
@@ -51,7 +49,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
         dq_ref, dk_ref, dv_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, do_bar, q_free, ds_bar, dq_full, dq_free = scratch[8:]
-        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((splits * B * N * nq,)))
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
         b, h, ki = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('k')
         wg = lax.axis_index('wg')
         at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, ki)
@@ -188,16 +186,18 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                     def _(j):
                         plgpu.barrier_wait(q_free.at[lax.rem(j, stages)])
 
-                @pl.when(warp == 1)
+                # One addition takes about as long as a step: waiting for the turn, the copy, telling the next. Hence two.
+                @pl.when((warp == 1) | (warp == 2))
                 def _add():
-                    @pl.loop(0, count)
-                    def _(j):
+                    out = warp - 1
+
+                    @pl.loop(0, lax.div(count - out + 1, 2))
+                    def _(n):
+                        j = 2 * n + out
                         tile = entry(j) // 2
                         rank = ranks_ref[(*at, j)]
-                        part = lax.rem(ki, splits)
-                        turn = turns.at[((part * B + b) * N + h) * nq + tile]
-                        target = dq_ref.at[part, b, pl.ds(tile * bq, bq), h]
-                        out = lax.rem(j, outs)
+                        turn = turns.at[(b * N + h) * nq + tile]
+                        target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
                         plgpu.barrier_wait(dq_full.at[out])
                         if ordered:
                             plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
@@ -235,7 +235,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     return plgpu.kernel(
         entry_point,
         out_type=(
-            jax.ShapeDtypeStruct((splits, B, T, N, H), jnp.float32),
+            jax.ShapeDtypeStruct((B, T, N, H), jnp.float32),
             jax.ShapeDtypeStruct((B, S, N, H), dtype),
             jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
         ),

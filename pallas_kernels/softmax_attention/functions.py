@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -18,6 +19,8 @@ from pallas_kernels import common, tile_eval
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
 from pallas_kernels.common import COL, ROW, TILE
+
+_ONE = np.float32(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,15 +179,29 @@ class Place:
 
         With `derivative`, also the score's derivative by the scaled logits, None where it is 1.
         """
+        if not derivative:
+            return self._scored(s, scale, lambda call, s, values: (call(s, values),))[:2]
+        return self._scored(s, scale, lambda call, s, values: jax.jvp(lambda s: call(s, values), (s,), (_ONE,)))
+
+    def score_by_operand(self, s, scale, which: int):
+        """As `score`, with the derivative by the value of operand `which`."""
+
+        def run(call, s, values):
+            value = values[which].astype(jnp.float32)
+            put = lambda x: [x if n == which else v for n, v in enumerate(values)]
+            return jax.jvp(lambda x: call(s, put(x)), (value,), (_ONE,))
+
+        return self._scored(s, scale, run)
+
+    def _scored(self, s, scale, run):
         spec = self.inputs.spec
         operands = spec.score.operands
         first = len(spec.mask.operands) if spec.mask else 0
 
         def fun(s, b, h, q, k, *values):
             i = ew.Index(b, h, q, k, spec.T, spec.S)
-            call = lambda s: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
-            s = s * jnp.float32(scale)
-            return jax.jvp(call, (s,), (jnp.float32(1),)) if derivative else (call(s),)
+            call = lambda s, values: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
+            return run(call, s * jnp.float32(scale), values)
 
         outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
         value, factor = outs[0].value, 1.0
@@ -192,9 +209,7 @@ class Place:
             value, factor = value.value, value.factor
         else:
             value = outs[0].to('rc')
-        if not derivative:
-            return value, factor
-        slope = outs[1]
+        slope = outs[-1]
         return value, factor, None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
 
     def kept(self):

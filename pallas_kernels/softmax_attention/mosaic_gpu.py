@@ -17,8 +17,8 @@ import numpy as np
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import backward as backward_kernel
+from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles
 from pallas_kernels.softmax_attention import forward as forward_kernel
-from pallas_kernels.softmax_attention import functions, operand_gradients, tiles
 
 WIDEST = 128
 HIDDEN = 1e30  # base-2 log-sum-exp given to the backward kernel for rows that see nothing: all weights become 0
@@ -117,9 +117,7 @@ def softmax_attention(
     Raises:
       ValueError: `unsupported` has a reason.
     """
-    reason = unsupported(
-        query, key, value, mask=mask, score=score, bias=bias, scale=scale, sinks=sinks, dropout=dropout
-    )
+    reason = unsupported(query, key, value, mask=mask, score=score, bias=bias, scale=scale, sinks=sinks, dropout=dropout)
     if reason:
         raise ValueError(f'softmax_attention on mosaic_gpu: {reason}')
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
@@ -147,8 +145,8 @@ def _forward(scale, q, k, v, mask, score, sinks, dropout):
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
         counts = lists[..., 0] if isinstance(lists, np.ndarray) else None
-    # As many heads at a time as have their keys and values in the L2 cache, with room for queries and outputs.
-    together = max(1, 2**25 // (2 * S * (H + Hv))) * (N // K)
+    # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
+    together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
     items = agenda(B, N, nq, counts, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     out, lse2 = forward_kernel.forward(q8, k8, v8, items, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
@@ -174,18 +172,16 @@ def _backward(scale, saved, cotangents):
     pad = [(0, 0), (0, 0), (0, nq * bq - T)]
     lse_in = jnp.pad(jnp.where(live, lse2, HIDDEN), pad, constant_values=HIDDEN)
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
-    lists, ranks, touched = schedule(classes, shape.splits)
+    lists, ranks, touched = schedule(classes)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    parts, dk, dv = backward_kernel.backward(
-        q8, k8, v8, do8, lse_in, jnp.pad(delta, pad), lists, ranks, operands, spec=spec, tiles=shape, scale=scale
+    delta_in = jnp.pad(delta, pad)
+    dq, dk, dv = backward_kernel.backward(
+        q8, k8, v8, do8, lse_in, delta_in, lists, ranks, operands, spec=spec, tiles=shape, scale=scale
     )
-    dq = 0.0
-    for n, part in enumerate(parts[:, :, :T, :, :H]):
-        if not (isinstance(touched, np.ndarray) and touched[n].all()):  # tiles that no block visits were never written
-            rows = jnp.repeat(jnp.asarray(touched[n]), bq, axis=-1)[..., :T]
-            part = jnp.where(rows.swapaxes(1, 2)[..., None], part, 0.0)
-        dq += part
-    dq *= scale
+    dq = dq[:, :T, :, :H] * scale
+    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
+        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
+        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
     dk, dv = _over_groups(dk[:, :S, :, :H], K), _over_groups(dv[:, :S, :, :Hv], K)
     dsinks = None
     if sinks is not None:
@@ -193,11 +189,48 @@ def _backward(scale, saved, cotangents):
         dsinks = -(weight * delta).sum((0, 2))
     dscore = None
     if score is not None:
-        dscore = operand_gradients.of_score(scale, q, k, v, do, lse_in[..., :T], delta, mask, score, dropout)
+        dscore = _score_gradient(scale, q8, k8, v8, do8, lse_in, delta, mask, score, dropout, T, S)
     return dq.astype(q.dtype), dk, dv, None, dscore, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S):
+    """The gradient of `score`: the same pytree, None for what is not floating. XLA drops what is not asked for."""
+    leaves, tree = jax.tree.flatten(score)
+    operands = ew.flatten(score)[0]
+    assert len(leaves) == len(operands)
+    floating = [n for n, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
+    strips = [n for n in floating if set(operands[n].index) in ({'d'}, {'h', 'd'})]
+    rest = [n for n in floating if n not in strips]
+    found = [None] * len(leaves)
+    if strips:
+        B, N = q.shape[0], q.shape[2]
+        nq, nk = common.cdiv(T, diagonal.QUERIES), common.cdiv(S, diagonal.KEYS)
+        classes = blocks.classify(mask, B, N, T, S, diagonal.QUERIES, diagonal.KEYS)
+        xp = np if isinstance(classes, np.ndarray) else jnp
+        todo = diagonal.lists(xp.broadcast_to(classes, (B, *classes.shape[1:])))
+        spec = functions.make_spec(mask, score, dropout, T, S, bool(S % diagonal.KEYS))
+        Tp, Sp = nq * diagonal.QUERIES, nk * diagonal.KEYS
+        arrays = [functions.prepare(o, T, S, Tp, Sp, False) for o in spec.operands]
+        fit = lambda x, fill: jnp.pad(x[..., :T], [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
+        rows = fit(lse2, HIDDEN), fit(delta, 0.0)
+        for n in strips:
+            tiles_ = diagonal.diagonal(q, k, v, do, *rows, todo, arrays, spec=spec, which=n, scale=scale)
+            x = diagonal.strip(tiles_, T, S)  # [N, d]
+            index, shape = operands[n].index, leaves[n].shape
+            if 'h' not in index or shape[index.index('h')] == 1:
+                x = x.sum(0, keepdims='h' in index)
+            found[n] = (x.T if index == 'dh' else x).astype(leaves[n].dtype)
+    if rest:
+        cut = lambda x, length: x[:, :length]
+        gradients = operand_gradients.of_score(
+            scale, cut(q, T), cut(k, S), cut(v, S), cut(do, T), lse2[..., :T], delta, mask, score, dropout, rest
+        )
+        for n, x in zip(rest, gradients):
+            found[n] = x
+    return jax.tree.unflatten(tree, found)
 
 
 def _pad(x, least=64):
@@ -213,16 +246,30 @@ def _over_groups(x, K):
     return x.reshape(B, S, K, N // K, H).sum(3, dtype=jnp.float32).astype(x.dtype)
 
 
+def _placed(position, value, keep, size):
+    """out[.., position] = value where `keep`, over the last axis; the rest 0. NumPy stays NumPy, else without a sort."""
+    if isinstance(position, np.ndarray) and isinstance(value, np.ndarray) and isinstance(keep, np.ndarray):
+        shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
+        position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
+        out = np.zeros((*shape[:-1], size + 1), np.int32)
+        np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
+        return out[..., :size]
+    hit = keep[..., None, :] & (position[..., None, :] == np.arange(size)[:, None])
+    return jnp.where(hit, value[..., None, :], 0).sum(-1, dtype=jnp.int32)
+
+
 def forward_lists(classes):
     """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
 
     int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy.
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
-    group = xp.where(classes == blocks.PARTIAL, 0, xp.where(classes == blocks.FULL, 1, 2))
-    order = xp.argsort(group, axis=-1, stable=True)
-    counts = xp.stack([(group < 2).sum(-1), (group == 0).sum(-1)], -1)
-    return xp.concatenate([counts, order], -1).astype(np.int32)
+    partial, full = classes == blocks.PARTIAL, classes == blocks.FULL
+    few = partial.sum(-1, dtype=np.int32)[..., None]
+    position = xp.where(partial, xp.cumsum(partial, -1), few + xp.cumsum(full, -1)) - 1
+    nk = classes.shape[-1]
+    entries = _placed(position, np.arange(nk), partial | full, nk)
+    return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
 def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> np.ndarray:
@@ -260,41 +307,43 @@ def _processors() -> int:
         return 132
 
 
-def schedule(classes, splits: int = 1, together: int | None = None):
+def schedule(classes, together: int | None = None):
     """Which query tiles each key tile visits in the backward kernel, and when it may add to their dq.
 
     A key tile starts at its diagonal and wraps around, so that at any time the blocks of a head work on different
-    query tiles. Key tile i adds to part i % splits of dq. Additions to a query tile of a part happen in the order of
-    nominal time, position in the visiting block's list. That order agrees with each block's own, so no cycle of waits
-    exists as long as the blocks that wait for each other are resident together: `together` key tiles (the number of
-    multiprocessors) form a group, and groups follow one another in launch order.
+    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
+    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
+    are resident together: `together` key tiles (the number of multiprocessors) form a group, and groups follow one
+    another in launch order.
 
     Args:
       classes: int8 [.., nq, nk].
 
     Returns:
-      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [splits, .., nq].
+      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [.., nq].
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or _processors()
     seen = (classes != blocks.EMPTY).swapaxes(-1, -2)
     nk, nq = seen.shape[-2:]
     start = (np.arange(nk) * nq) // nk
-    distance = (np.arange(nq)[None] - start[:, None]) % nq
-    order = xp.argsort(xp.where(seen, distance, distance + nq), axis=-1)
-    position = xp.argsort(order, axis=-1)
-    time = xp.where(seen, position + (np.arange(nk) // together * nq)[:, None], np.iinfo(np.int32).max)
-    ranks, touched = xp.zeros(time.shape, np.int32), []
-    for part in range(splits):
-        mine = (np.arange(nk) % splits == part)[:, None]
-        rank = xp.argsort(xp.argsort(xp.where(mine, time, np.iinfo(np.int32).max), axis=-2, stable=True), axis=-2)
-        ranks = xp.where(mine, rank, ranks)
-        touched.append((seen & mine).any(-2))
-    ranks = xp.take_along_axis(ranks, order, -1).astype(np.int32)
+    before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
+    passed = xp.cumsum(seen, -1)
+    skipped = (seen & before).sum(-1)[..., None]
+    position = passed - 1 + xp.where(before, passed[..., -1:] - skipped, -skipped)
+    time = position + (np.arange(nk) // together * nq)[:, None]
+    if xp is np:
+        late = np.where(seen, time, np.iinfo(np.int32).max)
+        rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
+    else:
+        mine, other = time[..., :, None, :], time[..., None, :, :]
+        tie = np.arange(nk)[None, :, None] < np.arange(nk)[:, None, None]
+        first = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
+        rank = first.sum(-2, dtype=jnp.int32)
     partial = (classes == blocks.PARTIAL).swapaxes(-1, -2)
-    entries = 2 * order + xp.take_along_axis(partial, order, -1)
+    entries = _placed(position, 2 * np.arange(nq) + partial, seen, nq)
     lists = xp.concatenate([seen.sum(-1)[..., None], entries], -1).astype(np.int32)
-    return lists, ranks, xp.stack(touched)
+    return lists, _placed(position, rank, seen, nq), seen.any(-2)
 
 
 assert math.isclose(common.LN2 * common.LOG2E, 1)

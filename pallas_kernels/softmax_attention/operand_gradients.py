@@ -1,4 +1,4 @@
-"""Gradients of a score's operands, blockwise in XLA: the fused backward kernel does not form them.
+"""Gradients of a score's operands other than strips, blockwise in XLA: the backward kernel does not form them.
 
 ds = p * (dp - delta) is recomputed for a block of queries at a time and pulled back through the score function.
 Nothing of size T x S is held, except the gradient of an operand that has that size itself. When the gradient is not
@@ -37,12 +37,9 @@ def _tile(operand, array, q0, rows, T, S):
     return x.reshape(shape)
 
 
-def of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout):
-    """The gradient of `score`: the same pytree, float operands' gradients, None for the others."""
+def of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout, wanted):
+    """The gradients of the score's operands number `wanted`."""
     leaves, tree = jax.tree.flatten(score)
-    wanted = [i for i, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    if not wanted:
-        return None
     B, T, N, _ = q.shape
     S, K = k.shape[1], k.shape[2]
     G = N // K
@@ -89,7 +86,4 @@ def of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout):
     floats = [jnp.asarray(leaves[i]).astype(jnp.float32) for i in wanted]
     add = lambda n, total: jax.tree.map(jnp.add, total, gradient(floats, n * ROWS))
     total = lax.fori_loop(0, steps, add, [jnp.zeros_like(x) for x in floats])
-    full = [None] * len(leaves)
-    for at, x in zip(wanted, total):
-        full[at] = x.astype(jnp.result_type(leaves[at]))
-    return jax.tree.unflatten(tree, full)
+    return [x.astype(jnp.result_type(leaves[at])) for at, x in zip(wanted, total)]

@@ -16,8 +16,6 @@ class Forward:
 class Backward:
     queries: int  # query rows a step; a block owns 128 keys
     stages: int  # query tiles in flight
-    outs: int  # dq tiles on their way out
-    splits: int  # how many dq buffers the key blocks of a head take in turn
     registers: tuple[int, int]
 
 
@@ -33,5 +31,5 @@ def forward(H: int, Hv: int) -> Forward:
 
 def backward(H: int, Hv: int) -> Backward:
     if max(H, Hv) <= 64:
-        return Backward(128, 2, 2, 2, (240, 24))
-    return Backward(64, 2, 2, 2, (240, 24))
+        return Backward(128, 2, (240, 24))
+    return Backward(64, 2, (240, 24))
