@@ -93,11 +93,15 @@ def jax_inputs(row: Row, T=None):
     T = T or length
     keys = jax.random.split(jax.random.key(0), 5)
     q, k, v, do = (jax.random.normal(key, (B, T, n, H), jnp.bfloat16) for key, n in zip(keys, (N, K, K, N), strict=False))
-    strip = jax.random.normal(keys[4], (N, 2 * T - 1), jnp.float32) if row.kind == 'relative' else None
-    return (q, k, v, strip), do
+    extra = None
+    if row.kind == 'relative':
+        extra = jax.random.normal(keys[4], (N, 2 * T - 1), jnp.float32)
+    if row.kind == 'documents':  # data of the call, so that nothing about the blocks is known when it is compiled
+        extra = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32) // DOCUMENT + 1, (B, T))
+    return (q, k, v, extra), do
 
 
-def mask_and_score(row: Row, B, T, N, strip):
+def mask_and_score(row: Row, B, T, N, extra):
     import jax.numpy as jnp
 
     from pallas_kernels import elementwise as ew
@@ -112,20 +116,21 @@ def mask_and_score(row: Row, B, T, N, strip):
         'global-window': check.global_window(size(WINDOW), size(SINK)),
     }.get(row.kind, check.causal)
     if row.kind == 'documents':
-        mask = ew.as_mask(mask) & check.segments(jnp.asarray(check.documents(B, T, size(DOCUMENT))))
+        ids = jnp.asarray(check.documents(B, T, size(DOCUMENT))) if extra is None else extra
+        mask = ew.as_mask(mask) & check.segments(ids)
     score = None
     if row.kind == 'alibi':
         score = check.alibi(2.0 ** (-8.0 * jnp.arange(1, N + 1) / N))
     if row.kind == 'relative':
-        score = check.added(strip, 'hd')
+        score = check.added(extra, 'hd')
     if row.kind == 'softcap':
         score = check.softcap(CAP)
     return mask, score
 
 
 def ours(attention, row: Row):
-    def call(q, k, v, strip):
-        mask, score = mask_and_score(row, q.shape[0], q.shape[1], q.shape[2], strip)
+    def call(q, k, v, extra):
+        mask, score = mask_and_score(row, q.shape[0], q.shape[1], q.shape[2], extra)
         return attention(q, k, v, mask=mask, score=score)
 
     return call
@@ -139,7 +144,7 @@ def cudnn(row: Row):
     options: dict[str, Any] = {'is_causal': row.kind != 'full', 'implementation': 'cudnn'}
     if row.kind == 'window':
         options['local_window_size'] = (WINDOW - 1, 0)
-    return lambda q, k, v, strip: jax.nn.dot_product_attention(q, k, v, **options)
+    return lambda q, k, v, extra: jax.nn.dot_product_attention(q, k, v, **options)
 
 
 def tokamax_mosaic(row: Row):
@@ -154,7 +159,7 @@ def tokamax_mosaic(row: Row):
         options['local_window_size'] = (WINDOW - 1, 0)
     if row.kind == 'softcap':
         options['logits_soft_cap'] = CAP
-    return lambda q, k, v, strip: tokamax.dot_product_attention(q, k, v, **options)
+    return lambda q, k, v, extra: tokamax.dot_product_attention(q, k, v, **options)
 
 
 def gate(row: Row) -> str | None:
@@ -216,7 +221,7 @@ def run_jax(chosen, extra, with_gate, peers, results):
         row, name, f = job
         try:
             args, do = jax.eval_shape(functools.partial(jax_inputs, row))
-            wanted = (0, 1, 2) if args[3] is None else (0, 1, 2, 3)
+            wanted = (0, 1, 2, 3) if row.kind == 'relative' else (0, 1, 2)
 
             def both(do, *args):
                 def part(*chosen_args):
