@@ -1,0 +1,126 @@
+"""The delta rule kernel: derivative logic, inverse and lowering on the CPU, the whole grid on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.delta_rule import check, inverse, mosaic_gpu, sweep
+from pallas_kernels.gated_linear import check as linear_check
+from pallas_kernels.gated_linear import mosaic_gpu as linear
+from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
+
+
+def plain_delta(q, k, v, beta, inverses, decay, state, *, every=None, scale=1.0, interpret=False, reverse=False):
+    """What `write` (and `reach`, in reverse) promise, token by token in float64."""
+    del inverses, interpret
+    (B, T, _, K), (N, V) = k.shape, v.shape[2:]
+    wide = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
+    q, k, v = wide(q), wide(k), wide(v)
+    chunks = beta.shape[2]
+    beta = np.asarray(beta, np.float64).reshape(B, N, -1)
+    step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
+    step = np.exp2(np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1))
+    S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
+    every = min(every or chunks, chunks)
+    out, u = np.zeros((B, T, N, V)), np.zeros((B, T, N, V))
+    states = np.zeros((B, N, -(-chunks // every), K, V))
+    outer = lambda x, y: x[..., None] * y[..., None, :]
+    read = lambda x, S: np.einsum('bnk,bnkv->bnv', x, S)
+    for t in reversed(range(T)) if reverse else range(T):
+        a, b = step[:, :, t, None, None], beta[:, :, t, None]
+        if reverse:
+            S = S + outer(q[:, t], v[:, t])
+            u[:, t] = b * read(k[:, t], S)
+            S = a * (S - outer(k[:, t], u[:, t]))
+        else:
+            u[:, t] = b * (v[:, t] - read(k[:, t], a * S))
+            S = a * S + outer(k[:, t], u[:, t])
+            out[:, t] = scale * read(q[:, t], S)
+        states[:, :, t // 64 // every] = S
+    as_input = lambda x: jnp.asarray(x, jnp.float32)
+    if reverse:
+        return as_input(u), as_input(states)
+    return as_input(out), as_input(u), as_input(states)
+
+
+@pytest.mark.parametrize(
+    'case',
+    [
+        check.Case('shared heads', T=70, N=2, heads=1, K=64, V=64, resets=0.05, scale=0.5),
+        check.Case('none', T=30, N=1, K=64, V=40, decay='none', state=False),
+        check.Case('constant', T=70, N=2, K=64, V=64, decay='head', beta=(0.0, 2.0)),
+    ],
+    ids=lambda c: c.name,
+)
+def test_derivatives(monkeypatch, case):
+    monkeypatch.setattr(linear, 'sweep', plain_sweep)
+    monkeypatch.setattr(linear, 'refuse', lambda *_: None)
+    monkeypatch.setattr(linear, 'GROUP', 1)
+    monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)
+    monkeypatch.setattr(sweep, 'write', plain_delta)
+    monkeypatch.setattr(sweep, 'reach', functools.partial(plain_delta, reverse=True))
+    arrays, ids, cotangents = case.arrays()
+    arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
+    run = lambda f: linear_check.gradients(f, arrays, ids, cotangents, case.scale, names=check.NAMES)
+    got = run(mosaic_gpu.delta_rule)
+    with jax.enable_x64(True):
+        want = run(functools.partial(check.oracle, dtype=jnp.float64))
+    assert got.keys() == want.keys()
+    for name in want:
+        scale = np.abs(want[name]).max()
+        np.testing.assert_allclose(got[name], want[name], atol=1e-4 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize('collinear', [0.0, 0.95])
+def test_inverse(collinear):
+    case = check.Case('inverse', T=104, N=2, heads=1, K=64, beta=(0.9, 1.0), collinear=collinear)
+    k = case.arrays()[0][1]
+    beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
+    decay = np.cumsum(np.random.default_rng(1).uniform(-0.1, 0, (1, 2, 2, 64)), -1).astype(np.float32)
+    got = np.asarray(inverse.inverses(k, jnp.asarray(beta), jnp.asarray(decay), interpret=True), np.float64).sum(3)
+    rows = np.zeros((128, 64))
+    rows[:104] = np.asarray(k, np.float64)[0, :, 0]
+    rows = rows.reshape(2, 64, 64)
+    between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0).astype(np.float64))
+    A = np.tril((rows @ rows.swapaxes(1, 2)) * beta[..., None] * between, -1)
+    np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=5e-5)
+
+
+def test_interpreted_with_race_detection():
+    (q, k, v, beta, g, state), ids, _ = check.Case('small', T=72, N=1, K=64, V=64, resets=0.05).arrays()
+    options = {'initial_state': state, 'segment_ids': ids}
+    out, last = mosaic_gpu.delta_rule(q, k, v, beta, g, interpret=True, **options)
+    want, want_last = check.oracle(q, k, v, beta, g, dtype=jnp.float32, **options)
+    error = lambda x, y: np.linalg.norm(np.float32(x) - np.float32(y)) / np.linalg.norm(np.float32(y))
+    assert error(out, want) < 4e-3
+    assert error(last, want_last) < check.FLOORS['state']
+
+
+def test_lowers_for_hopper():
+    x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
+    f32 = x(1, 1000, 4, dtype=jnp.float32)
+    loss = lambda *a: mosaic_gpu.delta_rule(*a)[0].astype(jnp.float32).sum()
+    allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
+    arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, f32
+    jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))), platforms=['cuda'], disabled_checks=allowed)(*arguments)
+
+
+def test_refusals():
+    x = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    beta = jnp.zeros((1, 64, 2))
+    assert mosaic_gpu.unsupported(x, x, x, beta) is None
+    assert 'widths up to 128, given 192' in mosaic_gpu.unsupported(x, x, jnp.zeros((1, 64, 2, 192), x.dtype), beta)
+    assert 'a decay per channel' in mosaic_gpu.unsupported(x, x, x, beta, jnp.zeros((1, 64, 2, 64)))
+    f32 = x.astype(jnp.float32)
+    with pytest.raises(ValueError, match=r'delta_rule on mosaic_gpu: .*must be bfloat16'):
+        mosaic_gpu.delta_rule(f32, f32, f32, beta)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('case', check.CASES, ids=lambda c: c.name)
+def test_grid(case):
+    good, errors = check.check(case)
+    assert good, errors
