@@ -13,7 +13,7 @@ from attnx.models.generate import Sampling, filter_logits
 from tests import tolerances
 from tests.laws import close
 
-PATTERN = ('gated_deltanet', 'gqa', 'sliding_window')
+PATTERN = ('retnet', 'gqa', 'sliding_window')
 
 
 @pytest.fixture(scope='module')
