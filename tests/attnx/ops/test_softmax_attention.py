@@ -23,47 +23,43 @@ def float64():
 def inputs(T, S=None, B=2, N=4, K=2, H=8, Hv=6, seed=0, dtype=jnp.float64):
     rng = np.random.default_rng(seed)
     shapes = (B, T, N, H), (B, S or T, K, H), (B, S or T, K, Hv)
-    return tuple(jnp.asarray(rng.normal(size=s), dtype) for s in shapes)
+    return tuple(rng.normal(size=s).astype(dtype) for s in shapes)
 
 
 def normal(*shape, seed=1):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=shape))
+    return np.random.default_rng(seed).normal(size=shape)
 
 
 def ids(B, T, seed=2):
     """Packed segment ids with padding behind."""
-    return jnp.asarray(np.sort(np.random.default_rng(seed).integers(0, 4, (B, T)), 1)[:, ::-1].astype(np.int32))
+    return np.sort(np.random.default_rng(seed).integers(0, 4, (B, T)), 1)[:, ::-1].astype(np.int32)
 
 
-def finite(x):
-    return jnp.where(jnp.isfinite(x), x, 0)
+def value_and_gradients(form, arguments, options):
+    """(out, lse) and gradients of a random projection of both, for every floating array in arguments and options.
+
+    NumPy arrays, as all checks below are: each operation of jnp outside jit would compile by itself.
+    """
+    return jax.tree.map(np.asarray, _value_and_gradients(form, arguments, options))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def value_and_gradients(form, arguments, options):
-    """(out, lse) and gradients of a random projection of both, for every floating array in arguments and options."""
+def _value_and_gradients(form, arguments, options):
 
     def loss(arguments, options):
         out, lse = form(*arguments, **options, return_lse=True)
         weight = lambda x, seed: jnp.asarray(np.random.default_rng(seed).normal(size=x.shape), x.dtype)
-        return (out * weight(out, 3)).sum() + (finite(lse) * weight(lse, 4)).sum(), (out, lse)
+        return (out * weight(out, 3)).sum() + (jnp.where(jnp.isfinite(lse), lse, 0) * weight(lse, 4)).sum(), (out, lse)
 
     (_, outs), grads = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True, allow_int=True)(arguments, options)
     return outs, [g for g in jax.tree.leaves(grads) if g.dtype != jax.dtypes.float0]
 
 
 def assert_close(got, want, tolerance=tolerances.FLOAT64):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
-    got, want = finite(got), finite(want)
+    got, want = (np.where(np.isfinite(x), x, 0) for x in (got, want))
     np.testing.assert_allclose(got, want, rtol=0, atol=tolerance * max(float(abs(want).max()), 1e-3))
-
-
-def assert_same(arguments, options, block_sizes=None):
-    outs, grads = value_and_gradients(functools.partial(xla, block_sizes=block_sizes), arguments, options)
-    want_outs, want_grads = value_and_gradients(reference, arguments, options)
-    for got, want in zip((*outs, *grads), (*want_outs, *want_grads), strict=True):
-        assert bool(jnp.isfinite(got).all()) or got.ndim == 3  # lse alone may be -inf
-        assert_close(got, want)
 
 
 def by_hand(q, k, v, visible, bias=0.0, scale=None):
@@ -87,55 +83,82 @@ def test_oracle_is_the_equation():
     visible = np.random.default_rng(0).random((2, 4, 11, 13)) < 0.4
     visible[0, 1, 3] = False
     bias = normal(2, 4, 11, 13)
-    got = reference(q, k, v, mask=masks.array(visible), bias=bias, return_lse=True)
+    got = jax.jit(lambda *a: reference(*a, mask=masks.array(visible), bias=bias, return_lse=True))(q, k, v)
     for x, y in zip(got, by_hand(q, k, v, visible, np.asarray(bias))):
         assert_close(x, y)
 
 
-# name: (T, S, options)
+# name: (T, S, block sizes, options); each crosses several features, since compiling is what costs.
 CASES = {
-    'more keys': lambda: (20, 37, {'mask': masks.causal() & masks.window(9)}),
-    'packed': lambda: (37, 37, {'mask': masks.causal() & masks.segments(ids(2, 37)), 'sinks': normal(4)}),
-    'padding': lambda: (5, 30, {'mask': masks.padding(jnp.array([0, 13])), 'sinks': normal(4)}),
-    'chain': lambda: (
-        20,
-        33,
-        {'score': scores.alibi(normal(4)) >> scores.softcap(2.0) >> scores.temperature(jnp.exp(normal(4)))},
-    ),
-    'strip and vectors': lambda: (
-        19,
-        20,
+    'packed, sinks, strip, dropout': lambda: (
+        37,
+        37,
+        (8, 16),
         {
-            'score': scores.relative(normal(2, 4, 38))
-            >> scores.bias(normal(2, 1, 1, 20))
-            >> scores.bias(normal(4, 19, 1))
+            'mask': masks.causal() & masks.segments(ids(2, 37)),
+            'score': scores.relative(normal(2, 4, 73)),
+            'sinks': normal(4),
+            'dropout': Dropout(0.3, jnp.uint32(7)),
         },
     ),
-    'bias': lambda: (24, 32, {'bias': normal(1, 4, 24, 32), 'mask': ~masks.strided(3)}),
-    'dropout': lambda: (30, 30, {'mask': masks.causal(), 'dropout': Dropout(0.3, jnp.uint32(7))}),
+    'more keys, chain of scores': lambda: (
+        20,
+        33,
+        (8, 16),
+        {
+            'mask': masks.causal() & masks.window(9),
+            'bias': normal(2, 1, 1, 33),
+            'score': scores.alibi(normal(4))
+            >> scores.softcap(2.0)
+            >> scores.temperature(np.exp(normal(4)))
+            >> scores.bias(normal(4, 20, 1)),
+        },
+    ),
+    'padding, dense bias': lambda: (
+        24,
+        32,
+        (8, 16),
+        {'mask': masks.padding(jnp.array([0, 13])) & ~masks.strided(3), 'bias': normal(1, 4, 24, 32), 'sinks': normal(4)},
+    ),
     'decode': lambda: (
         1,
         63,
+        (1, 16),
         {'mask': masks.causal(jnp.array([[40], [7]]), jnp.tile(jnp.arange(63) - 3, (2, 1))) & masks.window(20)},
+    ),
+    'functions, more queries, uneven blocks': lambda: (
+        24,
+        22,
+        (5, 24),
+        {
+            'mask': masks.as_mask(lambda i: (i.q - i.k) % 3 == i.h % 3),
+            'score': scores.as_score(lambda s, i: s * (1 + 0.1 * i.b)),
+        },
     ),
 }
 
 
 @pytest.mark.parametrize('name', CASES)
 def test_blockwise_equals_oracle(name):
-    T, S, options = CASES[name]()
-    assert_same(inputs(T, S), options, block_sizes=(8, 16))
-    if name in ('packed', 'chain'):
-        assert_same(inputs(T, S), options)
+    T, S, blocks, options = CASES[name]()
+    arguments = inputs(T, S)
+    outs, grads = value_and_gradients(functools.partial(xla, block_sizes=blocks), arguments, options)
+    want_outs, want_grads = value_and_gradients(reference, arguments, options)
+    for got, want in zip((*outs, *grads), (*want_outs, *want_grads), strict=True):
+        assert np.isfinite(got).all() or got.ndim == 3  # lse alone may be -inf
+        assert_close(got, want)
 
 
-def test_functions_of_indices_and_uneven_blocks():
-    mask, score = masks.as_mask(lambda i: (i.q - i.k) % 3 == i.h % 3), scores.as_score(lambda s, i: s * (1 + 0.1 * i.b))
-    for blocks in ((1, 5), (5, 24)):
-        assert_same(inputs(24, 22), {'mask': mask, 'score': score}, block_sizes=blocks)
+def test_one_block_equals_oracle_and_a_second_run_itself():
+    T, S, _, options = CASES['packed, sinks, strip, dropout']()
+    arguments = inputs(T, S)
+    first, second = (jax.tree.leaves(value_and_gradients(xla, arguments, options)) for _ in range(2))
+    for got, again, want in zip(first, second, jax.tree.leaves(value_and_gradients(reference, arguments, options))):
+        np.testing.assert_array_equal(got, again)
+        assert_close(got, want)
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     T=st.integers(1, 20),
     S=st.integers(1, 20),
@@ -165,22 +188,22 @@ def test_chosen_blocks_cover_long_sequences():
     assert_close(*(run(form, *inputs(600, 300, 1, 2, 1)) for form in (xla, reference)))
 
 
-@pytest.mark.parametrize('form', [reference, xla])
-def test_finite_differences(form):
+def test_finite_differences():
     q, k, v = inputs(7, 9, 1, 2, 1, 4, 3)
-    options = {'score': scores.t5(normal(8, 2), 7, 9, max_distance=16) >> scores.softcap(3.0), 'sinks': normal(2)}
-    tree = (q, k, v, options)
+    leaves = (q, k, v, normal(8, 2), normal(2))
 
-    def f(tree):
-        out, lse = form(*tree[:3], **tree[3], mask=masks.causal(), return_lse=True)
+    @jax.jit
+    @jax.value_and_grad
+    def f(leaves):
+        q, k, v, table, sinks = leaves
+        score = scores.t5(table, 7, 9, max_distance=16) >> scores.softcap(3.0)
+        out, lse = reference(q, k, v, mask=masks.causal(), score=score, sinks=sinks, return_lse=True)
         return (out * normal(*out.shape)).sum() + (lse**2).sum()
 
-    leaves, structure = jax.tree.flatten(tree)
     direction = [normal(*x.shape, seed=i) for i, x in enumerate(leaves)]
-    f = jax.jit(f)
-    moved = lambda step: f(structure.unflatten([x + step * d for x, d in zip(leaves, direction)]))
-    slope = sum(float((g * d).sum()) for g, d in zip(jax.tree.leaves(jax.grad(f)(tree)), direction))
-    assert abs(slope - float(moved(1e-5) - moved(-1e-5)) / 2e-5) < tolerances.FINITE_DIFFERENCE * max(1, abs(slope))
+    moved = lambda step: float(f(tuple(x + step * d for x, d in zip(leaves, direction)))[0])
+    slope = sum(float((np.asarray(g) * d).sum()) for g, d in zip(f(leaves)[1], direction))
+    assert abs(slope - (moved(1e-5) - moved(-1e-5)) / 2e-5) < tolerances.FINITE_DIFFERENCE * max(1, abs(slope))
 
 
 @pytest.mark.parametrize('form', [reference, functools.partial(xla, block_sizes=(4, 4))])
@@ -191,13 +214,13 @@ def test_rows_that_see_nothing(form):
     (out, lse), (dq, *others) = value_and_gradients(
         form, (q, k, v), {'mask': masks.array(visible), 'sinks': normal(4), 'bias': normal(1, 4, 10, 10)}
     )
-    assert (out[0, 3:6] == 0).all() and jnp.isneginf(lse[0, :, 3:6]).all() and (dq[0, 3:6] == 0).all()
-    assert jnp.isfinite(lse[1]).all() and all(jnp.isfinite(g).all() for g in (dq, *others))
+    assert (out[0, 3:6] == 0).all() and np.isneginf(lse[0, :, 3:6]).all() and (dq[0, 3:6] == 0).all()
+    assert np.isfinite(lse[1]).all() and all(np.isfinite(g).all() for g in (dq, *others))
 
 
 @pytest.mark.parametrize('form', [reference, functools.partial(xla, block_sizes=(4, 4))])
 def test_poison_stays_in_its_slots(form):
-    Q, K, V = inputs(10)
+    clean_qkv = inputs(10)
     slots = masks.segments(jnp.array([[1] * 4 + [2] * 4 + [0] * 2] * 2))
     bias, cap = normal(1, 4, 10, 10), scores.softcap(2.0)
     run = lambda q, k, v, bias: value_and_gradients(
@@ -205,81 +228,76 @@ def test_poison_stays_in_its_slots(form):
         (q, k, v),
         {'mask': slots, 'score': scores.bias(bias) >> cap >> scores.temperature(normal(4)), 'sinks': normal(4)},
     )
-    clean = run(Q, K, V, bias)
+    clean = run(*clean_qkv, bias)
     for poison in (np.nan, np.inf, -np.inf):
-        q, k, v = Q.at[:, 9].set(poison), K.at[:, 8, 0, 1].set(poison), V.at[:, 9, 1, 2].set(poison)
+        q, k, v, bad_bias = (np.array(x) for x in (*clean_qkv, bias))
+        q[:, 9] = k[:, 8, 0, 1] = v[:, 9, 1, 2] = poison
         # Masked logits are poisoned too: rows of segment 1 against keys of segment 2.
-        got = run(q, k, v, bias.at[:, :, :4, 4:].set(poison))
+        bad_bias[:, :, :4, 4:] = poison
+        got = run(q, k, v, bad_bias)
         for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(clean)):
-            assert not jnp.isnan(x).any()
+            assert not np.isnan(x).any()
             assert_close(x, y)
 
 
 @pytest.mark.parametrize('form', [reference, functools.partial(xla, block_sizes=(4, 4))])
 def test_visible_poison_turns_exactly_its_rows(form):
     q, k, v = inputs(10)
-    v = v.at[0, 6, 0, 2].set(jnp.nan)
+    v = np.array(v)
+    v[0, 6, 0, 2] = np.nan
     run = jax.jit(lambda q, k, v: form(q, k, v, mask=masks.causal(), return_lse=True))
-    out, lse = run(q, k, v)
+    out, lse = map(np.asarray, run(q, k, v))
     bad = np.zeros((2, 10, 4), bool)
     bad[0, 6:, :2] = True  # key head 0 serves query heads 0 and 1
-    np.testing.assert_array_equal(jnp.isnan(out).all(-1), bad)
-    np.testing.assert_array_equal(jnp.isnan(out).any(-1), bad)
-    np.testing.assert_array_equal(jnp.isnan(lse), np.moveaxis(bad, 1, 2))
+    np.testing.assert_array_equal(np.isnan(out).all(-1), bad)
+    np.testing.assert_array_equal(np.isnan(out).any(-1), bad)
+    np.testing.assert_array_equal(np.isnan(lse), np.moveaxis(bad, 1, 2))
     if form is not reference:
         grads = jax.grad(lambda *a: run(*a)[0][:, :6].sum(), argnums=(0, 1, 2))(q, k, v)
-        assert all(jnp.isfinite(g).all() for g in grads)
+        assert all(np.isfinite(g).all() for g in grads)
 
 
 def test_bad_cotangents_turn_only_what_their_row_sees():
     q, k, v = inputs(10)
     _, pull = jax.vjp(jax.jit(lambda *a: xla(*a, mask=masks.causal(), block_sizes=(4, 4))), q, k, v)
-    dq, dk, dv = pull(normal(2, 10, 4, 6).at[0, 3, 0, 0].set(jnp.nan))
-    assert jnp.isnan(dq[0, 3, 0]).all() and jnp.isnan(dq).sum() == 8
+    cotangent = np.array(normal(2, 10, 4, 6))
+    cotangent[0, 3, 0, 0] = np.nan
+    dq, dk, dv = map(np.asarray, pull(cotangent))
+    assert np.isnan(dq[0, 3, 0]).all() and np.isnan(dq).sum() == 8
     for g in (dk, dv):
-        assert jnp.isnan(g[0, :4, 0]).all() and jnp.isfinite(g[0, 4:]).all() and jnp.isfinite(g[1]).all()
+        assert np.isnan(g[0, :4, 0]).all() and np.isfinite(g[0, 4:]).all() and np.isfinite(g[1]).all()
 
 
 def test_dropout_bits_do_not_depend_on_the_form():
     q, k, _ = inputs(70, B=1)
-    v = jnp.broadcast_to(jnp.eye(70)[None, :, None], (1, 70, 2, 70))  # the output is the weights
-    run = lambda form, **kw: jax.jit(lambda q, k, v: form(q, k, v, dropout=Dropout(0.4, 11), **kw))(q, k, v)
+    v = np.broadcast_to(np.eye(70)[None, :, None], (1, 70, 2, 70))  # the output is the weights
+    drop = Dropout(0.4, 11)
+    run = lambda form, **kw: np.asarray(jax.jit(lambda q, k, v: form(q, k, v, dropout=drop, **kw))(q, k, v))
     weights = run(reference)
-    for blocks in (None, (24, 16)):
+    for blocks in ((24, 16),):
         np.testing.assert_array_equal(run(xla, block_sizes=blocks) == 0, weights == 0)
     assert abs((weights == 0).mean() - 0.4) < 0.01
-    whole = reference(q, k, v)
+    whole = np.asarray(jax.jit(reference)(q, k, v))
     np.testing.assert_allclose(weights[weights != 0] / whole[weights != 0], 1 / 0.6, rtol=1e-4)
-    assert (run(xla) == run(xla)).all()
 
 
-def test_second_run_is_bit_equal():
-    with jax.enable_x64(False):
-        options = {'mask': masks.causal() & masks.segments(ids(2, 50)), 'score': scores.t5(normal(32, 4), 50)}
-        run = lambda a: value_and_gradients(functools.partial(xla, block_sizes=(16, 16)), a, options)
-        arguments = inputs(50, dtype=jnp.float32)
-        for x, y in zip(jax.tree.leaves(run(arguments)), jax.tree.leaves(run(arguments))):
-            np.testing.assert_array_equal(x, y)
-
-
-@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float32])
-def test_low_precision(dtype):
+def test_low_precision():
+    dtype = jnp.bfloat16
     exact = inputs(40)
     low = tuple(x.astype(dtype) for x in exact)
-    exact = tuple(x.astype(jnp.float64) for x in low)
+    exact = tuple(x.astype(np.float64) for x in low)
     options = {'mask': masks.causal()}
     (out, lse), grads = value_and_gradients(functools.partial(xla, block_sizes=(16, 16)), low, options)
     (want, want_lse), want_grads = value_and_gradients(reference, exact, options)
-    tolerance = tolerances.FLOAT32_GRAD if dtype == jnp.float32 else tolerances.BFLOAT16
     assert out.dtype == dtype and lse.dtype == jnp.float32 and all(g.dtype == dtype for g in grads)
     assert_close(lse, want_lse, tolerances.FLOAT32)
     for x, y in zip((out, *grads), (want, *want_grads)):
-        assert_close(x.astype(jnp.float64), y, tolerance)
+        assert_close(x.astype(jnp.float64), y, tolerances.BFLOAT16)
 
 
 def test_vmap():
-    arguments = tuple(jnp.stack(x) for x in zip(inputs(12, seed=1), inputs(12, seed=2), inputs(12, seed=3)))
-    segment = jnp.stack([ids(2, 12, s) for s in range(3)])
+    arguments = tuple(np.stack(x) for x in zip(inputs(12, seed=1), inputs(12, seed=2), inputs(12, seed=3)))
+    segment = np.stack([ids(2, 12, s) for s in range(3)])
     strip = normal(3, 4, 23)
 
     def one(form):
@@ -293,7 +311,7 @@ def test_vmap():
     got = jax.jit(jax.vmap(one(functools.partial(xla, block_sizes=(4, 4)))))(*arguments, segment, strip)
     single = jax.jit(one(reference))
     singles = [single(*(a[i] for a in (*arguments, segment, strip))) for i in range(3)]
-    want = jax.tree.map(lambda *x: jnp.stack(x), *singles)
+    want = jax.tree.map(lambda *x: np.stack(x), *singles)
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
         assert_close(x, y)
 
@@ -314,21 +332,16 @@ def test_shard_map_with_checked_axes():
         assert_close(x, y)
 
 
-def test_remat_equals_plain():
-    q, k, v = inputs(12)
-    f = lambda q: xla(q, k, v, mask=masks.causal(), block_sizes=(4, 4)).sum()
-    np.testing.assert_array_equal(jax.jit(jax.grad(jax.checkpoint(f)))(q), jax.jit(jax.grad(f))(q))
-
-
 def test_forward_mode_and_second_order():
     q, k, v = inputs(6)
     f = lambda form: lambda q: (form(q, k, v, mask=masks.causal(), score=scores.softcap(2.0)) ** 2).sum()
     direction = normal(*q.shape)
     _, slope = jax.jit(lambda q: jax.jvp(f(reference), (q,), (direction,)))(q)
     gradient = jax.jit(jax.grad(f(xla)))
-    assert_close(slope, (gradient(q) * direction).sum())
+    assert_close(slope, (np.asarray(gradient(q)) * direction).sum())
     _, product = jax.jit(lambda q: jax.jvp(jax.grad(f(reference)), (q,), (direction,)))(q)
-    difference = (gradient(q + 1e-5 * direction) - gradient(q - 1e-5 * direction)) / 2e-5
+    ahead, behind = (np.asarray(gradient(q + step * direction)) for step in (1e-5, -1e-5))
+    difference = (ahead - behind) / 2e-5
     assert_close(product, difference, tolerances.FINITE_DIFFERENCE)
     for attempt in (
         lambda: jax.jvp(f(xla), (q,), (direction,)),
@@ -342,20 +355,12 @@ def test_forward_mode_and_second_order():
 
 def test_identities():
     q, k, v = inputs(12)
-    ones = jnp.ones_like(v)
     xla = jax.jit(softmax_attention, static_argnames='return_lse')
-    np.testing.assert_allclose(xla(q, k, ones, mask=masks.causal()), 1, rtol=1e-12)
-    assert_close(xla(q, k, v, mask=masks.causal() & masks.window(1)), jnp.repeat(v, 2, 2))
-    repeated = xla(q, jnp.repeat(k, 2, 2), jnp.repeat(v, 2, 2))
-    assert_close(xla(q, k, v), repeated)
-    assert_close(xla(q, k, v, sinks=jnp.full(4, -1e9)), xla(q, k, v))
+    assert_close(xla(q, k, v, mask=masks.causal() & masks.window(1)), np.repeat(v, 2, 2))
     out, lse = xla(q, k, v, return_lse=True)
-    assert_close(xla(q, k, v, sinks=jnp.zeros(4)), out * jax.nn.sigmoid(jnp.moveaxis(lse, 1, 2))[..., None])  # softmax1
-    halves = [
-        xla(q, k, v, mask=masks.padding(jnp.tile(jnp.arange(12) % 2 == n, (2, 1))), return_lse=True) for n in (0, 1)
-    ]
-    weight = [jnp.exp(jnp.moveaxis(part - lse, 1, 2))[..., None] for _, part in halves]
-    assert_close(sum(w * o for w, (o, _) in zip(weight, halves)), out)
+    assert_close(out, xla(q, np.repeat(k, 2, 2), np.repeat(v, 2, 2)))
+    softmax1 = np.asarray(out) / (1 + np.exp(-np.moveaxis(lse, 1, 2)))[..., None]
+    assert_close(xla(q, k, v, sinks=np.zeros(4)), softmax1)
 
 
 def test_no_quadratic_buffer():
