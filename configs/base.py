@@ -18,7 +18,7 @@ def get_config():
     c.run_dir = 'runs/base'
     c.seed = 0
     c.steps = 400
-    c.eval_every = 50
+    c.eval_every = 100
     c.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1})  # -1: the remaining devices
     c.sharding = 'ddp'
     c.distributed = False
@@ -77,7 +77,7 @@ def get_config():
     c.log = ConfigDict(
         {'every': 10, 'tensorboard': False, 'wandb': False, 'project': 'attnx', 'peak_flops': cd.placeholder(float)}
     )
-    c.sample = ConfigDict({'tokens': 600, 'prompt': '', 'temperature': 0.6, 'top_k': 0, 'top_p': 0.95})
+    c.sample = ConfigDict({'tokens': 240, 'count': 3, 'prompt': 'def ', 'temperature': 0.9, 'top_k': 0, 'top_p': 0.95})
     c.profile = ConfigDict({'start': 0, 'steps': 5})
     return c
 

@@ -24,7 +24,8 @@ FREE = (
 class Sample:
     """The text drawn from the model at the end of a run."""
 
-    tokens: int = 500  # length; 0: no sample
+    tokens: int = 250  # length of each; 0: no sample
+    count: int = 1  # how many
     prompt: str = ''  # what it continues; '': the beginning of a document
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all

@@ -335,21 +335,21 @@ class _Run:
     def sample(self, params) -> str | None:
         """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
         task, how = self.data.task, self.config.sample
-        if not how.tokens or task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+        if not how.tokens or not how.count or task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
             return None
         if jax.process_count() > 1:
             self.progress.say('no sample: the model is spread over several processes')
             return None
         prompt = ([] if task.start is None else [task.start]) + list(task.encode(how.prompt))
         try:
-            new = models.generate(
-                self.program.model(params), [prompt or [0]], max_new_tokens=how.tokens, temperature=how.temperature,
+            found = models.generate(
+                self.program.model(params), [prompt or [0]] * how.count, max_new_tokens=how.tokens, temperature=how.temperature,
                 top_k=how.top_k, top_p=how.top_p, key=jax.random.key(self.config.seed),
-            )[0]  # fmt: skip
+            )  # fmt: skip
         except ValueError as error:
             self.progress.say(f'no sample: {error}')
             return None
-        return task.decode([*task.encode(how.prompt), *new])
+        return '\n--- next ---\n'.join(task.decode([*task.encode(how.prompt), *new]).rstrip() for new in found)
 
 
 def tell(result: Result) -> None:
@@ -358,5 +358,6 @@ def tell(result: Result) -> None:
         return
     if result.sample:
         print(f'--- sample ---\n{result.sample}\n--- end of sample ---')
-    print('validation:', json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')}))
+    if result.evaluation:
+        print('validation:', json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')}))
     print(result.message)
