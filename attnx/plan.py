@@ -6,17 +6,19 @@
 import dataclasses
 import math
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from absl import app, flags
 from flax import nnx
 
 from attnx import dispatch, explanation
 from attnx.models import ModelConfig, build
 from attnx.models.config import Layer
-from attnx.nn import to_flat
+from attnx.nn import flat_axes, to_flat
 from attnx.spec import Dims
 
 
@@ -66,11 +68,17 @@ def plan_layer(index: int, layer: Layer, dims: Dims, length: int, batch: int, *,
 
 
 def plan(
-    config: ModelConfig, *, length: int, batch: int, packed: bool = True, optimizer_slots: int = 2, accumulate: int = 1
+    config: ModelConfig,
+    *,
+    length: int,
+    batch: int,
+    packed: bool = True,
+    optimizer: Callable[[dict], Any] = lambda axes: optax.adamw(1e-3),
+    accumulate: int = 1,
 ) -> Plan:
     """The plan of training `config` on `batch` rows of `length` tokens.
 
-    optimizer_slots: float32 copies of the parameters that the optimizer keeps (AdamW 2, Lion 1).
+    optimizer: axes of the flat parameters -> the optax transformation, whose state is counted.
     """
     config = dataclasses.replace(config, max_length=config.max_length or length)
     causal, refused, planned = config.kind != 'encoder', [], {}
@@ -106,7 +114,7 @@ def plan(
         count = sum(v.size for v in flat.values())
         memory['parameters'] = size(flat)
         memory['gradients'] = size(flat)
-        memory['optimizer'] = optimizer_slots * size(flat)
+        memory['optimizer'] = size(jax.eval_shape(optimizer(flat_axes(model)).init, flat))
         rows = max(batch // accumulate, 1)
         kept = attempt('activations', lambda: activations(model, config, rows, length, packed))
         if kept is not None:
@@ -184,16 +192,17 @@ def main(argv) -> int:
     from rich.console import Console
 
     from attnx import config as config_lib
-    from attnx.train import data, loop
+    from attnx.train import config as train_config
+    from attnx.train import data, optim
 
-    run = config_lib.build(loop.Config, _CONFIG.value, 'config')
+    run = config_lib.build(train_config.Config, _CONFIG.value, 'config')
     task = data.open(run.data).task
     found = plan(
-        loop.completed(run.model, task),
+        train_config.completed(run.model, task),
         length=task.length,
         batch=run.data.batch_size,
         packed=task.packed,
-        optimizer_slots={'adamw': 2, 'muon': 2, 'lion': 1}[run.optim.kind],
+        optimizer=lambda axes: optim.build(run.optim, run.steps, axes)[0],
         accumulate=run.step.accumulate,
     )
     report(found, flags.FLAGS.platform, Console(width=max(Console().width, 110)))
