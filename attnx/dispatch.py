@@ -68,10 +68,12 @@ def kernels(op: str) -> tuple[table.Kernel, ...]:
     return tuple(row for row in table.KERNELS if row.op == op)
 
 
-def choices(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any]) -> list[Choice]:
+def choices(
+    op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], rows: tuple[table.Kernel, ...]
+) -> list[Choice]:
     """Every implementation of `op` for these arguments, in the order in which `auto` considers them."""
     found = []
-    for row in kernels(op):
+    for row in rows:
         try:
             module = importlib.import_module(row.module)
         except ImportError as error:
@@ -94,12 +96,14 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
     if (calls := _recorded.get()) is not None:
-        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs))))
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows))))
     if impl in forms:
         return forms[impl](*args, **kwargs)
-    if impl == 'auto' and not rows:
-        return forms['xla'](*args, **kwargs)
-    options = choices(op, forms, args, kwargs)
+    if impl == 'auto':
+        rows = tuple(row for row in rows if row.platform in _platforms())
+        if not rows:
+            return forms['xla'](*args, **kwargs)
+    options = choices(op, forms, args, kwargs, rows)
     if impl != 'auto':
         chosen = next(c for c in options if c.impl == impl)
         if chosen.reason or chosen.function is None:
@@ -112,8 +116,26 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
             by_platform.setdefault(choice.platform, choice.function)
     if not by_platform:
         return forms['xla'](*args, **kwargs)
-    branches = {platform: lambda a, k, f=f: f(*a, **k) for platform, f in by_platform.items()}
-    return _platform_dependent(branches, lambda a, k: forms['xla'](*a, **k), args, dict(kwargs))
+    return _platform_dependent(by_platform, forms['xla'], args, dict(kwargs))
+
+
+_targets: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('targets', default=())
+
+
+@contextlib.contextmanager
+def target(*platforms: str):
+    """Within: `auto` considers kernels of these platforms too ('cuda', 'tpu'), to compile for a machine that is not here."""
+    token = _targets.set(platforms)
+    try:
+        yield
+    finally:
+        _targets.reset(token)
+
+
+def _platforms() -> tuple[str, ...]:
+    """Platforms whose kernels are worth tracing: every branch of `platform_dependent` is traced, run or not."""
+    here = jax.default_backend()
+    return ('cuda' if here == 'gpu' else here, *_targets.get())
 
 
 def split_arrays(tree: Any) -> tuple[list, Callable]:
@@ -133,7 +155,14 @@ def split_arrays(tree: Any) -> tuple[list, Callable]:
 def _platform_dependent(branches, default, args, kwargs):
     # Static arguments must not become tracers: only array leaves pass through platform_dependent.
     arrays, rebuild = split_arrays((args, kwargs))
-    wrapped = lambda function: lambda *arrays: function(*rebuild(arrays))
+
+    def wrapped(function):
+        def call(*arrays):
+            a, k = rebuild(arrays)
+            return function(*a, **k)
+
+        return call
+
     return jax.lax.platform_dependent(
         *arrays,
         default=wrapped(default),
