@@ -124,7 +124,10 @@ _targets: contextvars.ContextVar[tuple[str, ...]] = contextvars.ContextVar('targ
 
 @contextlib.contextmanager
 def target(*platforms: str):
-    """Within: `auto` considers kernels of these platforms too ('cuda', 'tpu'), to compile for a machine that is not here."""
+    """Within: `auto` considers kernels of these platforms too ('cuda', 'tpu'), to compile for a machine that is not here.
+
+    What `jax.jit` has traced before keeps its choice: trace a fresh function within.
+    """
     token = _targets.set(platforms)
     try:
         yield
