@@ -18,6 +18,7 @@ from pallas_kernels.gated_linear import mosaic_gpu
 
 FACTOR = 2.0
 NAMES = ('query', 'key', 'value', 'log_decay', 'state')
+CHANNEL_FLOOR = 4e-3  # of states with a decay per channel: their keys are 16-bit products of key and decay
 FLOORS = {'state': 3e-5, 'dstate': 3e-5, 'dlog_decay': 1.5e-2}
 
 
@@ -27,16 +28,16 @@ def oracle(query, key, value, log_decay=None, *, initial_state=None, segment_ids
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(dtype)
     query, key, value = map(wide, (query, key, value))
     decay = jnp.ones((1, 1, N), dtype) if log_decay is None else jnp.exp(log_decay.astype(dtype))
-    decay = jnp.broadcast_to(decay, (B, T, N))
+    decay = decay if decay.ndim == 4 else jnp.broadcast_to(decay, (B, T, N))[..., None]
     if segment_ids is not None:
         reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])
-        decay = jnp.where(reset[..., None], 0, decay)
+        decay = jnp.where(reset[..., None, None], 0, decay)
     state = jnp.zeros((B, N, K, V), dtype) if initial_state is None else initial_state.astype(dtype)
     scale = 1.0 if scale is None else scale
 
     def step(state, xs):
         q, k, v, a = xs
-        state = a[..., None, None] * state + k[..., :, None] * v[..., None, :]
+        state = a[..., None] * state + k[..., :, None] * v[..., None, :]
         return state, scale * jnp.einsum('bnk,bnkv->bnv', q, state, precision='highest')
 
     state, out = jax.lax.scan(step, state, tuple(jnp.moveaxis(x, 1, 0) for x in (query, key, value, decay)))
@@ -52,7 +53,7 @@ class Case:
     heads: int | None = None  # of query and key
     K: int = 128
     V: int = 128
-    decay: str = 'token'  # none, head, token
+    decay: str = 'token'  # none, head, token, channel
     strength: tuple = (0.01, 0.2)  # range of -log_decay
     erase: float = 0.0  # part of the tokens whose log_decay is -inf
     state: bool = True
@@ -67,7 +68,7 @@ class Case:
         query, value = normal(B, T, heads, self.K), normal(B, T, N, self.V)
         key = rng.normal(size=(B, T, heads, self.K))
         key = jnp.asarray(key / np.linalg.norm(key, axis=-1, keepdims=True), jnp.bfloat16)
-        shape = {'none': None, 'head': (N,), 'token': (B, T, N)}[self.decay]
+        shape = {'none': None, 'head': (N,), 'token': (B, T, N), 'channel': (B, T, N, self.K)}[self.decay]
         log_decay = None
         if shape:
             log_decay = -rng.uniform(*self.strength, size=shape)
@@ -88,6 +89,10 @@ CASES = [
     Case('1000, constant', T=1000, decay='head', scale=0.1),
     Case('8192 in pieces', T=8192, strength=(0.0, 0.02), resets=0.0005),
     Case('8192 constant in pieces', T=8192, decay='head', state=False),
+    Case('per channel', T=1000, N=4, heads=2, decay='channel', scale=0.1),
+    Case('per channel, resets', T=1000, decay='channel', resets=0.02),
+    Case('per channel, strong', T=300, decay='channel', strength=(0.0, 50.0)),
+    Case('per channel, widths 64, 128', T=200, K=64, V=128, decay='channel'),
     Case('strong', T=1000, strength=(0.0, 50.0)),
     Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
     Case('-50', T=300, strength=(49.9, 50.0)),
@@ -116,7 +121,8 @@ def gradients(function, arrays, ids, cotangents, scale, wide=None, names=NAMES):
 
 def check(case: Case, interpret=False) -> tuple[bool, dict]:
     """(passes, {result: (error, error of the float32 form)})."""
-    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS, interpret)
+    states = {'state': CHANNEL_FLOOR, 'dstate': CHANNEL_FLOOR} if case.decay == 'channel' else {}
+    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS | states, interpret)
 
 
 def compare(kernel, oracle, case, names, floors, interpret):
@@ -164,13 +170,13 @@ def timings():
     for name, B, T, decay in (
         ('constant B8 T2048', 8, 2048, 'head'),
         ('scalar B8 T2048', 8, 2048, 'token'),
-        ('no decay B8 T2048', 8, 2048, 'none'),
+        ('per channel B8 T2048', 8, 2048, 'channel'),
         ('constant B1 T16384', 1, 16384, 'head'),
         ('constant B1 T65536', 1, 65536, 'head'),
         ('scalar B1 T65536', 1, 65536, 'token'),
         ('constant B1 T131072', 1, 131072, 'head'),
     ):
-        arrays, _, (cotangent, _) = Case(name, B=B, T=T, N=16, decay=decay, state=False).arrays()
+        arrays, _, (cotangent, _) = Case(name, B=B, T=T, N=16, decay=decay, strength=(0.0, 0.1), state=False).arrays()
         q, k, v, g, _ = arrays
         constant = decay == 'head'
         op = mosaic_gpu.gated_linear

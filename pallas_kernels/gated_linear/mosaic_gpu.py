@@ -27,10 +27,10 @@ def unsupported(
     query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
-    return refuse(query, key, value, log_decay, scale, chunk)
+    return refuse(query, key, value, log_decay, scale, chunk, per_channel=True)
 
 
-def refuse(query, key, value, log_decay, scale, chunk) -> str | None:
+def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str | None:
     """The reasons that the recurrent kernels share."""
     dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
     if dtypes != ['bfloat16']:
@@ -42,7 +42,7 @@ def refuse(query, key, value, log_decay, scale, chunk) -> str | None:
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(K, V) > WIDEST:
         return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
-    if log_decay is not None and log_decay.ndim == 4:
+    if log_decay is not None and log_decay.ndim == 4 and not per_channel:
         return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
     if chunk not in (None, CHUNK):
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
@@ -76,7 +76,7 @@ def gated_linear(
 
     Args:
       query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2.
-      log_decay: None, [N] or [B, T, N], natural log.
+      log_decay: None, [N], [B, T, N] or [B, T, N, H], natural log.
       initial_state: [B, N, H, Hv] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
@@ -91,6 +91,10 @@ def gated_linear(
     if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
+    if log_decay is not None and log_decay.ndim == 4:
+        from pallas_kernels.gated_linear.per_channel import per_channel  # it stands on this module
+
+        return per_channel((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
     return _gated_linear((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
 
 

@@ -31,7 +31,7 @@ def stages(K: int, V: int, has_query: bool, has_partner: bool) -> int:
     """How many chunks fit in the ring."""
     width = columns(K, V)
     fixed = 2 * K * width + 2 * CHUNK * width + 1024
-    chunk = 2 * CHUNK * (K * (1 + has_query) + width * (1 + has_partner)) + 1024
+    chunk = 2 * CHUNK * (K * (1 + has_query) + width * (1 + has_partner)) + 2048
     return min(4, (common.SMEM_LIMIT - 1024 - fixed) // chunk)
 
 
@@ -42,7 +42,9 @@ def sweep(
     decay,
     state,
     partner=None,
+    scales=None,
     *,
+    by_columns=False,
     reverse=False,
     strict=False,
     every=None,
@@ -61,6 +63,8 @@ def sweep(
         each token, inclusive; a step of -128 erases. None: no decay.
       state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
       partner: [B, T', Np, V], bfloat16, or None.
+      scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
+        and again after each chunk. None: not.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
       scale: multiplies out (not the states).
@@ -79,12 +83,13 @@ def sweep(
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
     ring = min(stages(K, V, q is not None, partner is not None), max(chunks, 1))
-    arrivals = 2 + sum(x is not None for x in (q, decay, partner))
+    arrivals = 2 + sum(x is not None for x in (q, decay, partner, scales))
+    channels = width if by_columns else K
     registers = W == 2 and not interpret
     early, pair = depth <= 2 and partner is None, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
-    def kernel(q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, out_ref, states_ref, dots_ref, scratch):
-        q_smem, k_smem, v_smem, p_smem, g_smem, s_smem, o_smem, full, free = scratch
+    def kernel(q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, out_ref, states_ref, dots_ref, scratch):
+        q_smem, k_smem, v_smem, p_smem, g_smem, c_smem, s_smem, o_smem, full, free = scratch
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
@@ -120,12 +125,28 @@ def sweep(
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i == j
 
+            def rescale(S, slot):
+                if by_columns:
+                    factor = plgpu.load(c_smem.at[slot, mine], layout=COL, optimized=False)
+                    return tuple(x * common.col(factor, SQUARE) for x in S)
+                factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
+                return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
+
+            def keep_copy(S):
+                if q_smem is not None:
+                    for i in range(depth):
+                        s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                    plgpu.commit_smem()
+
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
 
                 between, read, write, total = factors(slot)
+                if c_smem is not None:
+                    S = rescale(S, slot)
+                    keep_copy(S)
                 value = v_smem.at[slot, :, mine]
 
                 def write_to(S, first):
@@ -155,16 +176,19 @@ def sweep(
                         acc.add(q_smem.at[slot], k_smem.at[slot].T)
                         weights = acc.load(0)
                         weights = weights if between is None else weights * between
-                        return jnp.where(visible(), weights, 0.0).astype(dtype)
+                        return jnp.where(visible(), weights, 0.0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def read_state(out):
                     out.add(q_smem.at[slot], s_smem.at[here])
-                    weights = weigh()
+                    pairs = weigh()
+                    weights = pairs.astype(dtype)
                     if read is not None:
                         out.set(out.load(0) * common.row(read, SQUARE))
                     out.add(weights, value)
+                    if c_smem is not None:  # q and k were rounded once more already, by their decays
+                        out.add((pairs - weights.astype(jnp.float32)).astype(dtype), value)
                     new = write_state(S) if early else None  # while the last product runs
                     o, dots = out.load(0), None
                     if p_smem is not None:
@@ -180,11 +204,14 @@ def sweep(
                 if q_smem is not None:
                     new, dots = accumulate.scoped(read_state, SQUARE, interpret=interpret)
                 S = write_state(S) if new is None else new
+                if c_smem is not None:
+                    S = rescale(S, slot)
                 plgpu.barrier_arrive(free.at[slot])
-                if q_smem is not None:
-                    for i in range(depth):
-                        s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                if c_smem is None:
+                    keep_copy(S)
+                elif q_smem is not None:
                     plgpu.commit_smem()
+                if q_smem is not None:
                     rows = pl.ds(c * CHUNK, CHUNK)
                     plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
                 if dots is not None:
@@ -204,10 +231,8 @@ def sweep(
             else:
                 part_of = lambda i: state_ref.at[b, h, pl.ds(64 * i, 64), cols]
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
-            if q_smem is not None:
-                for i in range(depth):
-                    s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
-                plgpu.commit_smem()
+            if c_smem is None:
+                keep_copy(S)
             lax.fori_loop(0, chunks, step, S)
             plgpu.wait_smem_to_gmem(0)
 
@@ -240,6 +265,10 @@ def sweep(
                             head_of = h if decay_ref.shape[1] > 1 else 0
                             source = decay_ref.at[batch, head_of, c if decay_ref.shape[2] > 1 else 0]
                             plgpu.copy_gmem_to_smem(source, g_smem.at[slot], full.at[slot])
+                        if scales_ref is not None:
+                            source = scales_ref.at[b, h, c]
+                            source = source.at[first] if by_columns else source
+                            plgpu.copy_gmem_to_smem(source, c_smem.at[slot], full.at[slot])
 
                     @pl.loop(max(chunks - ring, 0), chunks)
                     def _drain(s):
@@ -253,6 +282,7 @@ def sweep(
             common.swizzled((ring, CHUNK, width), dtype),
             None if partner is None else common.swizzled((ring, CHUNK, width), dtype),
             None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
+            None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
             None if q is None else common.swizzled((W, K, 64), dtype),
             None if q is None else common.swizzled((W, CHUNK, 64), dtype),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
@@ -277,4 +307,4 @@ def sweep(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner)
+    )(q, k, v, decay, state, partner, scales)

@@ -1,0 +1,163 @@
+"""Decay per token and channel: `gated_linear` for log_decay [B, T, N, H].
+
+Within a chunk the decay between two tokens is taken apart at the middle of the chunk's whole decay E, so that the kernel sees
+a recurrence without decay, between whose chunks the state's rows are multiplied:
+
+    q'_i = q_i exp(G_i - E/2)    k'_j = k_j exp(E/2 - G_j)    S <- exp(E/2) ((exp(E/2) S) + k'^T v)
+
+The factors fit while no channel decays by more than `SPAN` powers of two within 64 tokens (2.1 nats a token, every token). Else
+`by_pairs` runs: 16 tokens at a time in XLA, every pair's own exponent, for any decay. The choice is made on the device.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels import common
+from pallas_kernels.gated_linear import mosaic_gpu as shared
+from pallas_kernels.gated_linear.sweep import CHUNK, sweep
+
+SPAN = 192.0
+PAIRS = 16
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
+    """(out, last state); static: (scale, interpret)."""
+    fits = _fits(log_decay)
+    arrays = q, k, v, log_decay, initial_state, segment_ids
+    return jax.lax.cond(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+
+
+def _steps(log_decay):
+    return jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, shared.ERASE)
+
+
+def _chunked(x):
+    """[B, T, N, H] -> [B, chunks, 64, N, H]."""
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, 0)])
+    return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
+
+
+def _fits(log_decay):
+    return _chunked(_steps(log_decay)).sum(2).min() >= -SPAN
+
+
+def _factors(log_decay):
+    """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
+    G = jnp.cumsum(_chunked(_steps(log_decay)), axis=2)
+    half = G[:, :, -1:] / 2
+    factor = jnp.exp2(G - half).reshape(G.shape[0], -1, *G.shape[3:])[:, : log_decay.shape[1]]
+    between = jnp.exp2(jnp.moveaxis(half[:, :, 0], 1, 2))
+    return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
+
+
+def _prepare(q, k, v, log_decay, segment_ids):
+    groups = v.shape[2] // k.shape[2]
+    wide = lambda x: jnp.repeat(x, groups, 2).astype(jnp.float32)
+    factor, between = _factors(log_decay)
+    decayed = ((wide(q) * factor).astype(q.dtype), (wide(k) / factor).astype(k.dtype))
+    resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
+    return (*map(shared.pad, decayed), shared.pad(v), resets, factor, between)
+
+
+def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
+    scale, interpret = static
+    qd, kd, v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
+    state = None if initial_state is None else shared.pad_state(initial_state)
+    out, states, _ = sweep(qd, kd, v8, resets, state, scales=between, scale=scale, interpret=interpret)
+    return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
+
+
+def _forward(static, *args):
+    args = jax.tree.map(lambda x: x.value, args, is_leaf=shared.is_primal)
+    return per_channel(static, *args), args
+
+
+def _backward(static, args, cotangents):
+    q, k, v, log_decay, initial_state, segment_ids = args
+    do, dlast = cotangents
+    B, T, N, V = v.shape
+    do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
+    if isinstance(dlast, SymbolicZero):
+        dlast = jnp.zeros((B, N, k.shape[3], V), jnp.float32)
+
+    def slow(args, do, dlast):
+        *floats, ids = args
+        _, pull = jax.vjp(lambda *a: by_pairs(static[0], *a, ids), *floats)
+        return pull((do, dlast))
+
+    fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
+    return *jax.lax.cond(_fits(log_decay), fast, slow, args, do, dlast), None
+
+
+def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
+    scale, interpret = static
+    (_, T, heads, K), V = k.shape, v.shape[3]
+    qd, kd, v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    turn = lambda x: None if x is None else x.swapaxes(2, 3)
+    state = None if initial_state is None else shared.pad_state(initial_state)
+    dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
+    run = functools.partial(sweep, scales=between, scale=scale, every=shared.GROUP, interpret=interpret)
+    dqd, states, _ = run(do8, v8, kd, resets, turn(state), by_columns=True, strict=True)
+    dv, dstates, _ = run(kd, qd, do8, resets, dstate, reverse=True)
+    dkd, _, _ = run(v8, do8, qd, resets, turn(dstate), by_columns=True, reverse=True, strict=True)
+    wide = lambda x: x[:, :T, :, :K].astype(jnp.float32)
+    qd, kd, dqd, dkd = map(wide, (qd, kd, dqd, dkd))
+    # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
+    own = scale * (v.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1, keepdims=True)
+    repeat = lambda x: jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32)
+    dq = (factor * dqd + own * repeat(k)).astype(q.dtype)
+    dk = (dkd / factor + own * repeat(q)).astype(k.dtype)
+    dq, dk = (shared.over_groups(x, heads) for x in (dq, dk))
+    dstate0 = None
+    if initial_state is not None:
+        dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
+    following = jnp.concatenate([dstates[:, :, 1:], dstate[:, :, None]], axis=2)
+    anchors = jnp.einsum('bngvk,bngkv->bnkg', states, following, precision='highest')[:, :, :K] * scale
+    flat = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)  # [B, T, N, H] -> [B, N * H, T]
+    step = _steps(log_decay)
+    if segment_ids is not None:
+        step = jnp.where(shared.steps(None, segment_ids)[..., None] < 0, shared.ERASE, step)
+    each = flat(qd * dqd - kd * dkd)
+    each = shared.decay_gradient(each, anchors.reshape(*each.shape[:2], -1), jnp.moveaxis(flat(step), 1, 2))
+    each = jnp.where(flat(step) > shared.ERASE, each, 0)
+    dlog_decay = jnp.moveaxis(each, 1, 2).reshape(log_decay.shape).astype(log_decay.dtype)
+    return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
+
+
+per_channel.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
+    """The same for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
+    (B, T, N, V), K = v.shape, k.shape[3]
+    wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
+    step = _steps(log_decay)
+    if segment_ids is not None:
+        step = jnp.where(shared.steps(None, segment_ids)[..., None] < 0, shared.ERASE, step)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, -T % PAIRS), (0, 0), (0, 0)])
+        return jnp.moveaxis(x.reshape(B, -1, PAIRS, N, x.shape[3]), (1, 3), (0, 2))  # [chunks, B, N, 16, H]
+
+    lower = jnp.tril(jnp.ones((PAIRS, PAIRS), bool))[..., None]
+    einsum = functools.partial(jnp.einsum, precision='highest')
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def body(state, xs):
+        q, k, v, step = xs
+        G = jnp.cumsum(step, axis=2)
+        pairs = jnp.exp2(jnp.where(lower, G[:, :, :, None] - G[:, :, None], 0.0)) * lower
+        weights = einsum('bnik,bnjk,bnijk->bnij', q, k, pairs)
+        out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp2(G), state)
+        end = G[:, :, -1:]
+        state = jnp.exp2(end[:, :, 0])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp2(end - G), v)
+        return state, scale * out
+
+    state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
+    state, out = jax.lax.scan(body, state, tuple(map(cut, (wide(q), wide(k), wide(v), step))))
+    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, -1, N, V)[:, :T]
+    return out.astype(v.dtype), state
