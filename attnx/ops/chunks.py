@@ -8,9 +8,9 @@ needed,
 
 and none is had by subtracting cumulative sums: at 50 nats a token that would cancel all digits. Each is a sum of terms
 of one sign, so that every exponent is <= 0 and exp neither overflows nor loses precision. For a decay per channel the
-pair's exponent cannot leave the product q_i k_j: blocks of 8 tokens are compared channel by channel, and two
-neighbouring blocks by one matmul with their boundary as the reference row, exp(before_i) q_i on one side and
-exp(after_j) k_j on the other, for blocks of 8, 16, 32 ... tokens.
+pair's exponent cannot leave the product q_i k_j. There the chunk is halved again and again: a pair meets where its two
+tokens fall into different halves, and with that boundary as the reference row the product is (exp(sum from the boundary
+to i) q_i) . (exp(sum from j to the boundary) k_j), one batch of matmuls over the log2 C levels.
 
 Shapes in a chunk: [B, K, G, C, ...] where N = K G value heads share K query and key heads (their G is 1, broadcast).
 """
@@ -50,9 +50,7 @@ def require_range(op: str, name: str, array, low: float, high: float, hint: str)
     array = np.asarray(array)
     outside = array[(array < low) | (array > high)]
     if outside.size:
-        raise ValueError(
-            f'{op}: {name} holds {float(outside.flat[0]):.6g}, expected values in [{low}, {high:.6g}]: {hint}'
-        )
+        raise ValueError(f'{op}: {name} holds {float(outside.flat[0]):.6g}, expected values in [{low}, {high:.6g}]: {hint}')
 
 
 def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, chunk) -> None:
@@ -64,19 +62,13 @@ def require_recurrence(op, query, key, value, log_decay, initial_state, segment_
     if not sizes['T']:
         raise ValueError(f'{op}: query has shape {jnp.shape(query)}, expected at least one token')
     if sizes['N'] % sizes['K']:
-        raise ValueError(
-            f'{op}: query and key have {sizes["K"]} heads, expected a divisor of the {sizes["N"]} heads of value'
-        )
+        raise ValueError(f'{op}: query and key have {sizes["K"]} heads, expected a divisor of the {sizes["N"]} heads of value')
     if log_decay is not None:
         layouts = {1: 'N', 3: 'B T N', 4: 'B T N H'}
         if jnp.ndim(log_decay) not in layouts:
-            raise ValueError(
-                f'{op}: log_decay has shape {jnp.shape(log_decay)}, expected [N], [B, T, N] or [B, T, N, H]'
-            )
+            raise ValueError(f'{op}: log_decay has shape {jnp.shape(log_decay)}, expected [N], [B, T, N] or [B, T, N, H]')
         require_shape(op, 'log_decay', log_decay, layouts[jnp.ndim(log_decay)], sizes)
-        require_range(
-            op, 'log_decay', log_decay, -np.inf, 1e-3, 'the state is multiplied by exp(log_decay) and may not grow'
-        )
+        require_range(op, 'log_decay', log_decay, -np.inf, 1e-3, 'the state is multiplied by exp(log_decay) and may not grow')
     if initial_state is not None:
         require_shape(op, 'initial_state', initial_state, 'B N H Hv', sizes)
     if segment_ids is not None:
@@ -120,72 +112,62 @@ def split_resets(segment_ids, chunk: int):
 
 # Decays -------------------------------------------------------------------------------------------------------------
 
-BLOCK = 8  # tokens compared channel by channel before halving takes over
-
 
 def spans(g):
-    """g [..., C, d] -> within [..., C, C, d] (0 where j >= i), before and after [..., C, d]: the sums named above."""
-    length, d = g.shape[-2:]
-    inner = np.tri(length, k=-1)
-    pairs = np.einsum('ir,rj->ijr', np.tri(length), inner).reshape(-1, length)  # r in (j, i]
-    sums = np.concatenate([pairs, np.tri(length), inner.T])
-    finite = jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * length))  # 0 * inf is no sum
-    within, before, after = jnp.split(
-        matmul(jnp.asarray(sums, g.dtype), finite), [length**2, length**2 + length], axis=-2
-    )
-    return within.reshape(*g.shape[:-2], length, length, d), before, after
+    """g [..., C] -> within [..., C, C] (0 where j >= i), before [..., C], after [..., C]: the sums named above."""
+    seen = np.tri(g.shape[-1], dtype=bool)
+    within = matmul(jnp.where(seen, _finite(g)[..., None, :], 0), jnp.tri(g.shape[-1], k=-1, dtype=g.dtype))
+    return within, within[..., 0] + g[..., :1], within[..., -1, :]
 
 
-def scalar_spans(g):
-    """`spans` for g [..., C], by a matmul of [C, C]: within [..., C, C], before and after [..., C]."""
-    inner = np.tri(g.shape[-1], k=-1, dtype=bool)
-    finite = jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * g.shape[-1]))  # 0 * inf is no sum
-    within = matmul(jnp.tri(g.shape[-1], dtype=g.dtype), jnp.where(inner, finite[..., None], 0))
-    return within, within[..., 0] + finite[..., :1], within[..., -1, :]
+def _finite(g):
+    """-inf as a number whose sums are finite: 0 * inf is no sum."""
+    return jnp.maximum(g, jnp.finfo(g.dtype).min / (2 * max(g.shape)))
 
 
-def _halves(x):
-    """[..., m, s, d] -> the even and the odd of the m blocks, [..., m/2, s, d] each."""
-    pairs = x.reshape(*x.shape[:-3], -1, 2, *x.shape[-2:])
-    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+@functools.cache
+def _halvings(length: int):
+    """How a chunk is halved, [L, C, C] twice, L = log2 C: which g to sum for a token's factor, and which pairs meet.
 
-
-def _blocks(x, size: int):
-    """[..., C, d] -> [..., C/size, size, d]."""
-    return x.reshape(*x.shape[:-2], -1, size, x.shape[-1])
+    At level l pairs (i, j) meet if j is in the earlier and i in the later half of one block of C / 2^l tokens. Row t
+    holds ones for t's half up to t if it is a later one, for what follows t in its half if it is an earlier one.
+    """
+    t = np.arange(length)
+    sums, pairs = [], []
+    half = length // 2
+    while half:
+        same = t[:, None] // half == t // half
+        later = (t // half % 2 == 1)[:, None]
+        sums.append(same & np.where(later, t <= t[:, None], t > t[:, None]))
+        pairs.append((t[:, None] // (2 * half) == t // (2 * half)) & later & ~later.T)
+        half //= 2
+    shape = (-1, length, length)
+    return np.array(sums).reshape(shape), np.array(pairs).reshape(shape)
 
 
 class ChannelDecay:
-    """Log-decays per channel g [..., C, H] as sums over the tokens of blocks of 8, 16, ..., C.
+    """Factors of log-decays per channel g [..., C, H].
 
     Attributes:
+      levels: [..., L, C, H], exp of each token's sum to the boundary at which it meets others, level by level.
       before, after: exp of the sums over the chunk, [..., C, H].
     """
 
     def __init__(self, g):
-        within, before, after = spans(_blocks(g, min(BLOCK, g.shape[-2])))
-        self.within, self.rungs = jnp.exp(within), []
-        while before.shape[-2] < g.shape[-2]:
-            (b0, b1), (a0, a1) = _halves(before), _halves(after)
-            self.rungs.append((jnp.exp(b1), jnp.exp(a0)))
-            before = jnp.concatenate([b0, b0[..., -1:, :] + b1], axis=-2)
-            after = jnp.concatenate([a0 + b1[..., -1:, :], a1], axis=-2)
-        self.before, self.after = jnp.exp(before[..., 0, :, :]), jnp.exp(after[..., 0, :, :])
+        length, width = g.shape[-2:]
+        sums, self.pairs = _halvings(length)
+        ends = np.tri(length, dtype=bool)[None], ~np.tri(length, dtype=bool)[None]
+        sums = np.concatenate([sums, *ends]).reshape(-1, length)
+        factors = jnp.exp(matmul(jnp.asarray(sums, g.dtype), _finite(g)))
+        factors = factors.reshape(*g.shape[:-2], -1, length, width)
+        self.levels, self.before, self.after = factors[..., :-2, :, :], factors[..., -2, :, :], factors[..., -1, :, :]
 
     def products(self, rows, columns):
-        """sum_h rows_ih columns_jh exp(sum_{j < r <= i} g_rh) for j <= i: [..., C, H] each -> [..., C, C]."""
-        size = self.within.shape[-2]
-        pairs = _blocks(rows, size)[..., :, None, :] * _blocks(columns, size)[..., None, :, :]
-        blocks = jnp.sum(pairs * self.within, axis=-1)
-        for before, after in self.rungs:
-            later = _halves(_blocks(rows, size))[1] * before
-            earlier = _halves(_blocks(columns, size))[0] * after
-            corner = matmul(later, jnp.swapaxes(earlier, -1, -2))
-            first, second = _halves(blocks)
-            upper = jnp.concatenate([first, jnp.zeros_like(corner)], axis=-1)
-            blocks = jnp.concatenate([upper, jnp.concatenate([corner, second], axis=-1)], axis=-2)
-            size *= 2
-        return blocks[..., 0, :, :]
+        """sum_h rows_ih columns_jh exp(sum_{j < r <= i} g_rh) for j <= i, else 0: [..., C, H] each -> [..., C, C]."""
+        later, earlier = rows[..., None, :, :] * self.levels, columns[..., None, :, :] * self.levels
+        dots = jnp.where(self.pairs, matmul(later, jnp.swapaxes(earlier, -1, -2)), 0)
+        own = jnp.sum(rows * columns, axis=-1)[..., None] * jnp.eye(rows.shape[-2], dtype=rows.dtype)
+        return jnp.sum(dots, axis=-3) + own
 
 
 @jax.custom_jvp
@@ -237,7 +219,7 @@ class Chunk:
             self.channels = ChannelDecay(log_decay)
             before, after = self.channels.before, self.channels.after
         else:
-            self.within, before, after = map(jnp.exp, scalar_spans(log_decay))
+            self.within, before, after = map(jnp.exp, spans(log_decay))
             before, after = before[..., None], after[..., None]
         total = jnp.swapaxes(before[..., -1:, :], -1, -2)
         visible = np.tri(length, dtype=bool)
