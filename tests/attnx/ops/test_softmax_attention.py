@@ -344,9 +344,9 @@ def test_forward_mode_and_second_order():
     difference = (ahead - behind) / 2e-5
     assert_close(product, difference, tolerances.FINITE_DIFFERENCE)
     for attempt in (
-        lambda: jax.jvp(f(xla), (q,), (direction,)),
-        lambda: jax.jacfwd(f(xla))(q),
-        lambda: jax.grad(lambda q: gradient(q).sum())(q),
+        lambda: jax.jvp(lambda q: xla(q, k, v), (q,), (direction,)),
+        lambda: jax.make_jaxpr(jax.jacfwd(f(xla)))(q),
+        lambda: jax.make_jaxpr(jax.hessian(f(xla)))(q),
         lambda: jax.jit(jax.grad(lambda q: gradient(q).sum()))(q),
     ):
         with pytest.raises(TypeError, match="impl='reference'"):
