@@ -152,8 +152,8 @@ def tokamax_mosaic(row: Row):
         return None
     try:
         import tokamax
-    except ImportError:
-        return None
+    except ImportError as error:
+        return error
     options: dict[str, Any] = {'is_causal': row.kind != 'full', 'implementation': 'mosaic'}
     if row.kind == 'window':
         options['local_window_size'] = (WINDOW - 1, 0)
@@ -245,7 +245,9 @@ def run_jax(chosen, extra, with_gate, peers, results):
         jobs += [(row, name, ours(f, row)) for name, f in extra.items()]
         for name, make in (('jax-cudnn', cudnn), ('tokamax-mosaic', tokamax_mosaic)):
             f = make(row)
-            if f is not None:
+            if isinstance(f, ImportError):
+                emit(results, case=row.name, peer=name, error=f'{type(f).__name__}: {f}')
+            elif f is not None:
                 jobs.append((row, name, f))
     jobs = [job for job in jobs if not peers or job[1] in peers]
     data = None, None

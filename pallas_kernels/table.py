@@ -15,4 +15,6 @@ class Kernel(NamedTuple):
     hardware: str  # least hardware, for people
 
 
-KERNELS: tuple[Kernel, ...] = ()
+KERNELS: tuple[Kernel, ...] = (
+    Kernel('softmax_attention', 'mosaic_gpu', 'pallas_kernels.softmax_attention.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
+)

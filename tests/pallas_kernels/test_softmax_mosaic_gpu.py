@@ -1,0 +1,245 @@
+"""The Hopper softmax attention kernel: metadata and tile logic by brute force, lowering for CUDA, and the grid on a GPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import blocks, tile_eval
+from pallas_kernels import elementwise as ew
+from pallas_kernels.dropout import Dropout
+from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu
+
+
+@st.composite
+def classes(draw):
+    shape = tuple(draw(st.integers(1, n)) for n in (2, 2, 9, 9))
+    flat = draw(st.lists(st.integers(0, 2), min_size=int(np.prod(shape)), max_size=int(np.prod(shape))))
+    return np.array(flat, np.int8).reshape(shape)
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes())
+def test_forward_lists(c):
+    lists = mosaic_gpu.forward_lists(c)
+    assert lists.dtype == np.int32
+    for at in np.ndindex(c.shape[:3]):
+        count, partial, *tiles = lists[at]
+        row = c[at]
+        assert count == (row != 0).sum() and partial == (row == blocks.PARTIAL).sum()
+        assert list(tiles[:partial]) == list(np.flatnonzero(row == blocks.PARTIAL))
+        assert list(tiles[partial:count]) == list(np.flatnonzero(row == blocks.FULL))
+    np.testing.assert_array_equal(jax.jit(mosaic_gpu.forward_lists)(c), lists)
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes(), st.integers(1, 10))
+def test_schedule_ends_and_is_ordered(c, together):
+    """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
+    lists, ranks, touched = mosaic_gpu.schedule(c, together)
+    np.testing.assert_array_equal(touched, (c != 0).any(-1))
+    for x, y in zip((lists, ranks, touched), jax.jit(lambda c: mosaic_gpu.schedule(c, together))(c)):
+        np.testing.assert_array_equal(x, y)
+    nq, nk = c.shape[2:]
+    for at in np.ndindex(c.shape[:2]):
+        todo = []
+        for i in range(nk):
+            count, *entries = lists[(*at, i)]
+            visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
+            assert sorted(x for x, _, _ in visits) == list(np.flatnonzero(c[at][:, i]))
+            assert all(p == (c[at][x, i] == blocks.PARTIAL) for x, p, _ in visits)
+            todo.append(visits)
+        done = [0] * nq
+        while any(todo):
+            moved = False
+            for i in [i for i in range(nk) if todo[i]][:together]:
+                x, _, rank = todo[i][0]
+                if done[x] == rank:
+                    done[x], moved = done[x] + 1, True
+                    todo[i].pop(0)
+            assert moved, 'the blocks wait for each other'
+        assert done == list((c[at] != 0).sum(-1))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.booleans())
+def test_agenda_holds_each_item_once(B, N, nq, together, processors, known):
+    counts = np.arange(nq).reshape(1, 1, nq) if known else None
+    rows = mosaic_gpu.agenda(B, N, nq, counts, together, processors)
+    items = [x for count, *rest in rows for x in rest[:count]]
+    assert sorted(items) == list(range(B * N * nq))
+    assert len(rows) == (min(processors, B * N * nq) if known else B * N * nq)
+
+
+def test_agenda_is_balanced():
+    rows = mosaic_gpu.agenda(2, 16, 64, np.arange(1, 65).reshape(1, 1, 64), 4, 132)
+    work = [sum(x % 64 + 2 for x in rest[:count]) for count, *rest in rows]
+    assert max(work) < 1.02 * np.mean(work)
+
+
+@pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
+@pytest.mark.parametrize('transposed', [False, True])
+def test_strips_are_skewed(T, S, transposed):
+    Tp, Sp = -(-T // 128) * 128, -(-S // 128) * 128
+    strip = np.random.default_rng(0).standard_normal((2, T + S - 1), np.float32)
+    table = np.asarray(functions.prepare(ew.Operand(strip, 'hd'), T, S, Tp, Sp, transposed))
+    assert table.shape == (2, 64, Tp + Sp)
+    for r0 in range(0, Sp if transposed else Tp, 64):
+        for c0 in range(0, Tp if transposed else Sp, 64):
+            shift = c0 - r0 + (Sp if transposed else Tp)
+            r, c = np.arange(r0, r0 + 64)[:, None], np.arange(c0, c0 + 64)[None]
+            q, k = (c, r) if transposed else (r, c)
+            inside = (q < T) & (k < S)
+            want = strip[:, np.clip(k - q + T - 1, 0, T + S - 2)]
+            np.testing.assert_array_equal(table[:, :, shift : shift + 64][:, inside], want[:, inside])
+
+
+@pytest.mark.parametrize('T, S', [(5, 9), (300, 200), (130, 400)])
+def test_diagonals_are_summed(T, S):
+    nq, nk = -(-T // diagonal.QUERIES), -(-S // diagonal.KEYS)
+    ds = np.random.default_rng(0).standard_normal((2, nq * 128, nk * 64), np.float32)
+    ds[:, T:], ds[:, :, S:] = 0, 0
+    tiles = np.zeros((2, 2 * (nq - 1) + nk, 128, 64), np.float32)
+    for q in range(nq):
+        for k in range(nk):
+            tiles[:, k - 2 * q + 2 * (nq - 1)] += ds[:, q * 128 : (q + 1) * 128, k * 64 : (k + 1) * 64]
+    want = np.zeros((2, T + S - 1))
+    for q in range(T):
+        want[:, T - 1 - q : T - 1 - q + S] += ds[:, q, :S]
+    np.testing.assert_allclose(diagonal.strip(jnp.asarray(tiles), T, S), want, atol=1e-4)
+
+
+def test_diagonal_lists():
+    c = np.random.default_rng(0).integers(0, 3, (2, 2, 3, 7)).astype(np.int8)
+    todo = diagonal.lists(c)
+    seen = 0
+    for head in range(2):
+        for x in range(todo.shape[1]):
+            count, *entries = todo[head, x]
+            for e in entries[:count]:
+                b, q = divmod(e // 2, 3)
+                kind = c[b, head, q, 2 * q + x - 4]
+                assert kind and (kind == blocks.PARTIAL) == e % 2
+            seen += count
+    assert seen == (c != 0).sum()
+
+
+SCORES = {
+    'softcap': lambda s, q, k, a: 5 * jnp.tanh(s / 5),
+    'alibi': lambda s, q, k, a: s - a * (q + 7 - k).astype(jnp.float32),
+    'gelu': lambda s, q, k, a: jax.nn.gelu(s),
+    'twice used': lambda s, q, k, a: s * jax.nn.sigmoid(s) + jnp.abs(s),
+    'where': lambda s, q, k, a: jnp.where((q - k) % 3 == 0, s * 2, s - jnp.log1p(abs(a))),
+    'cond': lambda s, q, k, a: jax.lax.cond(q > k, lambda: s * a, lambda: s / 3),
+    'powers': lambda s, q, k, a: s**3 - s**-1 + jnp.power(s, 2.0) + jnp.floor(s) + jnp.expm1(a),
+    'scaled': lambda s, q, k, a: -2.0 * (s * 0.5) / 4.0,
+}
+
+
+@pytest.mark.parametrize('name', SCORES)
+def test_tile_eval_agrees(name):
+    """Values and derivatives on tiles, rows and columns equal the function applied to each element."""
+    rng = np.random.default_rng(0)
+    M, N = 6, 10
+    s = jnp.asarray(rng.standard_normal((M, N)) * 2, jnp.float32)
+    q, k = jnp.arange(M, dtype=jnp.int32) + 3, jnp.arange(N, dtype=jnp.int32)
+    a = jnp.float32(0.3)
+    f = SCORES[name]
+    both = lambda s, q, k, a: jax.jvp(lambda s: f(s, q, k, a), (s,), (jnp.float32(1),))
+    operands = [(s, jnp.float32, 'rc'), (lambda: q, jnp.int32, 'r'), (lambda: k, jnp.int32, 'c'), (a, jnp.float32, '')]
+    outs = tile_eval.tile_eval(both, operands, (M, N), lambda x: x, (1, 2))
+    each = jax.vmap(jax.vmap(both, (0, None, 0, None)), (0, 0, None, None))(s, q, k, a)
+    for x, y in zip(outs, each):
+        np.testing.assert_allclose(x.to('rc'), y, rtol=2e-5, atol=2e-5)
+    assert tile_eval.refusal(jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct((), x.dtype) for x in (s, q, k, a)))) is None
+
+
+TABLE = jnp.arange(100)
+
+
+def arrays(H=64, dtype=jnp.bfloat16, T=100, S=100, N=4, K=2):
+    draw = lambda *shape: jnp.ones(shape, dtype)
+    return draw(2, T, N, H), draw(2, S, K, H), draw(2, S, K, H)
+
+
+@pytest.mark.parametrize(
+    'message, call',
+    [
+        ('cast', lambda: (arrays(dtype=jnp.float32), {})),
+        ('differ in dtype', lambda: ((*arrays()[:2], arrays(dtype=jnp.float16)[2]), {})),
+        ('head widths up to 128', lambda: (arrays(H=256), {})),
+        ("primitive 'lgamma'", lambda: (arrays(), {'score': lambda s, i: jax.lax.lgamma(s)})),
+        ('captures an array', lambda: (arrays(), {'mask': lambda i: TABLE[i.k] < 3})),
+    ],
+)
+def test_refusals(message, call):
+    args, options = call()
+    reason = mosaic_gpu.unsupported(*args, **options)
+    assert message in reason
+    with pytest.raises(ValueError, match='softmax_attention on mosaic_gpu'):
+        mosaic_gpu.softmax_attention(*args, **options)
+
+
+OPTIONS = {
+    'plain': {},
+    'causal': {'mask': check.causal},
+    'documents': {'mask': ew.as_mask(check.causal) & check.segments(np.ones((2, 100), np.int32))},
+    'softcap, sinks': {'score': check.softcap(30.0), 'sinks': np.zeros(4, np.float32)},
+    'strip': {'score': check.added(np.zeros((4, 199), np.float32), 'hd'), 'dropout': Dropout(0.1, 3)},
+    'bias': {'bias': np.zeros((1, 4, 100, 100), np.float32), 'scale': -0.3, 'return_lse': True},
+}
+
+
+@pytest.mark.parametrize('H', [64, 128, 40])
+@pytest.mark.parametrize('name', OPTIONS)
+def test_lowers_for_cuda(name, H):
+    if H != 64 and name not in ('causal', 'strip'):
+        pytest.skip('one width is enough')
+    options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in OPTIONS[name].items()}
+    lse = options.pop('return_lse', False)
+
+    def loss(q, k, v, score):
+        extra = {} if score is None else {'score': score}
+        out = mosaic_gpu.softmax_attention(q, k, v, **{**options, **extra}, return_lse=lse)
+        return sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(out))
+
+    allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
+    step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3) if name == 'strip' else (0, 1, 2)))
+    exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*arrays(H=H), options.get('score'))
+    assert exported.mlir_module().count('@mosaic_gpu_v2') == (3 if name == 'strip' else 2)
+
+
+def test_gate_tells_right_from_wrong():
+    """The gate passes the oracle in 16 bits and fails it with a key hidden."""
+    case = check.Case('causal', T=33, H=16, mask=lambda c: ew.as_mask(check.causal), sinks=True)
+
+    def sixteen(q, k, v, *, mask, score, sinks, dropout, return_lse):
+        return check.oracle(q, k, v, mask=mask, score=score, sinks=sinks, dropout=dropout, precision=q.dtype)
+
+    def wrong(q, k, v, *, mask, **options):
+        return sixteen(q, k, v, mask=mask & ew.as_mask(lambda i: i.k != 5), **options)
+
+    assert check.verdict(check.errors(case, sixteen)) is None
+    assert check.verdict(check.errors(case, wrong))
+
+
+def test_oracle_gradient_in_sixteen_bits():
+    """The hand-written backward of the rounded oracle is the derivative: in float32 it equals the plain one."""
+    case = check.Case('x', B=1, T=20, S=24, H=8, mask=lambda c: ew.as_mask(check.causal), sinks=True, dtype=jnp.float32)
+    rounded = functools.partial(check.oracle, precision=jnp.float32)
+
+    def attention(q, k, v, *, return_lse, **options):
+        return rounded(q, k, v, **options)
+
+    assert all(ours < 1e-5 for ours, _, _ in check.errors(case, attention).values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize('case', check.grid(), ids=lambda c: c.name)
+def test_grid(case):
+    reason = check.verdict(check.errors(case, mosaic_gpu.softmax_attention))
+    assert reason is None, reason
