@@ -35,10 +35,17 @@ def bias(array) -> Score:
     return _add(array.reshape(shape), ''.join(letters))
 
 
-def alibi(slopes, *, bidirectional: bool = False) -> Score:
-    """s - slope_h (q - k): ALiBi (arXiv:2108.12409). slopes: [N] float; bidirectional: s - slope_h |q - k|."""
-    slopes = _floating('alibi', 'slopes', slopes, 'N')
-    return Score((Term(_alibi, (Operand(slopes, 'h'),), (bool(bidirectional),)),))
+def alibi(slopes, query_positions=None, key_positions=None, *, bidirectional: bool = False) -> Score:
+    """s - slope_h (q - k): ALiBi (arXiv:2108.12409); bidirectional: s - slope_h |q - k|.
+
+    Args:
+      slopes: float [N], from `alibi_slopes` or learned.
+      query_positions, key_positions: int [B, T] and [B, S], both or none: for decoding from a cache in any order.
+    """
+    operands = [Operand(_floating('alibi', 'slopes', slopes, 'N'), 'h')]
+    if _both('alibi', query_positions, key_positions):
+        operands += [Operand(jnp.asarray(query_positions), 'bq'), Operand(jnp.asarray(key_positions), 'bk')]
+    return Score((Term(_alibi, tuple(operands), (bool(bidirectional),)),))
 
 
 def alibi_slopes(num_heads: int) -> np.ndarray:
@@ -99,9 +106,7 @@ def t5(
     """
     table = _floating('t5', 'table', table, 'num_buckets', 'N')
     find = lambda relative: t5_buckets(relative, table.shape[0], max_distance, bidirectional=bidirectional)
-    if (query_positions is None) != (key_positions is None):
-        raise ValueError('scores.t5: give query_positions and key_positions both, or none')
-    if query_positions is not None:
+    if _both('t5', query_positions, key_positions):
         difference = jnp.asarray(key_positions)[:, None, :] - jnp.asarray(query_positions)[:, :, None]
         return bias(jnp.moveaxis(table[find(difference)], 3, 1))
     key_length = query_length if key_length is None else key_length
@@ -155,8 +160,10 @@ def _sum(s, i, value):
     return s + value.astype(s.dtype)
 
 
-def _alibi(s, i, slope, bidirectional):
-    ahead = (i.k - i.q - (i.k_len - i.q_len)).astype(s.dtype)
+def _alibi(s, i, slope, *rest):
+    *positions, bidirectional = rest
+    q, k = positions or (i.q + (i.k_len - i.q_len), i.k)
+    ahead = (k - q).astype(s.dtype)
     return s + slope.astype(s.dtype) * (-abs(ahead) if bidirectional else ahead)
 
 
@@ -166,6 +173,12 @@ def _softcap(s, i, cap):
 
 def _divide(s, i, value):
     return s / (value.astype(s.dtype) if hasattr(value, 'astype') else value)
+
+
+def _both(score, query_positions, key_positions) -> bool:
+    if (query_positions is None) != (key_positions is None):
+        raise ValueError(f'scores.{score}: give query_positions and key_positions both, or none')
+    return query_positions is not None
 
 
 def _floating(score, name, x, *dims):

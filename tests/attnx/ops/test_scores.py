@@ -15,15 +15,15 @@ def apply(score, s, h=0, q=0, k=0, T=1, S=1, values=None):
 
 def test_alibi_slopes():
     np.testing.assert_allclose(scores.alibi_slopes(8), 2.0 ** -np.arange(1, 9))
-    np.testing.assert_allclose(
-        np.log2(scores.alibi_slopes(12)), [*range(-1, -9, -1), -0.5, -1.5, -2.5, -3.5], rtol=1e-6
-    )
+    np.testing.assert_allclose(np.log2(scores.alibi_slopes(12)), [*range(-1, -9, -1), -0.5, -1.5, -2.5, -3.5], rtol=1e-6)
 
 
 def test_alibi():
     slope = [jnp.float32(0.5)]
     assert apply(scores.alibi(jnp.ones(1)), 2.0, q=5, k=3, T=8, S=8, values=slope) == 1.0
     assert apply(scores.alibi(jnp.ones(1)), 2.0, q=0, k=3, T=1, S=8, values=slope) == 0.0  # aligned at the end
+    at = scores.alibi(jnp.ones(1), jnp.array([[9]]), jnp.array([[4]]))
+    assert apply(at, 2.0, values=[*slope, jnp.int32(9), jnp.int32(5)]) == 0.0
     assert apply(scores.alibi(jnp.ones(1), bidirectional=True), 2.0, q=1, k=3, T=8, S=8, values=slope) == 1.0
 
 
