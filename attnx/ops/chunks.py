@@ -172,9 +172,18 @@ class ChannelDecay:
 
 @jax.custom_jvp
 def unit_lower_inverse(a):
-    """(I + a)^-1 for strictly lower triangular a [..., C, C], by forward substitution."""
-    eye = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
-    return jax.lax.linalg.triangular_solve(a, eye, left_side=True, lower=True, unit_diagonal=True)
+    """(I + a)^-1 for strictly lower triangular a [..., C, C], C a power of two: forward substitution by blocks.
+
+    If X inverts the diagonal blocks of C/2^l tokens, X - X a' X inverts those twice as large, a' being what stands between
+    the halves of these. Matmuls alone, the same on every platform; every block is a true inverse, of moderate size in
+    the delta rule, where a Neumann series would cancel.
+    """
+    _, pairs = _halvings(a.shape[-1])
+    inverse = jnp.broadcast_to(jnp.eye(a.shape[-1], dtype=a.dtype), a.shape)
+    for level, between in enumerate(pairs[::-1]):
+        corner = jnp.where(between, a, 0)
+        inverse -= matmul(inverse, matmul(corner, inverse)) if level else corner
+    return inverse
 
 
 @unit_lower_inverse.defjvp
@@ -326,6 +335,18 @@ def step_by_step(update, query, key, value, per_token, log_decay, initial_state,
     return jnp.moveaxis(out, 0, 1).astype(output), state
 
 
-def size(chunk, key, value) -> int:
-    """Tokens a chunk: as asked for or by shape, and not more than the next power of two over T."""
-    return min(chunk or 64, 1 << (value.shape[1] - 1).bit_length())
+def size(chunk, key, value, log_decay) -> int:
+    """Tokens a chunk: as asked for or by shape, and not more than the next power of two over T.
+
+    Work within a chunk grows with C, work between chunks with the heads' width over C: about as wide as the heads is best,
+    half of that where decays per channel make the inside dearer. 64 is as much as pays on CPU and GPU.
+    """
+    if chunk is None:
+        per_channel = log_decay is not None and log_decay.ndim == 4
+        chunk = min(max(_power_of_two(max(key.shape[3], value.shape[3])) // (2 if per_channel else 1), 16), 64)
+    return min(chunk, _power_of_two(value.shape[1]))
+
+
+def _power_of_two(n: int) -> int:
+    """The least not below n."""
+    return 1 << (n - 1).bit_length()

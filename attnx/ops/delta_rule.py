@@ -91,5 +91,5 @@ def xla(query, key, value, beta, log_decay=None, *, initial_state=None, segment_
         out = chunks.matmul(span.products(query), written) + span.read(query, state)
         return span.write(written, state), out
 
-    size = chunks.size(chunk, key, value)
+    size = chunks.size(chunk, key, value, log_decay)
     return chunks.scan(body, query, key, value, beta, log_decay, initial_state, segment_ids, size)

@@ -87,5 +87,5 @@ def xla(query, key, value, log_decay=None, *, initial_state=None, segment_ids=No
         out = chunks.matmul(span.products(query), value) + span.read(query, state)
         return span.write(value, state), out
 
-    size = chunks.size(chunk, key, value)
+    size = chunks.size(chunk, key, value, log_decay)
     return chunks.scan(body, query, key, value, None, log_decay, initial_state, segment_ids, size)
