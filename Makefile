@@ -3,6 +3,7 @@ PY    := $(shell for p in python3.14 python3.13 python3.12 python3; do $$p -c 'i
 EXTRA ?= test
 STAMP := .venv/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)-$(EXTRA)
 BIN   := .venv/bin
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: train test quick lint types check clean help
 .DEFAULT_GOAL := help
@@ -22,10 +23,10 @@ train: $(STAMP)         ## trains the default small language model on real text;
 
 test: $(STAMP)          ## every test: laws over all mechanisms, ops, models, training
 	@$(BIN)/python -m attnx.catalog --check
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
 
 quick: $(STAMP)         ## the tests without the slow ones
-	@$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
 
 lint:                   ## ruff
 	@$(MAKE) --no-print-directory EXTRA=dev .venv/.dev
