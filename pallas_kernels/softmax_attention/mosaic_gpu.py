@@ -6,6 +6,7 @@
 can't run here. README.md in this folder has the maths, the limits and what was measured.
 """
 
+import dataclasses
 import functools
 import heapq
 import math
@@ -124,6 +125,8 @@ def softmax_attention(
     if scale <= 0:  # the kernels' running maximum wants a positive one
         query, scale = (-query, -scale) if scale else (0 * query, 1.0)
     mask, score = ew.as_mask(mask), _with_bias(score, bias)
+    if dropout is not None and isinstance(dropout.seed, int):
+        dropout = dataclasses.replace(dropout, seed=np.uint32(dropout.seed & 0xFFFFFFFF))
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     out, lse = _attention(scale, query, key, value, mask, score, sinks, dropout)
     return (out, lse) if return_lse else out
@@ -175,9 +178,10 @@ def _backward(scale, saved, cotangents):
     lists, ranks, touched = schedule(classes)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     delta_in = jnp.pad(delta, pad)
-    dq, dk, dv = backward_kernel.backward(
-        q8, k8, v8, do8, lse_in, delta_in, lists, ranks, operands, spec=spec, tiles=shape, scale=scale
-    )
+    run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
+    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
+    run = jax.custom_batching.sequential_vmap(run)
+    dq, dk, dv = run(q8, k8, v8, do8, lse_in, delta_in, lists, ranks, operands)
     dq = dq[:, :T, :, :H] * scale
     if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
         rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]

@@ -213,6 +213,17 @@ def test_lowers_for_cuda(name, H):
     assert exported.mlir_module().count('@mosaic_gpu_v2') == (3 if name == 'strip' else 2)
 
 
+def test_lowers_under_vmap():
+    """The backward kernel, whose blocks wait for each other through counters, runs one batch member at a time."""
+    loss = lambda q, k, v: mosaic_gpu.softmax_attention(q, k, v, mask=check.causal).astype(jnp.float32).sum()
+    stacked = [jnp.stack([x] * 3) for x in arrays()]
+    allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
+    step = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))
+    exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*stacked)
+    assert [x.shape for x in exported.out_avals] == [x.shape for x in stacked]
+    assert 'stablehlo.while' in exported.mlir_module()
+
+
 def test_gate_tells_right_from_wrong():
     """The gate passes the oracle in 16 bits and fails it with a key hidden."""
     case = check.Case('causal', T=33, H=16, mask=lambda c: ew.as_mask(check.causal), sinks=True)
