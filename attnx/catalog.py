@@ -130,10 +130,14 @@ def entry(name: str) -> Entry:
     """
     entries = scan()
     if name not in entries:
-        from attnx.dispatch import nearest
-
-        raise ValueError(f'unknown mechanism {name!r}; {nearest(name, entries)}')
+        raise _unknown('unknown mechanism', name, entries)
     return entries[name]
+
+
+def _unknown(what: str, name: str, valid) -> ValueError:
+    from attnx.dispatch import nearest  # imports jax, which the table does without
+
+    return ValueError(f'{what} {name!r}; {nearest(name, valid)}')
 
 
 def get(name: str):
@@ -161,13 +165,11 @@ def select(*, family: str | None = None, has: str | None = None, paper: str | No
     family: a family's name. has: an ability: a family, a kind of state, an op, 'causal', 'bidirectional', 'decode', 'memory'.
     paper: an arXiv id. search: words that the summary or docstring holds.
     """
-    from attnx.dispatch import nearest
-
     entries = list(scan().values())
     if family is not None and family not in FAMILIES:
-        raise ValueError(f'unknown family {family!r}; {nearest(family, FAMILIES)}')
+        raise _unknown('unknown family', family, FAMILIES)
     if has is not None and has not in (valid := set().union(*(e.abilities() for e in entries))):
-        raise ValueError(f'no mechanism has {has!r}; {nearest(has, valid)}')
+        raise _unknown('no mechanism has', has, valid)
 
     def fits(e: Entry) -> bool:
         text = f'{e.name} {e.summary} {" ".join(e.sections.values())}'.lower()

@@ -106,7 +106,7 @@ def test_one_file_gets_every_law(tmp_path):
     folder.mkdir()
     file = folder / 'leaky_mean.py'
     file.write_text(THROW_AWAY)
-    laws = ('-m', 'pytest', 'tests/test_contract.py', '-k', 'leaky_mean', '-q', '-p', 'no:cacheprovider')
+    laws = ('-m', 'pytest', 'tests/test_contract.py', '-k', 'leaky_mean', '-p', 'no:cacheprovider')
     out = run(*laws, ATTNX_PATH=str(tmp_path))
     assert out.returncode == 0, out.stdout[-3000:]
     assert '19 passed, 1 skipped' in out.stdout  # the golden file is of this repository's own mechanisms
