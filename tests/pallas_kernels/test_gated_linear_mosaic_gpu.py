@@ -118,7 +118,6 @@ def test_lowers_for_hopper(K, V):
         ({'dtype': jnp.float32}, 'must be bfloat16, given float32'),
         ({'T': 1}, 'takes 2 tokens or more'),
         ({'V': 320}, 'widths up to 256, given 320'),
-        ({'per_channel': True}, 'a decay per channel'),
         ({'chunk': 32}, 'chunks of 64, given chunk=32'),
         ({'scale': 0.0}, 'other than 0'),
     ],
@@ -126,12 +125,11 @@ def test_lowers_for_hopper(K, V):
 def test_refusals(change, words):
     dtype, T, V = change.get('dtype', jnp.bfloat16), change.get('T', 64), change.get('V', 64)
     x = jnp.zeros((1, T, 2, 64), dtype)
-    decay = jnp.zeros((1, T, 2, 64)) if 'per_channel' in change else None
     options = {name: change[name] for name in ('chunk', 'scale') if name in change}
-    reason = mosaic_gpu.unsupported(x, x, jnp.zeros((1, T, 2, V), dtype), decay, **options)
+    reason = mosaic_gpu.unsupported(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
     assert words in reason
     with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
-        mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), decay, **options)
+        mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
 
 
 @pytest.mark.gpu
