@@ -77,9 +77,9 @@ def _forward(static, *args):
 
 
 def _backward(static, args, cotangents):
-    q, k, v, log_decay, initial_state, segment_ids = args
+    _, k, v, log_decay, *_ = args
     do, dlast = cotangents
-    B, T, N, V = v.shape
+    B, _, N, V = v.shape
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
     if isinstance(dlast, SymbolicZero):
         dlast = jnp.zeros((B, N, k.shape[3], V), jnp.float32)

@@ -62,7 +62,7 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
-    monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_: None)
+    monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
 
 def gradients(function, case):
