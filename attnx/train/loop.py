@@ -231,6 +231,7 @@ class _Run:
             # Random numbers are slow to compile and drawn once: compile them without optimizations.
             cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
             state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)()
+        self.bad = int(state['bad'])
         self.log.open(number)
         self.progress = metrics.Progress(config.steps, number)
         for note in self.checkpoints.notes:
@@ -315,9 +316,14 @@ class _Run:
 
     def read(self, pending, state) -> None:
         """Raises where the step of `pending` was not finite; the state is frozen as that step found it."""
-        if pending is None or not bool(pending[1]['frozen']):
+        if pending is None:
             return
         number, values, batch = pending
+        if int(values['bad']) > self.bad:
+            self.bad = int(values['bad'])
+            self.progress.say(f'step {number}: loss or gradient is not finite ({self.bad} so far)')
+        if not bool(values['frozen']):
+            return
         made, config = self.program, self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         whole = dataclasses.replace(config.step, accumulate=1)

@@ -149,6 +149,14 @@ def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
     assert loop.run(made).status == 'complete'  # the checkpoint before it is good
 
 
+def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
+    made = config(**{'step.max_skipped': 1})
+    at_step(monkeypatch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
+    assert loop.run(made).status == 'complete'
+    assert 'step 4: loss or gradient is not finite (1 so far)' in capfd.readouterr().err
+    assert [e['bad'] for e in metrics.read(made.run_dir) if e['split'] == 'train'] == [0, 0, 0, 1, 1, 1]
+
+
 @pytest.fixture
 def made(config):
     """A model of four layers (two repeats of two), its parameters and a batch."""
