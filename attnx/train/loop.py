@@ -327,13 +327,22 @@ class _Run:
         made, config = self.program, self.config
         key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
         whole = dataclasses.replace(config.step, accumulate=1)
+        names: list[str] = []
+
+        @jax.jit
+        def activations(params):
+            named = list(made.trace(params, batch, key))
+            names.extend(name for name, _ in named)
+            return [value for _, value in named]
+
+        trace = lambda params: zip(names, activations(params))
         grad = jax.jit(lambda params: step_lib.gradients(made.forward, params, batch, key, whole)[1])
         diagnosis = report.diagnose(
             step=number,
             metrics=values,
             params=state['params'],
             batch=batch,
-            trace=lambda: made.trace(state['params'], batch, key),
+            trace=lambda: trace(state['params']),
             gradients=lambda: grad(state['params']),
         )
         raise report.failure(self.run_dir, diagnosis)
