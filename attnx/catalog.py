@@ -280,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
         table.add_column(column, overflow='fold', no_wrap=column == 'mechanism')
     for e in chosen:
         table.add_row(e.name, e.family, e.paper, e.causal, e.state, e.summary.rstrip('.'))
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
     return 0
 
 
