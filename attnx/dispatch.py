@@ -1,8 +1,8 @@
 """Picks the implementation of an op and can say why.
 
 Every op has the forms `reference` (obvious, any dtype, every derivative) and `xla` (no quadratic memory, runs anywhere), and
-may have kernels in `pallas_kernels.table`. An explicit `impl` runs or raises with the reason; `auto` takes, on each platform,
-the first kernel without a reason against it, else `xla`. Nothing falls back silently.
+may have kernels in `pallas_kernels.table`. An explicit `impl` runs or raises with the reason; `auto` takes, on this process's
+platform and those of `target`, the first kernel without a reason against it, else `xla`, and `record` tells which and why.
 """
 
 import contextlib

@@ -68,8 +68,10 @@ class ModelConfig(StackConfig):
             raise ValueError(f'width {self.width} and num_layers {self.num_layers} must be positive')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
-        if self.kind != 'decoder' and self.num_classes < 0:
-            raise ValueError(f'num_classes {self.num_classes} is negative')
+        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length) < 0:
+            raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
+        if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
+            raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
 
     def dims(self, *, causal: bool, num_layers: int) -> Dims:
         return Dims(

@@ -174,6 +174,7 @@ def test_compile_time_does_not_grow_with_depth():
         ({'width': 'wide'}, 'expected int, was given str'),
         ({'dtype': 'bf16'}, "did you mean 'bfloat16'"),
         ({'vocab_size': 0}, 'a vocabulary of at least 1'),
+        ({'encoder': {'num_layers': 3}}, 'belong to kind encoder_decoder'),
     ],
 )
 def test_bad_configs_name_what_is_wrong(fields, expected):
@@ -185,5 +186,6 @@ def test_bad_configs_name_what_is_wrong(fields, expected):
 
 
 def test_stack_config_of_the_encoder_is_strict():
-    assert config_lib.build(ModelConfig, {'encoder': {'num_layers': 3}}).encoder == StackConfig(num_layers=3)
+    given = {'kind': 'encoder_decoder', 'encoder': {'num_layers': 3}}
+    assert config_lib.build(ModelConfig, given).encoder == StackConfig(num_layers=3)
     assert dataclasses.is_dataclass(config_lib.build(ModelConfig, {}).mlp)
