@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -108,10 +108,11 @@ def plan(
             if planned[key] is not None:
                 layers.append(dataclasses.replace(planned[key], index=index))
     model = attempt('model', lambda: jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
-    count, memory = 0, {}
+    count, flops, memory = 0, 0.0, {}
     if model is not None:
         flat = to_flat(model)
         count = sum(v.size for v in flat.values())
+        flops = flops_per_token(config, flat_axes(model), flat, length)
         memory['parameters'] = size(flat)
         memory['gradients'] = size(flat)
         memory['optimizer'] = size(jax.eval_shape(optimizer(flat_axes(model)).init, flat))
@@ -121,17 +122,34 @@ def plan(
             memory['activations'] = kept
         if not config.num_classes:
             memory['logits'] = 2 * 4 * rows * length * (config.vocab_size or config.input_dim)
-    table = config.vocab_size * config.width if config.vocab_size and not config.num_classes else 0
-    matmuls = count - (0 if config.tie_embeddings else table)  # a lookup is free, its use as a head is not
-    mixing = sum(l.train_flops - 6 * l.parameters for l in layers)
     return Plan(
         layers=tuple(layers),
         parameters=count,
-        train_flops=6 * matmuls + mixing,
+        train_flops=flops,
         state_bytes=sum(l.state_bytes for l in layers),
         memory=memory,
         refused=tuple(refused),
     )
+
+
+def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length: int) -> float:
+    """Training FLOPs a token: 6 per parameter of a matrix product, and 3 times what the mixing itself costs.
+
+    axes, shapes: of the flat parameters. Tables that are only looked up cost nothing.
+    """
+    count = 0
+    for name, names in axes.items():
+        leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
+        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
+        count += shapes[name].size if matrix and not looked_up else 0
+    groups = [(config.layers(), config.kind != 'encoder')]
+    if config.kind == 'encoder_decoder':
+        groups += [(config.encoder_layers(), False), ((config.mixer(config.cross),) * config.num_layers, True)]
+    mixing = 0.0
+    for layers, causal in groups:
+        dims = config.dims(causal=causal, num_layers=len(layers))
+        mixing += sum(layer.spec.flops(layer.config, dims, length) for layer in layers)
+    return 6.0 * count + 3.0 * mixing
 
 
 def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:

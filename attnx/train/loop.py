@@ -23,7 +23,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
-from attnx import models, sharding
+from attnx import models, plan, sharding
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
@@ -78,18 +78,6 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
         trace=lambda params, batch, key: call(params, batch, key, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
     )
-
-
-def flops_per_token(config: models.ModelConfig, made: Program, length: int) -> float:
-    """Training FLOPs a token: 6 per parameter of a matrix product, and 3 times what the mixing itself costs."""
-    count = 0
-    for name, axes in made.axes.items():
-        leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in axes if a != 'layers']) > 1
-        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
-        count += made.shapes[name].size if matrix and not looked_up else 0
-    dims = config.dims(causal=config.kind != 'encoder', num_layers=config.num_layers)
-    mixing = sum(layer.spec.flops(layer.config, dims, length) for layer in config.layers())
-    return 6.0 * count + 3.0 * mixing
 
 
 class Stop:
@@ -189,7 +177,7 @@ class _Run:
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
         peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
-        cost = flops_per_token(config.model, made, task.length)
+        cost = plan.flops_per_token(config.model, made.axes, made.shapes, task.length)
         self.mfu_per_token = cost / (peak * self.mesh.size) if peak else None
         if jax.process_index() == 0:
             (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
