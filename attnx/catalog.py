@@ -50,12 +50,13 @@ class Entry:
     state: str
     causal: str
     needs: tuple
+    inputs: dict
     limits: dict
 
     def abilities(self) -> set[str]:
         causal = {'causal', 'bidirectional'} if self.causal == 'both' else {self.causal}
         decode = {'decode'} if self.state != 'none' else set()
-        return {self.family, self.state, *self.ops, *self.needs, *causal, *decode}
+        return {self.family, self.state, *self.ops, *self.needs, *self.inputs, *causal, *decode}
 
 
 def roots() -> list[pathlib.Path]:
@@ -106,10 +107,11 @@ def _read(file: str, stamp: int) -> Entry:
             'state': literal('state', 'none'),
             'causal': literal('causal', 'both'),
             'needs': literal('needs', ()),
+            'inputs': literal('inputs', {}),
             'limits': literal('limits', {}),
         }
     except ValueError as error:
-        raise ValueError(f'{path}: paper, ops, state, causal, needs and limits of SPEC are literals ({error})') from None
+        raise ValueError(f'{path}: SPEC is literal but for module, config, example and functions ({error})') from None
     sections = dict(re.findall(r'^(Paper|Differs|Cost|Equation):\s*(.*?)(?=^\S+:|\n\n|\Z)', doc, re.M | re.S))
     sections = {k: ' '.join(v.split()) for k, v in sections.items()}
     return Entry(
@@ -201,10 +203,10 @@ def golden(name: str) -> str:
 
     spec = get(name)
     dims = Dims(width=32, causal=spec.causal != 'bidirectional', num_layers=2, max_length=64)
-    built = jax.eval_shape(lambda: spec.build(spec.example, dims, rngs=nnx.Rngs(0)))
+    built = jax.eval_shape(lambda: spec.build_example(dims, rngs=nnx.Rngs(0)))
     axes = flat_axes(built)
     lines = [f'{k}  {v.dtype}[{", ".join(map(str, v.shape))}]  {axes[k]}' for k, v in to_flat(built).items()]
-    return '\n'.join([f'{name} {spec.example}', *lines]) + '\n'
+    return '\n'.join([*(f'{name} {example}' for example in spec.examples), *lines]) + '\n'
 
 
 def index() -> str:

@@ -9,7 +9,7 @@ from flax import nnx
 
 from attnx import catalog, dispatch
 from attnx.dispatch import Call, nearest
-from attnx.spec import Context, Dims
+from attnx.spec import Context, Dims, side_input
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 
@@ -62,22 +62,29 @@ def calls_of(
     config = config_lib.build(spec.config, fields, f'config of {mechanism}')
     causal = spec.causal != 'bidirectional' if causal is None else causal
     dims = Dims(width=width, causal=causal, max_length=length, dtype=dtype)
-    return layer_calls(spec, config, dims, length, batch)
+    return layer_calls(spec, config, dims, length, batch)[0]
 
 
-def layer_calls(spec, config, dims: Dims, length: int, batch: int, *, packed: bool = False, impl: str = 'auto') -> list[Call]:
-    """The op calls of one layer in training."""
+def layer_calls(
+    spec, config, dims: Dims, length: int, batch: int, *, packed: bool = False, impl: str = 'auto', shared: Any = None
+) -> tuple[list[Call], dict]:
+    """The op calls of one layer in training, and what it publishes (abstract).
+
+    shared: what earlier layers published, abstract; none by default.
+    """
     x = jax.ShapeDtypeStruct((batch, length, dims.width), dims.dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
     memory = x if 'memory' in spec.needs else None
+    inputs = {name: side_input(kind, batch, length) for name, kind in spec.inputs.items()}
 
-    def run(x, ids, memory):
+    def run(x, ids, memory, inputs, shared):
         mixer = spec.build(config, dims, rngs=nnx.Rngs(0))
-        return mixer(x, Context(segment_ids=ids, memory=memory, impl=impl)).y
+        ctx = Context(segment_ids=ids, memory=memory, inputs=inputs, shared=shared, impl=impl)
+        return dict(mixer(x, ctx).shared)
 
     with dispatch.record() as calls:
-        jax.eval_shape(run, x, ids, memory)
-    return calls
+        published = jax.eval_shape(run, x, ids, memory, inputs, {'embedding': x, **(shared or {})})
+    return calls, published
 
 
 def describe(calls: list[Call]) -> str:
@@ -97,6 +104,3 @@ def summary(calls: list[Call], platform: str) -> str:
     """'gated_linear: xla' for a table."""
     found = dict.fromkeys(f'{call.op}: {call.chosen(platform).impl}' for call in calls)
     return ', '.join(found) or 'plain XLA'
-
-
-

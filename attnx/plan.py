@@ -19,7 +19,7 @@ from attnx import dispatch, explanation
 from attnx.models import ModelConfig, build
 from attnx.models.config import Layer
 from attnx.nn import flat_axes, to_flat
-from attnx.spec import Dims
+from attnx.spec import Dims, side_input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +50,16 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def plan_layer(index: int, layer: Layer, dims: Dims, length: int, batch: int, *, packed: bool, impl: str) -> LayerPlan:
-    """Raises ValueError with what the mechanism or its ops refuse."""
+def plan_layer(
+    index: int, layer: Layer, dims: Dims, length: int, batch: int, *, packed: bool, impl: str, shared: dict
+) -> LayerPlan:
+    """Adds to `shared` what the layer publishes. Raises ValueError with what the mechanism or its ops refuse."""
     mixer = jax.eval_shape(lambda: layer.spec.build(layer.config, dims, rngs=nnx.Rngs(0)))
     count = sum(v.size for v in to_flat(mixer).values())
     state = lambda n: size(jax.eval_shape(lambda: mixer.init_state(1, n, dims.dtype)))
-    calls = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, packed=packed, impl=impl)
+    options = {'packed': packed, 'impl': impl, 'shared': shared}
+    calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+    shared |= published
     return LayerPlan(
         index=index,
         name=layer.name,
@@ -98,11 +102,11 @@ def plan(
         groups += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
     layers = []
     for what, members, is_causal in groups:
-        dims = config.dims(causal=is_causal, num_layers=len(members))
+        dims, shared = config.dims(causal=is_causal, num_layers=len(members)), {}
         for index, layer in enumerate(members):
             key = (what, layer.name)
             if key not in planned:
-                options = {'packed': packed, 'impl': config.impl}
+                options = {'packed': packed, 'impl': config.impl, 'shared': shared}
                 make = lambda i=index, l=layer, d=dims, o=options: plan_layer(i, l, d, length, batch, **o)
                 planned[key] = attempt(f'{what} {index} ({layer.name})', make)
             if planned[key] is not None:
@@ -158,9 +162,11 @@ def activations(model, config: ModelConfig, batch: int, length: int, packed: boo
     tokens = jax.ShapeDtypeStruct(shape, dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
     source = tokens if config.kind == 'encoder_decoder' else None
-    run = lambda model, tokens, ids, source: model(tokens, segment_ids=ids, source=source).logits
+    kinds = {name: kind for layer in config.layers() for name, kind in layer.spec.inputs.items() if name != 'tokens'}
+    inputs = {name: side_input(kind, batch, length) for name, kind in kinds.items()}
+    run = lambda model, tokens, ids, source, inputs: model(tokens, segment_ids=ids, source=source, inputs=inputs).logits
     residuals = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
-    return max(size(jax.eval_shape(residuals, model, tokens, ids, source)) - size(model), 0)
+    return max(size(jax.eval_shape(residuals, model, tokens, ids, source, inputs)) - size(model), 0)
 
 
 def human(number: float, unit: str = '') -> str:

@@ -38,7 +38,39 @@ class Context:
     memory_mask: jax.Array | None = None  # bool [B, S]: True where memory is real
     key: jax.Array | None = None  # PRNG key for dropout; None: deterministic
     layer: int | jax.Array = 0  # index of this layer, 0-based; traced inside a scanned stack
+    step: jax.Array | None = None  # int32 []: number of the training step, for what alternates; None outside training
+    inputs: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # side inputs by name, see Spec.inputs
+    shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what earlier layers published in this pass
+    # ^ the model publishes 'embedding' [B, T, M], the input of its first layer
     impl: str = dataclasses.field(default='auto', metadata={'static': True})  # implementation of the ops, see dispatch
+
+    def side(self, name: str) -> jax.Array:
+        """The side input `name`.
+
+        Raises:
+          ValueError: it was not given; names those that were.
+        """
+        return _find(self.inputs, name, 'side input', "give it to the model: inputs={'" + name + "': …}")
+
+    def published(self, name: str) -> Any:
+        """What an earlier layer published as `name`.
+
+        Raises:
+          ValueError: none did; names what there is.
+        """
+        return _find(self.shared, name, 'published value', 'put a layer that publishes it before this one')
+
+
+def side_input(kind: str, batch: int, length: int) -> jax.ShapeDtypeStruct:
+    """What `Spec.inputs` declares: 'int32 B T' or 'float32 B T 2' -> shape and dtype."""
+    dtype, *letters = kind.split()
+    return jax.ShapeDtypeStruct([{'B': batch, 'T': length}.get(c) or int(c) for c in letters], jnp.dtype(dtype))
+
+
+def _find(given: Mapping[str, Any], name: str, what: str, remedy: str) -> Any:
+    if name not in given:
+        raise ValueError(f'no {what} {name!r} (there is: {", ".join(sorted(given)) or "none"}); {remedy}')
+    return given[name]
 
 
 # What every mechanism is tested for (tests/test_contract.py). A law is skipped only through `Spec.limits`, with a reason.
@@ -69,6 +101,7 @@ class Output(NamedTuple):
     y: jax.Array  # [B, T, M]
     state: Any = None  # the successor of the state that was passed; None if none was
     aux: Mapping[str, jax.Array] = MappingProxyType({})  # scalars; names ending in '_loss' are added to the training loss
+    shared: Mapping[str, Any] = MappingProxyType({})  # published to later layers of this pass, by name
 
 
 class Mixer(nnx.Module):
@@ -87,16 +120,20 @@ class Mixer(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
-    """One per mechanism file, last in it. `catalog` reads `paper`, `ops`, `state`, `causal` and `limits` without importing."""
+    """One per mechanism file, last in it. `catalog` reads what is literal here without importing: paper, ops, state, causal,
+    needs, inputs, limits."""
 
     module: type[Mixer]
     config: type
     paper: str  # arXiv id, or a full citation where there is none
-    example: Any  # a tiny Config: width 32 must build it
+    example: Any  # a tiny Config: width 32 must build it; a tuple of them: layers one after another, for what is shared
     ops: tuple[str, ...] = ()  # ops of attnx.ops whose implementations it uses
     state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, none
     causal: str = 'both'  # 'both', 'causal' or 'bidirectional': which Dims.causal it accepts
     needs: tuple[str, ...] = ()  # of 'memory', 'fixed_length'
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # side input -> dtype and shape: 'int32 B T'
+    publishes: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names of Output.shared
+    reads: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names it takes from Context.shared
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law or ability -> why it does not hold
     flops: Callable[[Any, Dims, int], float] = lambda config, dims, length: 0.0
     # ^ (config, dims, T) -> forward FLOPs a token of the mixing itself, beyond the 2 per parameter of the projections
@@ -113,3 +150,32 @@ class Spec:
             asked = 'causal' if dims.causal else 'bidirectional'
             raise ValueError(f'{self.module.__name__} is {self.causal} only and can not serve a {asked} model')
         return self.module(config, dims, rngs=rngs)
+
+    @property
+    def examples(self) -> tuple:
+        return self.example if isinstance(self.example, tuple) else (self.example,)
+
+    def build_example(self, dims: Dims, *, rngs: nnx.Rngs) -> Mixer:
+        """The mixer of `example`; of several, a Chain."""
+        mixers = [self.build(config, dims, rngs=rngs) for config in self.examples]
+        return mixers[0] if len(mixers) == 1 else Chain(mixers)
+
+
+class Chain(Mixer):
+    """Mixers one after another, each reading the sum of what went before: x -> f(x), then g(x + f(x)), …"""
+
+    def __init__(self, mixers):
+        self.mixers = nnx.List(mixers)
+
+    def init_state(self, batch, capacity, dtype=None):
+        return tuple(m.init_state(batch, capacity, dtype) for m in self.mixers)
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        states, y, aux = [], jnp.zeros_like(x), {}
+        for number, mixer in enumerate(self.mixers):
+            x = x + y
+            out = mixer(x, ctx, None if state is None else state[number])
+            y, aux = out.y, {**aux, **out.aux}
+            ctx = dataclasses.replace(ctx, shared={**ctx.shared, **out.shared})
+            states.append(out.state)
+        return Output(y, None if state is None else tuple(states), aux)

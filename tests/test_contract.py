@@ -176,7 +176,7 @@ def test_axes(c):
     assert flat_axes(c.module).keys() == shapes.keys(), 'a parameter without axes: make it with nn.param'
     for name, names in flat_axes(c.module).items():
         axes.check(names, shapes[name])
-    build = lambda rngs: c.spec.build(c.spec.example, c.dims, rngs=rngs)
+    build = lambda rngs: c.spec.build_example(c.dims, rngs=rngs)
     stacked = jax.eval_shape(lambda: stack(build, jax.random.split(jax.random.key(0), 3)))
     for name, names in flat_axes(stacked).items():
         assert names == ('layers', *flat_axes(c.module)[name])
@@ -203,17 +203,17 @@ def test_bfloat16(c):
 
 
 def test_config(c):
-    config = c.spec.example
-    assert config_lib.build(type(config), config_lib.to_dict(config)) == config
-    assert config_lib.build(type(config), {}) == type(config)(), 'every field has a default'
-    hash(config)
-    with pytest.raises(ValueError, match='unknown key') as error:
-        config_lib.build(type(config), {'num_heds': 2})
-    assert all(f.name in str(error.value) for f in dataclasses.fields(config))
-    for cls in type(config).__mro__:
-        if dataclasses.is_dataclass(cls):
-            for field in cls.__annotations__:
-                assert re.search(rf'^    {field}\b.*#', inspect.getsource(cls), re.M), f'{field} has no comment'
+    for config in c.spec.examples:
+        assert config_lib.build(type(config), config_lib.to_dict(config)) == config
+        assert config_lib.build(type(config), {}) == type(config)(), 'every field has a default'
+        hash(config)
+        with pytest.raises(ValueError, match='unknown key') as error:
+            config_lib.build(type(config), {'num_heds': 2})
+        assert all(f.name in str(error.value) for f in dataclasses.fields(config))
+        for cls in type(config).__mro__:
+            if dataclasses.is_dataclass(cls):
+                for field in cls.__annotations__:
+                    assert re.search(rf'^    {field}\b.*#', inspect.getsource(cls), re.M), f'{field} has no comment'
 
 
 def test_golden(c):

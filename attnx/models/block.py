@@ -8,7 +8,7 @@ from flax import nnx
 from attnx.models.config import Layer, ModelConfig
 from attnx.nn import MLP, NORMS, dropout
 from attnx.sharding import constrain
-from attnx.spec import Context, Dims
+from attnx.spec import Context, Dims, Output
 
 
 def _fold(key, number):
@@ -33,9 +33,9 @@ class Block(nnx.Module):
         part = lambda m: None if m is None else m.init_state(batch, capacity, dtype)
         return {'mixer': part(self.mixer), 'cross': part(self.cross)}
 
-    def __call__(self, x, ctx: Context, state=None):
-        """x [B, T, M] -> (x, next state, aux)."""
-        new, aux = {}, {}
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        """x [B, T, M] -> x after the layer, its next state, what it publishes."""
+        new, aux, shared = {}, {}, {}
         state = state or {}
         for number, (name, part, norm) in enumerate(
             (('mixer', self.mixer, self.mixer_norm), ('cross', self.cross, self.cross_norm), ('mlp', self.mlp, self.mlp_norm))
@@ -49,11 +49,12 @@ class Block(nnx.Module):
             else:
                 out = part(inner, dataclasses.replace(ctx, key=_fold(key, 0)), state.get(name))
                 y, new[name] = dropout(out.y, self.rate, _fold(key, 1)), out.state
+                shared |= out.shared
                 for term, value in out.aux.items():
                     aux[term] = aux.get(term, 0.0) + value
             x = constrain(x + y.astype(x.dtype), ('batch', 'length', 'embed'))
             x = x if self.pre else norm(x)
-        return x, ({'cross': None, **new} if state else None), aux
+        return Output(x, {'cross': None, **new} if state else None, aux, shared)
 
 
 class Unit(nnx.Module):
@@ -65,13 +66,14 @@ class Unit(nnx.Module):
     def init_state(self, batch, capacity, dtype):
         return tuple(layer.init_state(batch, capacity, dtype) for layer in self.layers)
 
-    def __call__(self, x, ctx: Context, state=None):
+    def __call__(self, x, ctx: Context, state=None) -> Output:
         """`ctx.layer` is the index of the first layer here."""
-        states, total = [], {}
+        states, total, shared = [], {}, {}
         for number, layer in enumerate(self.layers):
             index = ctx.layer + number
-            inner = dataclasses.replace(ctx, layer=index, key=_fold(ctx.key, index))
-            x, new, aux = layer(x, inner, None if state is None else state[number])
+            inner = dataclasses.replace(ctx, layer=index, key=_fold(ctx.key, index), shared={**ctx.shared, **shared})
+            x, new, aux, more = layer(x, inner, None if state is None else state[number])
             states.append(new)
             total = {k: total.get(k, 0.0) + aux.get(k, 0.0) for k in {**total, **aux}}
-        return x, (None if state is None else tuple(states)), total
+            shared |= more
+        return Output(x, None if state is None else tuple(states), total, shared)

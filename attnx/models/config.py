@@ -99,6 +99,18 @@ class ModelConfig(StackConfig):
                     "give it one document a row: data.task.packing = 'off'"
                 )
 
+    def check_inputs(self, given) -> None:
+        """Raises ValueError if a layer needs a side input that is not among the names `given`."""
+        encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
+        known = {*given, *(() if self.input_dim else ('tokens',))}
+        for index, layer in enumerate((*self.layers(), *encoder)):
+            for name, shape in layer.spec.inputs.items():
+                if name not in known:
+                    raise ValueError(
+                        f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
+                        f'have; it has: {", ".join(sorted(known)) or "none"}'
+                    )
+
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
         if not stack.pattern:
             raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
@@ -107,7 +119,9 @@ class ModelConfig(StackConfig):
             if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
                 raise ValueError(f'{path}.overrides: layer {layer!r} is not an integer in [0, {stack.num_layers})')
             names[layer] = name
-        return tuple(self.mixer(name) for name in names)
+        layers = tuple(self.mixer(name) for name in names)
+        _check_shared(layers, len(stack.pattern), path)
+        return layers
 
     def mixer(self, name: str) -> Layer:
         """The mixer called `name`: an entry of `mixers`, or a mechanism with its default config."""
@@ -137,3 +151,20 @@ def units(layers: tuple[Layer, ...], period: int) -> list[tuple[tuple[Layer, ...
         else:
             found.append((chunk, 1))
     return found
+
+
+def _check_shared(layers: tuple[Layer, ...], period: int, path: str) -> None:
+    """Raises ValueError if a layer reads what no earlier layer that it sees publishes."""
+    known, index = {'embedding'}, 0
+    for unit, repeats in units(layers, period):
+        inside = set(known)
+        for layer in unit:
+            if missing := [name for name in layer.spec.reads(layer.config) if name not in inside]:
+                raise ValueError(
+                    f'{path}: layer {index} ({layer.name}) reads {missing[0]!r}, which no earlier layer of the same repeat '
+                    f'of the pattern publishes; published before it: {", ".join(sorted(inside))}'
+                )
+            inside |= set(layer.spec.publishes(layer.config))
+            index += 1
+        index += (repeats - 1) * len(unit)
+        known = inside if repeats == 1 else known

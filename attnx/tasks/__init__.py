@@ -12,9 +12,9 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-from attnx.tasks.base import Source, Task, expected
+from attnx.tasks.base import FIELDS, Source, Task, expected
 
-__all__ = ['Source', 'Task', 'build', 'config', 'names']
+__all__ = ['FIELDS', 'Source', 'Task', 'build', 'config', 'names']
 
 _SHARED = {'__init__', 'base', 'documents'}
 _PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint

@@ -7,6 +7,7 @@ flat view of its parameters, and its call.
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -23,7 +24,7 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
-from attnx import models, plan, sharding
+from attnx import models, plan, sharding, tasks
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
@@ -49,8 +50,8 @@ class Program(NamedTuple):
     axes: Mapping[str, tuple]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
     init: Any  # () -> parameters
-    forward: Any  # (params, batch, key) -> (logits, aux)
-    trace: Any  # (params, batch, key) -> yields (name, activation)
+    forward: Any  # (params, batch, key, step=None) -> (logits, aux)
+    trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
     model: Any  # params -> the module
 
 
@@ -59,15 +60,16 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
     build = lambda: models.build(config, rngs=nnx.Rngs(seed))
     abstract = jax.eval_shape(build)
 
-    def call(params, batch, key, method):
+    def call(params, batch, key, step, method):
         model = params_lib.from_flat(abstract, params)
         given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
         given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
         inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
-        return getattr(model, method)(inputs, key=key, **given)
+        side = {name: batch[name] for name in batch if name not in tasks.FIELDS}
+        return getattr(model, method)(inputs, key=key, step=step, inputs=side, **given)
 
-    def forward(params, batch, key):
-        out = call(params, batch, key, '__call__')
+    def forward(params, batch, key, step=None):
+        out = call(params, batch, key, step, '__call__')
         return out.logits, out.aux
 
     return Program(
@@ -75,7 +77,7 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
         shapes=params_lib.to_flat(abstract),
         init=lambda: params_lib.to_flat(build()),
         forward=forward,
-        trace=lambda params, batch, key: call(params, batch, key, 'trace'),
+        trace=lambda params, batch, key, step=None: call(params, batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
     )
 
@@ -153,6 +155,7 @@ class _Run:
         self.config = config = dataclasses.replace(config, model=completed(config.model, task))
         if task.packed:
             config.model.check_packing()
+        config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
         self.program = made = program(config.model, packed=task.packed, seed=config.seed)
         self.rules = sharding.rules(config.sharding)
         transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
@@ -319,12 +322,13 @@ class _Run:
 
         @jax.jit
         def activations(params):
-            named = list(made.trace(params, batch, key))
+            named = list(made.trace(params, batch, key, state['step']))
             names.extend(name for name, _ in named)
             return [value for _, value in named]
 
         trace = lambda params: zip(names, activations(params))
-        grad = jax.jit(lambda params: step_lib.gradients(made.forward, params, batch, key, whole)[1])
+        forward = functools.partial(made.forward, step=state['step'])
+        grad = jax.jit(lambda params: step_lib.gradients(forward, params, batch, key, whole)[1])
         diagnosis = report.diagnose(
             step=number,
             metrics=values,

@@ -1,10 +1,11 @@
 """The training step and the evaluation step: pure functions over a flat dict of parameters.
 
-`forward(params, batch, key) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with `weights`
-and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
+`forward(params, batch, key, step=None) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with
+`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -147,7 +148,7 @@ def train_step(forward: Callable, transform: optax.GradientTransformation, rate:
     def step(state, batch):
         params, opt, number = state['params'], state['opt'], state['step']
         key = jax.random.fold_in(jax.random.key(seed), number)
-        total, grads, metrics = gradients(forward, params, batch, key, config)
+        total, grads, metrics = gradients(functools.partial(forward, step=number), params, batch, key, config)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         bad = state['bad'] + ~finite
