@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnx.ops.derivatives import with_forward_mode
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Index, Operand
@@ -74,12 +75,7 @@ def attend(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, 
     mask, score = (jax.tree.map(fit, x, is_leaf=lambda y: isinstance(y, Operand)) for x in (mask, score))
     sinks = None if sinks is None else jnp.asarray(sinks, accumulator(q.dtype))
     arrays = _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
-    try:
-        out, lse = _attend(st, *arrays)
-    except (TypeError, NotImplementedError) as error:
-        if 'custom_vjp' in str(error) or 'custom_lin' in str(error):
-            raise TypeError(_FIRST_ORDER) from error
-        raise
+    out, lse = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
     out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, nq * bq, N, -1)[:, :T]
     lse = jnp.moveaxis(lse, 0, 3).reshape(B, N, nq * bq)[..., :T]
     return (out, lse) if return_lse else out
@@ -116,10 +112,7 @@ def _vary(x, axes):
     return lax.pcast(x, missing, to='varying') if missing else x
 
 
-_FIRST_ORDER = (
-    "softmax_attention: impl 'xla' has first-order reverse-mode derivatives only; impl='reference' has forward-mode "
-    'and higher derivatives'
-)
+_FIRST_ORDER = "softmax_attention: impl 'xla' has first-order derivatives only; impl='reference' has higher ones"
 
 
 @jax.custom_jvp
@@ -244,7 +237,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
             top, total, acc = state
             vj = _columns(v, st, j)
             tile = _logits(st, i, j, q, _columns(k, st, j), poison, _columns(poison_k, st, j), mask, score)
-            new = jnp.maximum(top, tile.s.max(-1))
+            new = lax.stop_gradient(jnp.maximum(top, tile.s.max(-1)))
             shift = jnp.where(new == -jnp.inf, 0, new)
             p = jnp.exp(tile.s - shift[..., None])
             decay = jnp.exp(top - shift)
@@ -265,7 +258,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
         shift = jnp.where(empty, 0, top)
         if sinks is not None:
             sink = sinks[:, None]
-            shift, old = jnp.maximum(shift, sink), shift
+            shift, old = lax.stop_gradient(jnp.maximum(shift, sink)), shift
             decay = jnp.exp(old - shift)
             acc, total = acc * decay[..., None], total * decay + jnp.exp(sink - shift)
         total = jnp.where(empty, 1, total)

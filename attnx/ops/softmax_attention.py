@@ -56,8 +56,8 @@ def softmax_attention(
       scale: multiplies the logits, a number; H ** -0.5 by default. A learned one: `scores.temperature`.
       sinks: float [N], a logit per head that takes part in the denominator and has no value (as in gpt-oss).
       dropout: `Dropout(rate, seed)`, on the weights after the softmax, or None.
-      impl: 'reference': quadratic, plain autodiff, forward-mode and higher derivatives. 'xla': blockwise, first-order
-        reverse mode. A kernel's name. 'auto': a kernel where one takes the call, else 'xla'.
+      impl: 'reference': quadratic, plain autodiff, every derivative. 'xla': blockwise, first-order derivatives in
+        forward and reverse mode. A kernel's name. 'auto': a kernel where one takes the call, else 'xla'.
       return_lse: also returns the log-sum-exp of each row's visible logits and sink.
 
     Returns:
@@ -65,8 +65,7 @@ def softmax_attention(
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
-      TypeError: forward-mode or second derivatives of a form that lacks them; 'reference' has them. (Under an outer
-        `jax.jit` forward mode raises JAX's own message about custom_vjp instead.)
+      TypeError: second derivatives of a form that lacks them; 'reference' has them.
     """
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': attend}
