@@ -97,6 +97,7 @@ class Spec:
     state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, none
     causal: str = 'both'  # 'both', 'causal' or 'bidirectional': which Dims.causal it accepts
     needs: tuple[str, ...] = ()  # of 'memory', 'fixed_length'
+    documents: Callable[[Any], int | None] = lambda config: None  # config -> most documents of a packed row; None: any
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law or ability -> why it does not hold
     flops: Callable[[Any, Dims, int], float] = lambda config, dims, length: 0.0
     # ^ (config, dims, T) -> forward FLOPs a token of the mixing itself, beyond the 2 per parameter of the projections
