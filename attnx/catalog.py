@@ -18,6 +18,9 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
+
+from attnx.names import nearest
 
 PACKAGE = pathlib.Path(__file__).parent / 'mechanisms'
 FAMILIES = {
@@ -137,9 +140,28 @@ def entry(name: str) -> Entry:
 
 
 def _unknown(what: str, name: str, valid) -> ValueError:
-    from attnx.dispatch import nearest  # imports jax, which the table does without
-
     return ValueError(f'{what} {name!r}; {nearest(name, valid)}')
+
+
+def resolve(name: str, mixers: Mapping) -> tuple[str, dict]:
+    """What a name of a layer pattern stands for: (mechanism, fields of its Config). Imports no mechanism.
+
+    mixers: name -> {'kind': mechanism, …}; any other name is a mechanism with its default config.
+
+    Raises:
+      ValueError: there is no such name, or its `kind` is missing or unknown.
+    """
+    if name not in mixers:
+        if name not in scan():
+            raise ValueError(
+                f'pattern names {name!r}, which is neither in model.mixers nor a mechanism; '
+                + nearest(name, [*mixers, *scan()])
+            )
+        return name, {}
+    fields = dict(mixers[name])
+    if 'kind' not in fields:
+        raise ValueError(f"config.model.mixers.{name} has no 'kind'; valid: {', '.join(scan())}")
+    return entry(fields.pop('kind')).name, fields
 
 
 def get(name: str):

@@ -7,13 +7,13 @@ platform and those of `target`, the first kernel without a reason against it, el
 
 import contextlib
 import contextvars
-import difflib
 import importlib
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
+from attnx.names import nearest
 from pallas_kernels import table
 
 FORMS = ('reference', 'xla')
@@ -54,14 +54,6 @@ def record():
         yield calls
     finally:
         _recorded.reset(token)
-
-
-def nearest(name: str, valid) -> str:
-    """The phrase that ends an error: the nearest valid name, and all of them."""
-    valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f'did you mean {close[0]!r}? ' if close else ''
-    return f'{hint}valid: {", ".join(valid) or "none"}'
 
 
 def kernels(op: str) -> tuple[table.Kernel, ...]:

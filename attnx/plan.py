@@ -77,11 +77,13 @@ def plan(
     length: int,
     batch: int,
     packed: bool = True,
+    documents: int = 1,
     optimizer: Callable[[dict], Any] = lambda axes: optax.adamw(1e-3),
     accumulate: int = 1,
 ) -> Plan:
     """The plan of training `config` on `batch` rows of `length` tokens.
 
+    documents: most documents of a packed row.
     optimizer: axes of the flat parameters -> the optax transformation, whose state is counted.
     """
     config = dataclasses.replace(config, max_length=config.max_length or length)
@@ -95,7 +97,7 @@ def plan(
             return None
 
     if packed:
-        attempt('packing', config.check_packing)
+        attempt('packing', lambda: config.check_packing(documents))
     groups = [('layer', config.layers(), causal)]
     if config.kind == 'encoder_decoder':
         groups += [('encoder layer', config.encoder_layers(), False)]
@@ -226,6 +228,7 @@ def main(argv) -> int:
         length=task.length,
         batch=run.data.batch_size,
         packed=task.packed,
+        documents=task.documents,
         optimizer=lambda axes: optim.build(run.optim, run.steps, axes)[0],
         accumulate=run.step.accumulate,
     )

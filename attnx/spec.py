@@ -134,6 +134,7 @@ class Spec:
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # side input -> dtype and shape: 'int32 B T'
     publishes: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names of Output.shared
     reads: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names it takes from Context.shared
+    documents: Callable[[Any], int | None] = lambda config: None  # config -> most documents of a packed row; None: any
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law or ability -> why it does not hold
     flops: Callable[[Any, Dims, int], float] = lambda config, dims, length: 0.0
     # ^ (config, dims, T) -> forward FLOPs a token of the mixing itself, beyond the 2 per parameter of the projections

@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from attnx import catalog
 from attnx import config as config_lib
@@ -89,10 +91,29 @@ class ModelConfig(StackConfig):
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
 
-    def check_packing(self) -> None:
-        """Raises ValueError if a layer can't keep the documents of a packed row apart."""
+    def check(self, length: int) -> None:
+        """Builds each of the mixers abstractly: raises the ValueError of what none of them can be.
+
+        length: tokens of a row of the data.
+        """
+        both, dims = self.kind == 'encoder_decoder', dataclasses.replace(self, max_length=self.max_length or length).dims
+        groups = [(self.layers(), self.kind != 'encoder')]
+        groups += [(self.encoder_layers(), False), ((self.mixer(self.cross),), True)] if both else []
+        for layers, causal in groups:
+            of_layers = dims(causal=causal, num_layers=len(layers))
+            for layer in {layer.name: layer for layer in layers}.values():
+                jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+
+    def check_packing(self, documents: int = 1) -> None:
+        """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         for index, layer in enumerate((*self.layers(), *encoder)):
+            most = layer.spec.documents(layer.config)
+            if most is not None and most < documents:
+                raise ValueError(
+                    f'layer {index} ({layer.name}) keeps {most} documents of a packed row apart, the data pack up to '
+                    f"{documents}; give it as many, or one document a row: data.task.packing = 'off'"
+                )
             if 'packing' in layer.spec.limits:
                 raise ValueError(
                     f'layer {index} ({layer.name}) can not serve packed documents: {layer.spec.limits["packing"]}; '
@@ -125,18 +146,8 @@ class ModelConfig(StackConfig):
 
     def mixer(self, name: str) -> Layer:
         """The mixer called `name`: an entry of `mixers`, or a mechanism with its default config."""
-        if name in self.mixers:
-            given = config_lib.as_dict(self.mixers[name], f'config.model.mixers.{name}')
-            if 'kind' not in given:
-                raise ValueError(f"config.model.mixers.{name} has no 'kind'; valid: {', '.join(catalog.scan())}")
-            kind = given.pop('kind')
-        else:
-            kind, given = name, {}
-            if kind not in catalog.scan():
-                raise ValueError(
-                    f'pattern names {name!r}, which is neither in model.mixers nor a mechanism; '
-                    + nearest(name, [*self.mixers, *catalog.scan()])
-                )
+        mixers = {name: config_lib.as_dict(given, f'config.model.mixers.{name}') for name, given in self.mixers.items()}
+        kind, given = catalog.resolve(name, mixers)
         spec = catalog.get(kind)
         return Layer(name, spec, config_lib.build(spec.config, given, f'config.model.mixers.{name}'))
 

@@ -38,6 +38,7 @@ class Task:
     train: Source                               # rows to learn from
     evaluation: Source                          # rows held out
     packed: bool = False                        # rows hold several documents, so a model needs segment_ids
+    documents: int = 1                          # most documents of a row
     features: int = 0                           # F, width of `inputs`; 0 where inputs are tokens
     num_classes: int = 0                        # labels; 0 for language tasks
     grid: tuple[int, ...] = ()                  # rows and columns that positions run over, for images

@@ -201,6 +201,11 @@ def _joined(documents: Documents, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return data, bounds
 
 
+def check(config: Config) -> None:
+    for path in filter(None, (config.path, config.validation_path)):
+        _named(path)
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 512
     require(config.packing in ('first_fit', 'off'), expected('packing', config.packing, ('first_fit', 'off')))
@@ -234,11 +239,13 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     def decode(ids) -> str:
         return tokenizer.decode(int(i) for i in ids).decode('utf-8', 'replace')
 
+    train, evaluation = source(kept, seed), source(held, 0)
     contents = hashlib.blake2b(digest_size=8)
     for name, raw in kept + held:
         contents.update(f'{name}\0{len(raw)}\0'.encode('utf-8', 'surrogateescape') + raw)
     return Task(kind='text', length=length, vocab_size=vocab_size, packed=config.packing == 'first_fit',
-                train=source(kept, seed), evaluation=source(held, 0), token_bytes=token_bytes,
+                documents=max(train.documents(), evaluation.documents()), train=train, evaluation=evaluation,
+                token_bytes=token_bytes,
                 start=tokenizer.separator, encode=encode, decode=decode,
                 fingerprint={'tokenizer': tokenizer.digest, 'documents': len(kept) + len(held),
                              'bytes': sum(len(raw) for _, raw in kept + held), 'contents': contents.hexdigest()})

@@ -5,6 +5,8 @@ orbax restores flipped bits without a word. `meta` inside it holds the resolved 
 shapes.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -14,10 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 SEAL = 'integrity.json'
 MARK = 'attnx.json'
@@ -144,6 +144,9 @@ class Checkpoints:
                 self.notes.append(f'checkpoint {step} was never finished: removed')
 
     def _open(self):
+        import orbax.checkpoint as ocp  # slow: a config that can't be served is refused before
+        from orbax.checkpoint.checkpoint_managers import preservation_policy
+
         policies = [preservation_policy.LatestN(self.config.keep_last)]
         if self.config.keep_best:
             policies.append(
@@ -184,6 +187,8 @@ class Checkpoints:
         Raises:
           CheckpointError: this one, or the one before, could not be written, e.g. because the disk is full.
         """
+        import orbax.checkpoint as ocp
+
         self.wait()
         meta = {'config': self.settings, 'data': dict(data), 'shapes': shapes(state), 'step': step}
         meta = json.loads(json.dumps(meta, default=str))
@@ -272,6 +277,8 @@ class Checkpoints:
           CheckpointError: it is corrupt (the last good one is named; it is used with `fallback` only), was made with
             other settings (they are named), or holds other arrays than this model.
         """
+        import orbax.checkpoint as ocp
+
         steps = self.steps()
         if not steps:
             return None

@@ -130,6 +130,7 @@ def run(config: Config) -> Result:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
         jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in given.items() if v in os.environ})
+    config.model.check(config.data.length)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir), contextlib.ExitStack() as stack:
@@ -154,7 +155,7 @@ class _Run:
         task = self.data.task
         self.config = config = dataclasses.replace(config, model=completed(config.model, task))
         if task.packed:
-            config.model.check_packing()
+            config.model.check_packing(task.documents)
         config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
         self.program = made = program(config.model, packed=task.packed, seed=config.seed)
         self.rules = sharding.rules(config.sharding)
