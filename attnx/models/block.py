@@ -18,14 +18,16 @@ def _fold(key, number):
 class Block(nnx.Module):
     """x -> x + mixer(norm x) -> … + cross(norm x) -> … + mlp(norm x); or post-norm: norm(x + f(x))."""
 
-    def __init__(self, layer: Layer, model: ModelConfig, dims: Dims, *, rngs: nnx.Rngs, cross: Layer | None = None):
-        norm = lambda: NORMS[model.norm](dims.width, dims, rngs=rngs)
-        self.mixer = layer.spec.build(layer.config, dims, rngs=rngs)
+    def __init__(self, layer: Layer, model: ModelConfig, dims: Dims, key: jax.Array, *, cross: Layer | None = None):
+        # Each part draws from a key of its own, so that another mixer leaves the MLP's initial values as they are.
+        rngs = [nnx.Rngs(jax.random.fold_in(key, number)) for number in range(4)]
+        norm = lambda: NORMS[model.norm](dims.width, dims, rngs=rngs[3])
+        self.mixer = layer.spec.build(layer.config, dims, rngs=rngs[0])
         self.mixer_norm = norm()
-        self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs)
+        self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs[1])
         self.cross_norm = None if cross is None else norm()
         wide = model.mlp.kind != 'none'
-        self.mlp = MLP(model.mlp, dims, rngs=rngs) if wide else None
+        self.mlp = MLP(model.mlp, dims, rngs=rngs[2]) if wide else None
         self.mlp_norm = norm() if wide else None
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
 
@@ -60,8 +62,8 @@ class Block(nnx.Module):
 class Unit(nnx.Module):
     """The layers of one repeat of the pattern."""
 
-    def __init__(self, layers, model: ModelConfig, dims: Dims, *, rngs: nnx.Rngs, cross: Layer | None = None):
-        self.layers = nnx.List([Block(layer, model, dims, rngs=rngs, cross=cross) for layer in layers])
+    def __init__(self, layers, model: ModelConfig, dims: Dims, keys: jax.Array, *, cross: Layer | None = None):
+        self.layers = nnx.List([Block(layer, model, dims, key, cross=cross) for layer, key in zip(layers, keys)])
 
     def init_state(self, batch, capacity, dtype):
         return tuple(layer.init_state(batch, capacity, dtype) for layer in self.layers)
