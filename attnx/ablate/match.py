@@ -67,7 +67,9 @@ def solve(cost: Callable[[int], float], target: float, match: Match) -> tuple[in
     while at(high) < target:
         low, high = high, 2 * high
         if high * match.step > 2**20 or (low and at(high) == at(low)):
-            raise ValueError(f'no {match.by} up to {high * match.step} brings {match.what} to {target:,.0f}; {at(high):,.0f} at it')
+            raise ValueError(
+                f'no {match.by} up to {high * match.step} brings {match.what} to {target:,.0f}; there it is {at(high):,.0f}'
+            )
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if at(middle) < target else (low, middle)

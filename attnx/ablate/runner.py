@@ -115,7 +115,10 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
             ahead = (time.monotonic() - began) / done * rest
             place = f'{cell.arm}{f" on {cell.task}" if cell.task else ""}, seed {cell.seed}'
             found = _shown(study, entry)
-            say(f'[{len(cells) - rest}/{len(cells)}] {place}: {found} ({entry["seconds"]:.0f} s)  ETA {int(ahead) // 60}:{int(ahead) % 60:02d}')
+            say(
+                f'[{len(cells) - rest}/{len(cells)}] {place}: {found} ({entry["seconds"]:.0f} s)  '
+                f'ETA {int(ahead) // 60}:{int(ahead) % 60:02d}'
+            )
         if until is not None:
             for cell in hopeless(study, cells, until):
                 say(f'{cell.name}: behind at step {until}, not trained further')

@@ -112,6 +112,16 @@ class Study:
     def reference(self) -> str:
         return self.baseline or next(iter(self.named_arms()))
 
+    @property
+    def on_tasks(self) -> dict[str, dict]:
+        """Name -> settings of the tasks; '' is the base's own."""
+        return dict(self.tasks) or {'': {}}
+
+    @property
+    def more(self) -> bool:
+        """Whether more of the metric is better."""
+        return METRICS[self.metric.rpartition('/')[2]]
+
     def cells(self) -> list[Cell]:
         """Every run, resolved, matched and validated, before the first step of any.
 
@@ -120,7 +130,7 @@ class Study:
         """
         arms = self.resolved()
         cells = []
-        for task, arm in itertools.product(self.tasks or {'': {}}, arms):
+        for task, arm in itertools.product(self.on_tasks, arms):
             given = self.on(arm, task)
             rates = self.learning_rates or (self._rate(given),)
             for rate, seed in itertools.product(rates, self.seeds):
@@ -128,31 +138,32 @@ class Study:
                 name += f'-lr{rate:g}' if self.learning_rates else ''
                 own = changed(given, {'optim.learning_rate': rate, 'seed': seed, 'data.seed': seed})
                 own = changed(own, {'run_dir': str(pathlib.Path(self.run_dir) / 'runs' / name)})
-                cells.append(Cell(name, arm.name, task, seed, rate, _named(arm.name, lambda own=own: build(own))))
+                cells.append(Cell(name, arm.name, task, seed, rate, _named(arm.name, build, own)))
         if len({c.name for c in cells}) < len(cells):
             raise ValueError('two runs have one name: arms or tasks differ in punctuation only; rename one')
         return cells
 
     def on(self, arm: Arm, task: str) -> dict:
-        return changed(arm.config, (self.tasks or {'': {}})[task] or {})
+        return changed(arm.config, self.on_tasks[task] or {})
 
     def resolved(self) -> list[Arm]:
         """The arms at their matched sizes; validated on every task."""
-        arms = [Arm(name, change, _named(name, lambda c=change: changed(self.base, c))) for name, change in self.named_arms().items()]
+        put = lambda change: changed(self.base, change)
+        arms = [Arm(name, change, _named(name, put, change)) for name, change in self.named_arms().items()]
         if self.match.what != 'none':
             arms = self._matched(arms)
         seen: dict[str, str] = {}
         for arm in arms:
-            for task in self.tasks or {'': {}}:
+            for task in self.on_tasks:
                 self._check(arm, task)
-            key = _named(arm.name, lambda a=arm: effect(build(self.on(a, next(iter(self.tasks or {'': {}}))))))
+            key = effect(build(self.on(arm, next(iter(self.on_tasks)))))
             if key in seen:
                 raise ValueError(f'arm {arm.name!r} equals arm {seen[key]!r}: nothing would be compared')
             seen[key] = arm.name
         return arms
 
     def costs(self, arm: Arm, task: str = '') -> match_lib.Costs:
-        config = build(self.on(arm, task or next(iter(self.tasks or {'': {}}))))
+        config = build(self.on(arm, task or next(iter(self.on_tasks))))
         made = task_of(config)
         return match_lib.costs(completed(config.model, made), made.length)
 
@@ -173,7 +184,7 @@ class Study:
             setting, _ = match_lib.solve(cost, goal, self.match)
             return Arm(arm.name, {**arm.change, by: setting}, changed(arm.config, {by: setting}))
 
-        return [arm if arm.name == aim else _named(arm.name, lambda a=arm: solved(a)) for arm in arms]
+        return [arm if arm.name == aim else _named(arm.name, solved, arm) for arm in arms]
 
     def _check(self, arm: Arm, task: str) -> None:
         def check():
@@ -283,9 +294,9 @@ def task_of(config: Config):
     return _TASKS[key]
 
 
-def _named(arm: str, function):
+def _named(arm: str, function, *args):
     try:
-        return function()
+        return function(*args)
     except ValueError as error:
         raise ValueError(f'arm {arm!r}: {error}') from error
 
@@ -333,6 +344,6 @@ def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
     combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
     if kind == 'random':
         if given['num'] > len(combinations):
-            raise ValueError(f"generate: random asks for {given['num']} of {len(combinations)} combinations")
+            raise ValueError(f'generate: random asks for {given["num"]} of {len(combinations)} combinations')
         combinations = random.Random(given.get('seed', 0)).sample(combinations, given['num'])
     return {', '.join(f'{k.rsplit(".", 1)[-1]}={v}' for k, v in c.items()): c for c in combinations}
