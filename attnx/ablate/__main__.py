@@ -11,7 +11,7 @@ Exit codes: 0 complete, 2 bad input, 143 stopped; the same command goes on where
 
 import sys
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
@@ -37,6 +37,8 @@ def main(argv):
     from attnx.ablate import runner
     from attnx.ablate.study import Study
 
+    if not flags.FLAGS['verbosity'].present:
+        logging.set_verbosity(logging.WARNING)
     arguments = [a for a in sys.argv[1:] if not a.startswith(('--workers', '--slurm', '--noreport'))]
     try:
         if argv[1:]:

@@ -151,8 +151,9 @@ def to_plotly(figure: Figure):
             drawn.add_scatter(x=s['y'], y=s['x'], error_x=error, mode='markers', name=s['name'])
             drawn.add_vline(x=0, line={'dash': 'dot'})
         elif figure.kind == 'heat':
+            scale = {'colorscale': 'RdBu', 'zmid': 0} if figure.name.startswith('layers') else {'colorscale': 'Viridis'}
             text = [[None if v is None else f'{v:.3g}' for v in row] for row in s['z']]
-            drawn.add_heatmap(x=s['x'], y=s['y'], z=s['z'], text=text, texttemplate='%{text}', colorscale='RdBu')
+            drawn.add_heatmap(x=s['x'], y=s['y'], z=s['z'], text=text, texttemplate='%{text}', **scale)
         else:
             symbols = ['circle' if i in s['front'] else 'circle-open' for i in range(len(s['x']))]
             drawn.add_scatter(
@@ -191,7 +192,9 @@ def draw(figure: Figure, path: pathlib.Path) -> None:
             axis.axvline(0, color='grey', linestyle=':')
         elif figure.kind == 'heat':
             z = [[float('nan') if v is None else v for v in row] for row in s['z']]
-            drawn.colorbar(axis.imshow(z, aspect='auto', cmap='RdBu'), ax=axis)
+            most = max((abs(v) for row in s['z'] for v in row if v is not None), default=1.0) or 1.0
+            scale = {'cmap': 'RdBu', 'vmin': -most, 'vmax': most} if figure.name.startswith('layers') else {}
+            drawn.colorbar(axis.imshow(z, aspect='auto', **scale), ax=axis)
             axis.set_xticks(range(len(s['x'])), s['x'], rotation=30, ha='right')
             axis.set_yticks(range(len(s['y'])), s['y'])
         else:

@@ -19,7 +19,7 @@ class Match:
     """Which cost every arm shares, and the setting that is solved for it."""
 
     what: str = 'none'  # none, parameters, flops (of training, a token), state (bytes of decoding, one sequence)
-    by: str = 'model.mlp.hidden'  # an integer setting of the base config that the cost grows with
+    by: str = 'model.mlp.hidden'  # an integer setting that the cost grows with, solved for; '': arms must match as they are
     step: int = 8  # the setting is a multiple of this
     to: str = ''  # the arm whose cost the others take; '': the baseline
     tolerance: float = 0.01  # largest relative difference that counts as equal

@@ -176,11 +176,14 @@ class Study:
         goal = getattr(self.costs(target), what)
 
         def solved(arm: Arm) -> Arm:
+            cost = lambda n: getattr(self.costs(arm._replace(config=changed(arm.config, {by: n}))), what)
+            off = getattr(self.costs(arm), what) / goal - 1
+            if not by and abs(off) > self.match.tolerance:
+                raise ValueError(f'{what} is {off:+.1%} off that of {aim!r}; resize the arm, or set match.by to solve for')
+            if not by or abs(off) <= 1e-6:
+                return arm
             if by in arm.change:
                 raise ValueError(f'it sets {by}, which is what match solves for')
-            cost = lambda n: getattr(self.costs(arm._replace(config=changed(arm.config, {by: n}))), what)
-            if abs(getattr(self.costs(arm), what) / goal - 1) <= 1e-6:
-                return arm
             setting, _ = match_lib.solve(cost, goal, self.match)
             return Arm(arm.name, {**arm.change, by: setting}, changed(arm.config, {by: setting}))
 

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 
 from attnx.models.config import Layer, ModelConfig
-from attnx.nn import MLP, NORMS, dropout
+from attnx.nn import MLP, NORMS, ShortConv, dropout
+from attnx.nn.state import Recurrent
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims, Output
 
@@ -29,11 +30,14 @@ class Block(nnx.Module):
         wide = model.mlp.kind != 'none'
         self.mlp = MLP(model.mlp, dims, rngs=rngs[2]) if wide else None
         self.mlp_norm = norm() if wide else None
+        taps = model.conv_taps
+        self.conv = ShortConv(dims.width, taps, dims, rngs=rngs[3], axis='embed', identity=True) if taps else None
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
 
     def init_state(self, batch, capacity, dtype):
         part = lambda m: None if m is None else m.init_state(batch, capacity, dtype)
-        return {'mixer': part(self.mixer), 'cross': part(self.cross)}
+        conv = None if self.conv is None else Recurrent.init(self.conv.init_state(batch, dtype))
+        return {'mixer': part(self.mixer), 'cross': part(self.cross), 'conv': conv}
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         """x [B, T, M] -> x after the layer, its next state, what it publishes."""
@@ -49,6 +53,8 @@ class Block(nnx.Module):
             if name == 'mlp':
                 y = part(inner, rate=self.rate, key=key)
             else:
+                if name == 'mixer' and self.conv is not None:
+                    inner, new['conv'] = self.shift(inner, ctx, state.get('conv'))
                 out = part(inner, dataclasses.replace(ctx, key=_fold(key, 0)), state.get(name))
                 y, new[name] = dropout(out.y, self.rate, _fold(key, 1)), out.state
                 shared |= out.shared
@@ -56,7 +62,13 @@ class Block(nnx.Module):
                     aux[term] = aux.get(term, 0.0) + value
             x = constrain(x + y.astype(x.dtype), ('batch', 'length', 'embed'))
             x = x if self.pre else norm(x)
-        return Output(x, {'cross': None, **new} if state else None, aux, shared)
+        return Output(x, {'cross': None, 'conv': None, **new} if state else None, aux, shared)
+
+    def shift(self, x, ctx: Context, state):
+        """The short convolution before the mixer: x [B, T, M] -> (y, next state)."""
+        window, ids = (None, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
+        y, window = self.conv(x, window, ids, ctx.impl)
+        return y, None if state is None else state.advance(window, ids)
 
 
 class Unit(nnx.Module):

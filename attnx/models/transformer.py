@@ -40,7 +40,8 @@ class Stack(nnx.Module):
         self.lengths = tuple(len(unit) for unit, _ in plan)
         build = lambda unit: lambda keys: Unit(unit, model, dims, keys, cross=cross)
         # A key a layer, whatever its neighbours are: models that differ in one layer begin with equal others.
-        keys = jax.vmap(lambda i, key=rngs.params(): jax.random.fold_in(key, i))(jnp.arange(len(layers)))
+        key = rngs.params()
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(layers)))
         ends = list(itertools.accumulate(n * length for n, length in zip(self.repeats, self.lengths)))
         parts = [keys[end - n * length : end].reshape(n, length) for end, n, length in zip(ends, self.repeats, self.lengths)]
         self.stacks = nnx.List([stack(build(unit), part) for (unit, _), part in zip(plan, parts)])

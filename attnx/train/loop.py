@@ -149,7 +149,7 @@ def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
         run = _Run(config, run_dir, stack)
         other = data_lib.open(data)
         run.check_other(other.task)
-        number, state = run.restore()
+        _, state = run.restore()
         if state is None:
             raise ValueError(f'{run_dir} has no checkpoint to evaluate')
         return run.evaluate(state['params'], other)
@@ -234,7 +234,9 @@ class _Run:
         model, mine = self.config.model, self.data.task
         for name in ('vocab_size', 'features', 'num_classes'):
             if getattr(task, name) != getattr(mine, name):
-                raise ValueError(f'{name} of {task.kind!r} is {getattr(task, name)}, the model was trained for {getattr(mine, name)}')
+                raise ValueError(
+                    f'{name} of {task.kind!r} is {getattr(task, name)}, the model was trained for {getattr(mine, name)}'
+                )
         if task.packed and not mine.packed:
             raise ValueError(f'{task.kind!r} packs documents, the model was trained on one a row')
         if model.positions == 'learned' and task.length > model.max_length:
@@ -268,7 +270,8 @@ class _Run:
             stop.restore()
             self.progress.close()
         if number < config.steps:
-            message = f'stopped by {stop.received or ("until" if until and number >= until else "preemption")} at step {number} of {config.steps}, saved.'
+            why = stop.received or ('until' if until and number >= until else 'preemption')
+            message = f'stopped by {why} at step {number} of {config.steps}, saved.'
             return Result(number, 'stopped', evaluation, None, f'{message} Run the same command again to resume.')
         sample = self.sample(state['params'])
         if jax.process_index() == 0:
