@@ -24,7 +24,7 @@ _PUBLIC = {
     'build_model': 'attnx.models.build',
     'generate': 'attnx.models.generate',
 }
-_MODULES = ('ops', 'nn', 'models', 'mechanisms', 'tasks', 'train', 'catalog', 'config', 'dispatch', 'sharding', 'spec')
+_MODULES = ('ablate', 'ops', 'nn', 'models', 'mechanisms', 'tasks', 'train', 'catalog', 'config', 'dispatch', 'sharding', 'spec')
 
 __all__ = [*_PUBLIC, *_MODULES]
 

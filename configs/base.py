@@ -101,6 +101,7 @@ def model():
         }
     )
     c.mlp = ConfigDict({'kind': 'swiglu', 'hidden': 0, 'bias': False})
+    c.conv_taps = 0
     c.norm = 'rmsnorm'
     c.norm_position = 'pre'
     c.positions = 'none'

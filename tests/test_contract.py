@@ -176,7 +176,7 @@ def test_axes(c):
     assert flat_axes(c.module).keys() == shapes.keys(), 'a parameter without axes: make it with nn.param'
     for name, names in flat_axes(c.module).items():
         axes.check(names, shapes[name])
-    build = lambda rngs: c.spec.build_example(c.dims, rngs=rngs)
+    build = lambda key: c.spec.build_example(c.dims, rngs=nnx.Rngs(key))
     stacked = jax.eval_shape(lambda: stack(build, jax.random.split(jax.random.key(0), 3)))
     for name, names in flat_axes(stacked).items():
         assert names == ('layers', *flat_axes(c.module)[name])

@@ -6,7 +6,8 @@ import jax
 from flax import nnx
 
 from attnx.models.config import Layer, ModelConfig
-from attnx.nn import MLP, NORMS, dropout
+from attnx.nn import MLP, NORMS, ShortConv, dropout
+from attnx.nn.state import Recurrent
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims, Output
 
@@ -18,20 +19,25 @@ def _fold(key, number):
 class Block(nnx.Module):
     """x -> x + mixer(norm x) -> … + cross(norm x) -> … + mlp(norm x); or post-norm: norm(x + f(x))."""
 
-    def __init__(self, layer: Layer, model: ModelConfig, dims: Dims, *, rngs: nnx.Rngs, cross: Layer | None = None):
-        norm = lambda: NORMS[model.norm](dims.width, dims, rngs=rngs)
-        self.mixer = layer.spec.build(layer.config, dims, rngs=rngs)
+    def __init__(self, layer: Layer, model: ModelConfig, dims: Dims, key: jax.Array, *, cross: Layer | None = None):
+        # Each part draws from a key of its own, so that another mixer leaves the MLP's initial values as they are.
+        rngs = [nnx.Rngs(jax.random.fold_in(key, number)) for number in range(4)]
+        norm = lambda: NORMS[model.norm](dims.width, dims, rngs=rngs[3])
+        self.mixer = layer.spec.build(layer.config, dims, rngs=rngs[0])
         self.mixer_norm = norm()
-        self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs)
+        self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs[1])
         self.cross_norm = None if cross is None else norm()
         wide = model.mlp.kind != 'none'
-        self.mlp = MLP(model.mlp, dims, rngs=rngs) if wide else None
+        self.mlp = MLP(model.mlp, dims, rngs=rngs[2]) if wide else None
         self.mlp_norm = norm() if wide else None
+        taps = model.conv_taps
+        self.conv = ShortConv(dims.width, taps, dims, rngs=rngs[3], axis='embed', identity=True) if taps else None
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
 
     def init_state(self, batch, capacity, dtype):
         part = lambda m: None if m is None else m.init_state(batch, capacity, dtype)
-        return {'mixer': part(self.mixer), 'cross': part(self.cross)}
+        conv = None if self.conv is None else Recurrent.init(self.conv.init_state(batch, dtype))
+        return {'mixer': part(self.mixer), 'cross': part(self.cross), 'conv': conv}
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         """x [B, T, M] -> x after the layer, its next state, what it publishes."""
@@ -47,6 +53,8 @@ class Block(nnx.Module):
             if name == 'mlp':
                 y = part(inner, rate=self.rate, key=key)
             else:
+                if name == 'mixer' and self.conv is not None:
+                    inner, new['conv'] = self.shift(inner, ctx, state.get('conv'))
                 out = part(inner, dataclasses.replace(ctx, key=_fold(key, 0)), state.get(name))
                 y, new[name] = dropout(out.y, self.rate, _fold(key, 1)), out.state
                 shared |= out.shared
@@ -54,14 +62,20 @@ class Block(nnx.Module):
                     aux[term] = aux.get(term, 0.0) + value
             x = constrain(x + y.astype(x.dtype), ('batch', 'length', 'embed'))
             x = x if self.pre else norm(x)
-        return Output(x, {'cross': None, **new} if state else None, aux, shared)
+        return Output(x, {'cross': None, 'conv': None, **new} if state else None, aux, shared)
+
+    def shift(self, x, ctx: Context, state):
+        """The short convolution before the mixer: x [B, T, M] -> (y, next state)."""
+        window, ids = (None, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
+        y, window = self.conv(x, window, ids, ctx.impl)
+        return y, None if state is None else state.advance(window, ids)
 
 
 class Unit(nnx.Module):
     """The layers of one repeat of the pattern."""
 
-    def __init__(self, layers, model: ModelConfig, dims: Dims, *, rngs: nnx.Rngs, cross: Layer | None = None):
-        self.layers = nnx.List([Block(layer, model, dims, rngs=rngs, cross=cross) for layer in layers])
+    def __init__(self, layers, model: ModelConfig, dims: Dims, keys: jax.Array, *, cross: Layer | None = None):
+        self.layers = nnx.List([Block(layer, model, dims, key, cross=cross) for layer, key in zip(layers, keys)])
 
     def init_state(self, batch, capacity, dtype):
         return tuple(layer.init_state(batch, capacity, dtype) for layer in self.layers)

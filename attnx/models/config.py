@@ -50,6 +50,7 @@ class ModelConfig(StackConfig):
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
     mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
+    conv_taps: int = 0  # a depthwise causal convolution of this many tokens before every mixer; 0: none (decoders only)
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
@@ -72,6 +73,8 @@ class ModelConfig(StackConfig):
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
         if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length) < 0:
             raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
+        if self.conv_taps < 0 or (self.conv_taps and self.kind != 'decoder'):
+            raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
 

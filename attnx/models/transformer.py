@@ -5,6 +5,7 @@ another. Only this file stacks modules.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -35,10 +36,15 @@ class Stack(nnx.Module):
 
     def __init__(self, layers: tuple[Layer, ...], period: int, model: ModelConfig, dims: Dims, *, rngs, cross=None):
         plan = units(layers, period)
-        build = lambda unit: lambda r: Unit(unit, model, dims, rngs=r, cross=cross)
-        self.stacks = nnx.List([stack(build(unit), jax.random.split(rngs.params(), n)) for unit, n in plan])
         self.repeats = tuple(n for _, n in plan)
         self.lengths = tuple(len(unit) for unit, _ in plan)
+        build = lambda unit: lambda keys: Unit(unit, model, dims, keys, cross=cross)
+        # A key a layer, whatever its neighbours are: models that differ in one layer begin with equal others.
+        key = rngs.params()
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(layers)))
+        ends = list(itertools.accumulate(n * length for n, length in zip(self.repeats, self.lengths)))
+        parts = [keys[end - n * length : end].reshape(n, length) for end, n, length in zip(ends, self.repeats, self.lengths)]
+        self.stacks = nnx.List([stack(build(unit), part) for (unit, _), part in zip(plan, parts)])
         self.remat = model.remat
 
     def init_state(self, batch: int, capacity: int, dtype: Any):

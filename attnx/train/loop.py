@@ -49,16 +49,16 @@ class Program(NamedTuple):
 
     axes: Mapping[str, tuple]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
-    init: Any  # () -> parameters
+    init: Any  # key -> parameters
     forward: Any  # (params, batch, key, step=None) -> (logits, aux)
     trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
     model: Any  # params -> the module
 
 
-def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
+def program(config: models.ModelConfig, *, packed: bool) -> Program:
     """The model behind `forward`; builds it abstractly only."""
-    build = lambda: models.build(config, rngs=nnx.Rngs(seed))
-    abstract = jax.eval_shape(build)
+    build = lambda key: models.build(config, rngs=nnx.Rngs(key))
+    abstract = jax.eval_shape(build, jax.random.key(0))
 
     def call(params, batch, key, step, method):
         model = params_lib.from_flat(abstract, params)
@@ -75,7 +75,7 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
     return Program(
         axes=params_lib.flat_axes(abstract),
         shapes=params_lib.to_flat(abstract),
-        init=lambda: params_lib.to_flat(build()),
+        init=lambda key: params_lib.to_flat(build(key)),
         forward=forward,
         trace=lambda params, batch, key, step=None: call(params, batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
@@ -117,8 +117,10 @@ def locked(run_dir: pathlib.Path):
         yield
 
 
-def run(config: Config) -> Result:
+def run(config: Config, *, until: int | None = None) -> Result:
     """Trains `config`, or resumes it.
+
+    until: a step at which to evaluate, save and return as 'stopped'; a later call goes on as if there had been no pause.
 
     Raises:
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
@@ -134,7 +136,24 @@ def run(config: Config) -> Result:
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir), contextlib.ExitStack() as stack:
-        return _Run(config, run_dir, stack).run()
+        return _Run(config, run_dir, stack).run(until)
+
+
+def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
+    """The newest checkpoint of a run on other data: a longer length, another task of the same vocabulary.
+
+    Raises:
+      ValueError: there is no checkpoint; the data do not fit the model.
+    """
+    run_dir = pathlib.Path(config.run_dir).absolute()
+    with locked(run_dir), contextlib.ExitStack() as stack:
+        run = _Run(config, run_dir, stack)
+        other = data_lib.open(data)
+        run.check_other(other.task)
+        _, state = run.restore()
+        if state is None:
+            raise ValueError(f'{run_dir} has no checkpoint to evaluate')
+        return run.evaluate(state['params'], other)
 
 
 class _Run:
@@ -157,7 +176,7 @@ class _Run:
         if task.packed:
             config.model.check_packing(task.documents)
         config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
-        self.program = made = program(config.model, packed=task.packed, seed=config.seed)
+        self.program = made = program(config.model, packed=task.packed)
         self.rules = sharding.rules(config.sharding)
         transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
         settings = config_lib.flatten(config_lib.to_dict(config))
@@ -175,8 +194,9 @@ class _Run:
             'step': single,
             'bad': single,
         }
-        self._init = lambda: step_lib.init_state(made.init(), transform)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, config.seed)
+        self.key = jax.random.key(config.seed)
+        self._init = lambda key: step_lib.init_state(made.init(key), transform)
+        update = step_lib.train_step(made.forward, transform, rate, config.step)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
@@ -197,7 +217,7 @@ class _Run:
         return {name: one(value) for name, value in batch.items()}
 
     def restore(self) -> tuple[int, Any]:
-        shapes = jax.eval_shape(self._init)
+        shapes = jax.eval_shape(self._init, self.key)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.where)
         found = self.checkpoints.restore(like)
         if found is None:
@@ -206,10 +226,24 @@ class _Run:
         self.data.train.set_state(position)
         return number, state
 
-    def evaluate(self, params) -> dict[str, float]:
-        return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in self.data.evaluation()])
+    def evaluate(self, params, data: data_lib.Data | None = None) -> dict[str, float]:
+        batches = (data or self.data).evaluation()
+        return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in batches])
 
-    def run(self) -> Result:
+    def check_other(self, task: tasks.Task) -> None:
+        """Raises ValueError if the model can't be evaluated on `task`."""
+        model, mine = self.config.model, self.data.task
+        for name in ('vocab_size', 'features', 'num_classes'):
+            if getattr(task, name) != getattr(mine, name):
+                raise ValueError(
+                    f'{name} of {task.kind!r} is {getattr(task, name)}, the model was trained for {getattr(mine, name)}'
+                )
+        if task.packed and not mine.packed:
+            raise ValueError(f'{task.kind!r} packs documents, the model was trained on one a row')
+        if model.positions == 'learned' and task.length > model.max_length:
+            raise ValueError(f'length {task.length}: positions were learned up to {model.max_length}')
+
+    def run(self, until: int | None = None) -> Result:
         config = self.config
         number, state = self.restore()
         artefacts = [self.run_dir / 'loss.png', self.run_dir / 'sample.txt']
@@ -222,7 +256,7 @@ class _Run:
         if state is None:
             # Random numbers are slow to compile and drawn once: compile them without optimizations.
             cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)()
+            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key)
         self.bad = int(state['bad'])
         self.log.open(number)
         self.progress = metrics.Progress(config.steps, number)
@@ -232,12 +266,13 @@ class _Run:
             self.progress.say(f'resumed {self.run_dir} at step {number}')
         stop = Stop(active=not config.distributed)
         try:
-            number, state, evaluation = self.train(number, state, stop)
+            number, state, evaluation = self.train(number, state, stop, until)
         finally:
             stop.restore()
             self.progress.close()
         if number < config.steps:
-            message = f'stopped by {stop.received or "preemption"} at step {number} of {config.steps}, saved.'
+            why = stop.received or ('until' if until and number >= until else 'preemption')
+            message = f'stopped by {why} at step {number} of {config.steps}, saved.'
             return Result(number, 'stopped', evaluation, None, f'{message} Run the same command again to resume.')
         sample = self.sample(state['params'])
         if jax.process_index() == 0:
@@ -246,18 +281,19 @@ class _Run:
             report.plot(self.run_dir)
         return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
 
-    def train(self, number: int, state, stop: Stop):
+    def train(self, number: int, state, stop: Stop, until: int | None = None):
         config, pending, evaluation, profiling = self.config, None, {}, False
         if number == 0 or number >= config.steps:
             evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
         clock, since = time.monotonic(), number
-        while number < config.steps:
+        end = min(config.steps, until or config.steps)
+        while number < end:
             if config.profile.start and number == config.profile.start:
                 jax.profiler.start_trace(str(self.run_dir / 'profile'))
                 profiling = True
             batch = next(self.data.train)
             arrays = self.put(batch)
-            state, values = self.update(state, arrays)
+            state, values = self.update(state, arrays, self.key)
             number += 1
             # The numbers of a step are read while the next one runs.
             self.read(pending, state)
@@ -269,9 +305,9 @@ class _Run:
             self.checkpoints.poll()
             self.progress.advance(number)
             logs = number % config.log.every == 0 or number == config.steps
-            evaluates = number == config.steps or (config.eval_every and number % config.eval_every == 0)
+            evaluates = number == end or (config.eval_every and number % config.eval_every == 0)
             saves = number == config.steps or (config.checkpoint.every and number % config.checkpoint.every == 0)
-            stops = stop.received or (config.distributed and self.checkpoints.preempted(number))
+            stops = stop.received or number == end < config.steps or (config.distributed and self.checkpoints.preempted(number))
             if logs or evaluates or saves or stops or number - since == 1:
                 self.read(pending, state)
                 pending = None
@@ -317,7 +353,7 @@ class _Run:
         if not bool(values['frozen']):
             return
         made, config = self.program, self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
+        key = jax.random.fold_in(self.key, state['step'])
         whole = dataclasses.replace(config.step, accumulate=1)
         names: list[str] = []
 

@@ -135,8 +135,9 @@ def gradients(forward: Callable, params, batch, key, config: Config):
     return total / count, grads, {'loss': sums['loss'] / count, 'weight': count, **logged}
 
 
-def train_step(forward: Callable, transform: optax.GradientTransformation, rate: Callable, config: Config, seed: int):
-    """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
+def train_step(forward: Callable, transform: optax.GradientTransformation, rate: Callable, config: Config):
+    """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
+    every step: as an argument, one compiled program serves all seeds.
 
     An update whose loss or gradient norm is NaN or Inf changes nothing. After more than `max_skipped` of them the state
     stays frozen at the failing step, so that the failure can be replayed exactly; metrics['frozen'] says so.
@@ -145,9 +146,9 @@ def train_step(forward: Callable, transform: optax.GradientTransformation, rate:
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
     """
 
-    def step(state, batch):
+    def step(state, batch, key):
         params, opt, number = state['params'], state['opt'], state['step']
-        key = jax.random.fold_in(jax.random.key(seed), number)
+        key = jax.random.fold_in(key, number)
         total, grads, metrics = gradients(functools.partial(forward, step=number), params, batch, key, config)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)

@@ -161,8 +161,8 @@ def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
 def made(config):
     """A model of four layers (two repeats of two), its parameters and a batch."""
     model = config(**{'model.num_layers': 4, 'model.dropout': 0.0}).model
-    program = loop.program(dataclasses.replace(model, vocab_size=20, max_length=8), packed=False, seed=0)
-    params = jax.jit(program.init)()
+    program = loop.program(dataclasses.replace(model, vocab_size=20, max_length=8), packed=False)
+    params = jax.jit(program.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 20, (2, 8)).astype(np.int32) for name in ('tokens', 'targets')}
     return program, params, batch | {'weights': np.ones((2, 8), np.float32)}
