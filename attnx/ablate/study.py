@@ -194,7 +194,7 @@ class Study:
             config = build(self.on(arm, task))
             made = task_of(config)
             if made.packed:
-                config.model.check_packing()
+                config.model.check_packing(made.documents)
             config.model.check_inputs({*made.train[0]} - {*tasks.FIELDS})
             match_lib.costs(completed(config.model, made), made.length)
             name, _, inner = self.metric.rpartition('/')
