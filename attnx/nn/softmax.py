@@ -209,6 +209,12 @@ class Core(nnx.Module):
         query, keys, state = self.extend(query, key, (value,), ctx, state)
         return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
 
+    def dropout(self, ctx: Context) -> Dropout | None:
+        """The options' dropout of weights, in a call with a key."""
+        if not self.options.dropout or ctx.key is None:
+            return None
+        return Dropout(self.options.dropout, jax.random.bits(ctx.key, (), jnp.uint32))
+
     def attend(
         self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, weights=None, **extra
     ):
@@ -216,9 +222,7 @@ class Core(nnx.Module):
 
         weights: of `ops.normalizers`, in place of the softmax; a mechanism that gives some refuses sinks and off_by_one.
         """
-        rate, drop = self.options.dropout, None
-        if rate and ctx.key is not None:
-            drop = Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
+        drop = self.dropout(ctx)
         if weights is not None:
             options = {'mask': mask, 'score': score, 'scale': self.options.scale or scale, 'dropout': drop, **extra}
             key, value = (x.astype(query.dtype) for x in (key, value))

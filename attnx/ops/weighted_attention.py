@@ -9,7 +9,7 @@ from pallas_kernels import dropout as drop
 from pallas_kernels import elementwise
 from pallas_kernels.elementwise import Index, as_mask, as_score
 
-__all__ = ['by_rows', 'evaluate', 'num_rows', 'reference', 'weighted_attention', 'xla']
+__all__ = ['by_rows', 'evaluate', 'index_of', 'num_rows', 'products', 'read', 'reference', 'weighted_attention', 'xla']
 
 
 def weighted_attention(
@@ -90,14 +90,14 @@ def xla(
     num_heads = query.shape[2] if logits is None else 1
     if logits is not None:
         one = jax.tree.map(lambda x: x[:, :1], query)
-        num_heads = jax.eval_shape(lambda q, k: logits(q, k, _index(batch, 1, length, size)), one, key).shape[1]
+        num_heads = jax.eval_shape(lambda q, k: logits(q, k, index_of(batch, 1, length, size)), one, key).shape[1]
     elementwise.check(mask, batch, num_heads, length, size, 'mask')
     elementwise.check(score, batch, num_heads, length, size, 'score')
     rows = rows or num_rows(batch * num_heads * size * pair_width, length)
 
     def step(carry, first, query):
         count = jax.tree.leaves(query)[0].shape[1]
-        i = _index(batch, count, length, size, num_heads, first)
+        i = index_of(batch, count, length, size, num_heads, first)
         s = products(query, key, scale) if logits is None else logits(query, key, i)
         seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
         if score is not None:
@@ -161,7 +161,8 @@ def by_rows(step, carry, query, rows: int):
     return carry, jax.tree.map(join, out)
 
 
-def _index(batch, count, length, size, num_heads=1, first=0) -> Index:
+def index_of(batch, count, length, size, num_heads=1, first=0) -> Index:
+    """The indices of queries first … first + count - 1 of `length` and of `size` keys, in broadcastable shapes."""
     number = lambda n, axis: lax.broadcasted_iota(jnp.int32, tuple(n if a == axis else 1 for a in range(4)), axis)
     return Index(number(batch, 0), number(num_heads, 1), number(count, 2) + first, number(size, 3), length, size)
 

@@ -1,7 +1,7 @@
 """Forgetting attention (FoX): softmax attention whose logits fall by what forget gates took since the key.
 
-Equation: o_t = sum_s softmax_s(scale q_t . k_s + c_t - c_s) v_s, c_t = sum_{r <= t} log f_r, f_t = sigmoid(W_f x_t + b) per
-    head; optional: y = W_o (RMSNorm(o_t) sigmoid(W_g x_t)).
+Equation: o_t = sum_s softmax_s(scale q_t . k_s + c_t - c_s) v_s, c_t the sum of log f_r over r <= t in the document,
+    f_t = sigmoid(W_f x_t + b) per head; optional: y = W_o (RMSNorm(o_t) sigmoid(W_g x_t)).
 Paper: Forgetting transformer: softmax attention with a forget gate, 2025, arXiv 2503.02130.
 Differs: the `fixed` gates, a bias per head, start with decay times spaced by powers between `shortest` and `longest`, as the
     paper's data-independent gates; its pruning of far keys is left out. The shift of keys and values of its Pro block is
@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from attnx import ops
-from attnx.nn import Cache, Linear, RMSNorm, attention, merge_heads, param, softmax
+from attnx.nn import Cache, Linear, Recurrent, RMSNorm, attention, merge_heads, param, softmax
+from attnx.ops.chunks import running
 from attnx.spec import Context, Dims, Output, Spec
 
 
@@ -46,7 +47,7 @@ class State:
 
     cache: Cache
     sums: jax.Array  # c, float32 [B, capacity, N]
-    last: jax.Array  # c of the last token, float32 [B, N]
+    last: Recurrent  # c of the last token, float32 [B, N]
 
 
 class ForgettingAttention(attention.Attention):
@@ -64,7 +65,7 @@ class ForgettingAttention(attention.Attention):
     def init_state(self, batch, capacity, dtype=None):
         n = self.config.num_heads
         cache, zeros = super().init_state(batch, capacity, dtype), lambda *shape: jnp.zeros(shape, jnp.float32)
-        return State(cache=cache, sums=zeros(batch, capacity, n), last=zeros(batch, n))
+        return State(cache=cache, sums=zeros(batch, capacity, n), last=Recurrent.init(zeros(batch, n)))
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         query, key, value = self.project(x)
@@ -72,11 +73,14 @@ class ForgettingAttention(attention.Attention):
             forget = self.forget(x).astype(jnp.float32)
         else:
             forget = jnp.broadcast_to(self.forget_bias[...], (*x.shape[:2], self.config.num_heads))
-        own = sums = jnp.cumsum(jax.nn.log_sigmoid(forget), axis=1)
-        cache = None
+        forget = jax.nn.log_sigmoid(forget)
+        cache, ids = None, ctx.segment_ids
         if state is not None:
-            own = own + state.last[:, None]
-            sums, cache = jax.lax.dynamic_update_slice_in_dim(state.sums, own, state.cache.index, axis=1), state.cache
+            cache, (before, ids) = state.cache, state.last.resume(ctx, *x.shape[:2])
+            forget = forget.at[:, 0].add(before)
+        own = sums = running(jnp.add, forget, ids)
+        if state is not None:
+            sums = jax.lax.dynamic_update_slice_in_dim(state.sums, own, cache.index, axis=1)
         query, keys, cache = self.core.extend(query, key, (value,), ctx, cache)
         operands = (ops.scores.Operand(jnp.swapaxes(c, 1, 2), f'bh{letter}') for c, letter in ((own, 'q'), (sums, 'k')))
         decay, score = ops.scores.Score((ops.scores.Term(_decay, tuple(operands)),)), self.core.score(keys)
@@ -84,7 +88,9 @@ class ForgettingAttention(attention.Attention):
         out = self.core.attend(query, *keys.arrays, ctx, self.core.mask(keys), score)
         out = merge_heads(out if self.norm is None else self.norm(out))
         out = out if self.gate is None else out * jax.nn.sigmoid(self.gate(x))
-        return Output(self.out(out), None if state is None else State(cache=cache, sums=sums, last=own[:, -1]))
+        if state is not None:
+            state = State(cache=cache, sums=sums, last=state.last.advance(own[:, -1], ids))
+        return Output(self.out(out), state)
 
 
 def _decay(s, i, query, key):

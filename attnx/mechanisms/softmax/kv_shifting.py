@@ -17,6 +17,7 @@ from attnx import ops
 from attnx.nn import Recurrent, attention, merge_heads, param
 from attnx.spec import Context, Dims, Output, Spec
 
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(attention.Options):
     """Nothing but the options of every softmax mechanism: the shift goes with any of them."""
