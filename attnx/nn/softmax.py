@@ -45,8 +45,10 @@ class Rope:
                 f'rope: base {self.base} must exceed 1, fraction {self.fraction} be in (0, 1], '
                 f'grid {self.grid} not negative'
             )
-        if self.factor < 1 or (self.factor != 1 and self.scaling == 'none'):
-            raise ValueError(f'rope: factor {self.factor} must be at least 1 and needs a scaling')
+        if self.factor < 1 or (self.factor == 1) != (self.scaling == 'none'):
+            raise ValueError(f'rope: factor {self.factor} of scaling {self.scaling!r}: above 1 with a scaling, 1 without')
+        if self.original_length != 2048 and self.scaling != 'yarn':
+            raise ValueError(f'rope: original_length is for scaling yarn, not for {self.scaling!r}')
         if self.grid and self.scaling != 'none':
             raise ValueError(f'rope: scaling {self.scaling!r} is of positions on a line, not on a grid of {self.grid}')
 
@@ -59,8 +61,8 @@ class Options:
     rope: Rope = Rope()  # used where position is rope
     masks: tuple = ()  # further masks, all must allow: (('window', 1024), ('strided', 64))
     scores: tuple = ()  # score terms, applied in order: (('alibi',), ('softcap', 30.0))
-    qk_norm: bool = False  # RMSNorm of queries and keys per head, learned scale
-    sinks: bool = False  # a learned logit per head in the denominator
+    qk_norm: bool = False  # RMSNorm of queries and keys per head, learned scale (QK-norm: 2010.04245, 2302.05442)
+    sinks: bool = False  # a learned logit per head in the denominator (attention sinks: 2309.17453)
     off_by_one: bool = False  # a logit of 0 in the denominator: 1 + sum exp (E. Miller, Attention is off by one, 2023)
     dropout: float = 0.0  # of attention weights
     scale: float = 0.0  # multiplies logits; 0: head_dim ** -0.5
@@ -68,6 +70,8 @@ class Options:
     def __post_init__(self):
         if self.position not in POSITIONS:
             raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
+        if self.position != 'rope' and self.rope != Rope():
+            raise ValueError(f'rope is for position rope, not for {self.position!r}: {self.rope}')
         makers = {name: getattr(ops.masks, name) for name in MASKS}
         terms = {name: getattr(ops.scores, name) for name in SCORES} | {'alibi': _alibi, 't5': _t5}
         for what, entries, valid in (('masks', self.masks, makers), ('scores', self.scores, terms)):

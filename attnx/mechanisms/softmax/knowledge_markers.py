@@ -1,7 +1,8 @@
 """Disentangled attention with knowledge markers: scores of content, relative position, and tokens that a graph knows.
 
 Equation: s_ij = (q_i . k_j + q_i . P_d(i,j) + k_j . R_d(j,i) + m_j q_i . A + m_i k_j . B) / sqrt(H n),
-    o_i = sum_j softmax_j(s_ij) v_j;  d(i,j) = clip(i - j + span, 0, 2 span - 1), tables P and R [2 span, H] per head; m marks known tokens; n terms.
+    o_i = sum_j softmax_j(s_ij) v_j;  d(i,j) = clip(i - j + span, 0, 2 span - 1), tables P and R [2 span, H] per head;
+    m marks known tokens; n terms.
 Paper: Cross-domain aspect extraction using transformers augmented with knowledge graphs, 2022, arXiv 2210.10144;
     DeBERTa: decoding-enhanced BERT with disentangled attention, 2020, arXiv 2006.03654.
 Differs: the marker terms A and B (0 at the start) are ours, as the paper does not give its equation; so is learning P, R, A
