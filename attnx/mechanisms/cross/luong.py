@@ -54,13 +54,15 @@ class LuongAttention(Mixer):
         if config.score == 'dot' and self.memory_width != width:
             raise ValueError(f"score 'dot' compares equal widths, not {width} and memory_width {self.memory_width}")
         if config.score != 'dot':
-            self.match = Linear(width, self.memory_width, ('embed', 'heads'), dims, rngs=rngs)
+            scale = width**-0.5 if config.score == 'general' else 1.0  # products of about 1, which nothing divides
+            self.match = Linear(width, self.memory_width, ('embed', 'heads'), dims, rngs=rngs, scale=scale)
         if config.score == 'concat':
             self.match_memory = Linear(self.memory_width, self.memory_width, ('embed', 'heads'), dims, rngs=rngs)
             scale = self.memory_width**-0.5
             self.vector = param(normal(rngs, (self.memory_width,), scale, dims.param_dtype), ('heads',))
         if config.reach == 'local_p':
-            self.where = Linear(width, width, ('embed', 'heads'), dims, rngs=rngs)
+            exact = dataclasses.replace(dims, dtype=jnp.float32)
+            self.where = Linear(width, width, ('embed', 'heads'), exact, rngs=rngs)
             self.where_vector = param(normal(rngs, (width,), width**-0.5, dims.param_dtype), ('heads',))
         self.out = Linear(self.memory_width + width, width, (None, 'embed'), dims, rngs=rngs)
 
@@ -93,7 +95,7 @@ class LuongAttention(Mixer):
         local, half = self.config.reach == 'local_p', self.config.window
         last = jnp.maximum(real.sum(axis=1, keepdims=True) - 1, 0)  # [B, 1]
         if local:
-            asked = jnp.tanh(self.where(x).astype(jnp.float32)) @ self.where_vector[...].astype(jnp.float32)
+            asked = jnp.tanh(self.where(x)) @ self.where_vector[...].astype(jnp.float32)
             at = last * jax.nn.sigmoid(asked)
             center = jnp.floor(jax.lax.stop_gradient(at))
         else:

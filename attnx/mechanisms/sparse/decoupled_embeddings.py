@@ -53,8 +53,9 @@ class DecoupledEmbeddings(Mixer):
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         tokens = ctx.side('tokens')
-        find = lambda p: jnp.take(p[...].astype(self.dtype), tokens, axis=0, mode='fill', fill_value=jnp.nan)[:, :, None]
-        match, content = find(self.match_table), find(self.content_table)
+        find = lambda p, dtype: jnp.take(p[...].astype(dtype), tokens, axis=0, mode='fill', fill_value=jnp.nan)[:, :, None]
+        # What is chosen should not depend on the dtype of the computation.
+        match, content = find(self.match_table, jnp.float32), find(self.content_table, self.dtype)
         query, keys, state = self.core.extend(match, match, (content,), ctx, state)
         others = _others
         if keys.query_slots is not None:
@@ -65,6 +66,7 @@ class DecoupledEmbeddings(Mixer):
         normalizer = ops.normalizers.off_by_one if self.config.off_by_one else ops.normalizers.softmax
         weights = ops.normalizers.top_k(self.config.top_k, normalizer)
         read = self.core.attend(query, *keys.arrays, ctx, mask, self.core.score(keys), weights=weights)
+        read = read.astype(self.dtype)
         hidden = jax.nn.relu(self.up(jnp.concatenate([content * read, read, content], axis=-1)[:, :, 0]))
         return Output(self.down(hidden), state)
 
