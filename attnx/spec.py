@@ -90,6 +90,7 @@ LAWS = {
     'sharding': 'eight devices equal one',
     'bfloat16': 'bfloat16 is within tolerance of float32',
     'config': 'the config round-trips, every field is commented, unknown keys are refused by name',
+    'effective': 'every field of the config changes what the mechanism does, or is refused',
     'golden': 'the parameter tree is the recorded one',
     'scale': 'builds abstractly at 1B scale',
     'learning': 'every parameter gets a gradient, and a step along it lowers the loss',
@@ -136,6 +137,8 @@ class Spec:
     reads: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names it takes from Context.shared
     documents: Callable[[Any], int | None] = lambda config: None  # config -> most documents of a packed row; None: any
     limits: Mapping[str, str] = dataclasses.field(default_factory=dict)  # law or ability -> why it does not hold
+    variants: Mapping[str, Mapping[str, Any]] = dataclasses.field(default_factory=dict)
+    # ^ field of Config -> values of other fields under which it takes effect, and of itself where none can be made up
     flops: Callable[[Any, Dims, int], float] = lambda config, dims, length: 0.0
     # ^ (config, dims, T) -> forward FLOPs a token of the mixing itself, beyond the 2 per parameter of the projections
 

@@ -14,7 +14,7 @@ from attnx import axes, catalog, sharding
 from attnx import config as config_lib
 from attnx.nn import flat_axes, stack, to_flat
 from attnx.spec import LAWS, Dims
-from tests import tolerances
+from tests import effective, tolerances
 from tests.laws import BATCH, LENGTH, WIDTH, case, close, flat, positions_of
 
 NAMES = list(catalog.scan())
@@ -214,6 +214,11 @@ def test_config(c):
             if dataclasses.is_dataclass(cls):
                 for field in cls.__annotations__:
                     assert re.search(rf'^    {field}\b.*#', inspect.getsource(cls), re.M), f'{field} has no comment'
+
+
+def test_effective(c):
+    fields = effective.ignored(c.name)
+    assert not fields, f'accepted and without effect: {fields}; refuse them, or say in Spec.variants when they matter'
 
 
 def test_golden(c):

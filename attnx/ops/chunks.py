@@ -87,6 +87,25 @@ def resets(segment_ids):
     return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
 
 
+def running(combine, x, segment_ids=None):
+    """x_1, combine(x_1, x_2), … along axis 1, from the start of each segment: [B, T, …], ids int [B, T]."""
+    if segment_ids is None:
+        return jax.lax.associative_scan(combine, x, axis=1)
+    new = resets(segment_ids).reshape(*segment_ids.shape, *[1] * (x.ndim - 2))
+    join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], combine(a[1], b[1])))
+    return jax.lax.associative_scan(join, (jnp.broadcast_to(new, x.shape), x), axis=1)[1]
+
+
+def at_the_end(x, segment_ids=None):
+    """Each token's x at the last token of its segment: [B, T, …]."""
+    length = x.shape[1]
+    if segment_ids is None:
+        return jnp.broadcast_to(x[:, -1:], x.shape)
+    ends = jnp.diff(segment_ids, axis=1, append=segment_ids[:, -1:]) != 0
+    last = jax.lax.cummin(jnp.where(ends, jnp.arange(length), length - 1), axis=1, reverse=True)
+    return jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), axis=1)
+
+
 def split(x, chunk: int, num_heads: int):
     """[B, T, N, ...] -> [T/C, B, K, G, C, ...] with K = num_heads; a ragged end is filled with zeros.
 
