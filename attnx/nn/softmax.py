@@ -100,6 +100,18 @@ def heads_of(num_heads: int, head_dim: int, width: int) -> int:
     return width // num_heads
 
 
+def check_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless num_kv_heads divides num_heads; 0 stands for as many."""
+    if num_heads < 1 or num_kv_heads < 0 or num_heads % (num_kv_heads or num_heads):
+        raise ValueError(f'num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}')
+
+
+def check_choice(field: str, given: str, valid: tuple[str, ...]) -> None:
+    """Raises ValueError unless `given` is one of `valid`."""
+    if given not in valid:
+        raise ValueError(f'unknown {field} {given!r}; {nearest(given, valid)}')
+
+
 class Core(nnx.Module):
     """Softmax attention of projected heads under `Options`."""
 
