@@ -111,7 +111,10 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:
-        """The state before the first token, with room for `capacity` tokens. None where nothing can be decoded."""
+        """The state before the first token, with room for `capacity` tokens.
+
+        None where nothing can be decoded; () where nothing of its own is kept, as in a layer that reads another's keys.
+        """
         return None
 
     def __call__(self, x: jax.Array, ctx: Context, state: Any = None) -> Output:
