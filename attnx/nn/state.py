@@ -97,8 +97,10 @@ class Cache:
 
     @classmethod
     def init(cls, batch: int, capacity: int, shapes: tuple[tuple[int, ...], ...], dtype, ring: bool = False) -> 'Cache':
+        """dtype: of all arrays, or a tuple with one for each."""
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(shapes)
         return cls(
-            arrays=tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes),
+            arrays=tuple(jnp.zeros((batch, capacity, *s), d) for s, d in zip(shapes, dtypes)),
             segment_ids=jnp.zeros((batch, capacity), jnp.int32),
             index=jnp.zeros((), jnp.int32),
             ring=ring,
