@@ -7,12 +7,12 @@ the same call with T > 1 or T = 1, and prefill plus steps equals the full pass.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +98,12 @@ LAWS = {
 
 
 class Output(NamedTuple):
+    """What a mechanism returns; a pytree."""
+
     y: jax.Array  # [B, T, M]
     state: Any = None  # the successor of the state that was passed; None if none was
-    aux: Mapping[str, jax.Array] = MappingProxyType({})  # scalars; names ending in '_loss' are added to the training loss
-    shared: Mapping[str, Any] = MappingProxyType({})  # published to later layers of this pass, by name
+    aux: Mapping[str, jax.Array] = FrozenDict({})  # scalars; names ending in '_loss' are added to the training loss
+    shared: Mapping[str, Any] = FrozenDict({})  # published to later layers of this pass, by name
 
 
 class Mixer(nnx.Module):

@@ -199,22 +199,19 @@ class Core(nnx.Module):
         return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
 
     def attend(self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, **extra):
-        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout."""
+        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout; `extra` overrides."""
         rate, drop = self.options.dropout, None
         if rate and ctx.key is not None:
             drop = Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
-        return ops.softmax_attention(
-            query,
-            key.astype(query.dtype),
-            value.astype(query.dtype),
-            mask=mask,
-            score=score,
-            scale=self.options.scale or scale,
-            sinks=None if self.sink is None else self.sink[...].astype(jnp.float32),
-            dropout=drop,
-            impl=ctx.impl,
-            **extra,
-        )
+        options = {
+            'mask': mask,
+            'score': score,
+            'scale': self.options.scale or scale,
+            'sinks': None if self.sink is None else self.sink[...].astype(jnp.float32),
+            'dropout': drop,
+            'impl': ctx.impl,
+        }
+        return ops.softmax_attention(query, key.astype(query.dtype), value.astype(query.dtype), **options | extra)
 
 
 def flops(num_heads: int, head_dim: int, dims: Dims, length: int, value_dim: int = 0) -> float:
