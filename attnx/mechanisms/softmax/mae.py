@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx.nn import Linear, Recurrent, merge_heads, softmax, split_heads
+from attnx.nn.state import running_sum
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -32,13 +33,6 @@ class Config(softmax.Options):
         super().__post_init__()
         if self.num_heads < 2 or self.gate_every < 0 or self.gate_dim < 0 or self.gate_every == 1:
             raise ValueError('num_heads must be at least 2, gate_dim at least 0, gate_every 0 or at least 2')
-
-
-def running_sum(x, ids, start):
-    """Sums of x [B, T, C] from the begin of each token's document; the first goes on from `start` [B, C]."""
-    fresh = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
-    join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1]))
-    return jax.lax.associative_scan(join, (fresh[:, :, None], x.at[:, 0].add(start)), axis=1)[1]
 
 
 class MixtureOfAttentiveExperts(Mixer):
