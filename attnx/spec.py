@@ -133,7 +133,7 @@ class Spec:
     paper: str  # arXiv id, or a full citation where there is none
     example: Any  # a tiny Config: width 32 must build it; a tuple of them: layers one after another, for what is shared
     ops: tuple[str, ...] = ()  # ops of attnx.ops whose implementations it uses
-    state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, none
+    state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, empty; none: it can't
     causal: str = 'both'  # 'both', 'causal' or 'bidirectional': which Dims.causal it accepts
     needs: tuple[str, ...] = ()  # of 'memory', 'fixed_length'
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # side input -> dtype and shape: 'int32 B T'
