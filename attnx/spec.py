@@ -7,12 +7,12 @@ the same call with T > 1 or T = 1, and prefill plus steps equals the full pass.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from flax.core import FrozenDict
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +99,12 @@ LAWS = {
 
 
 class Output(NamedTuple):
+    """What a mechanism returns; a pytree."""
+
     y: jax.Array  # [B, T, M]
     state: Any = None  # the successor of the state that was passed; None if none was
-    aux: Mapping[str, jax.Array] = MappingProxyType({})  # scalars; names ending in '_loss' are added to the training loss
-    shared: Mapping[str, Any] = MappingProxyType({})  # published to later layers of this pass, by name
+    aux: Mapping[str, jax.Array] = FrozenDict({})  # scalars; names ending in '_loss' are added to the training loss
+    shared: Mapping[str, Any] = FrozenDict({})  # published to later layers of this pass, by name
 
 
 class Mixer(nnx.Module):
@@ -112,7 +114,10 @@ class Mixer(nnx.Module):
         raise NotImplementedError
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None) -> Any:
-        """The state before the first token, with room for `capacity` tokens. None where nothing can be decoded."""
+        """The state before the first token, with room for `capacity` tokens.
+
+        None where nothing can be decoded; () where nothing of its own is kept, as in a layer that reads another's keys.
+        """
         return None
 
     def __call__(self, x: jax.Array, ctx: Context, state: Any = None) -> Output:
@@ -129,7 +134,7 @@ class Spec:
     paper: str  # arXiv id, or a full citation where there is none
     example: Any  # a tiny Config: width 32 must build it; a tuple of them: layers one after another, for what is shared
     ops: tuple[str, ...] = ()  # ops of attnx.ops whose implementations it uses
-    state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, none
+    state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, empty; none: it can't
     causal: str = 'both'  # 'both', 'causal' or 'bidirectional': which Dims.causal it accepts
     needs: tuple[str, ...] = ()  # of 'memory', 'fixed_length'
     inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # side input -> dtype and shape: 'int32 B T'

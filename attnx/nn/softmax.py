@@ -222,30 +222,19 @@ class Core(nnx.Module):
     def attend(
         self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, weights=None, **extra
     ):
-        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout.
+        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout; `extra` overrides.
 
         weights: of `ops.normalizers`, in place of the softmax; a mechanism that gives some refuses sinks and off_by_one.
         """
-        drop = self.dropout(ctx)
+        key, value = (x.astype(query.dtype) for x in (key, value))
+        options = {'mask': mask, 'score': score, 'scale': self.options.scale or scale, 'dropout': self.dropout(ctx)}
+        options |= {'impl': ctx.impl}
         if weights is not None:
-            options = {'mask': mask, 'score': score, 'scale': self.options.scale or scale, 'dropout': drop, **extra}
-            key, value = (x.astype(query.dtype) for x in (key, value))
-            return ops.weighted_attention(query, key, value, weights=weights, impl=ctx.impl, **options)
-        sinks = None if self.sink is None else self.sink[...].astype(jnp.float32)
+            return ops.weighted_attention(query, key, value, weights=weights, **options | extra)
+        options['sinks'] = None if self.sink is None else self.sink[...].astype(jnp.float32)
         if self.options.off_by_one:
-            sinks = jnp.zeros((self.num_heads,), jnp.float32)
-        return ops.softmax_attention(
-            query,
-            key.astype(query.dtype),
-            value.astype(query.dtype),
-            mask=mask,
-            score=score,
-            scale=self.options.scale or scale,
-            sinks=sinks,
-            dropout=drop,
-            impl=ctx.impl,
-            **extra,
-        )
+            options['sinks'] = jnp.zeros((self.num_heads,), jnp.float32)
+        return ops.softmax_attention(query, key, value, **options | extra)
 
 
 def flops(num_heads: int, head_dim: int, dims: Dims, length: int, value_dim: int = 0) -> float:

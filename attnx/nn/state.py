@@ -49,6 +49,13 @@ def starts(ids: jax.Array) -> jax.Array:
     return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1]), 0), axis=1)
 
 
+def running_sum(x: jax.Array, ids: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Sums of x [B, T, C] from the begin of each token's document on; those of the first document begin at `start` [B, C]."""
+    fresh = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+    join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1]))
+    return jax.lax.associative_scan(join, (fresh[:, :, None], x.at[:, 0].add(start)), axis=1)[1]
+
+
 @_dataclass
 class Keys:
     """What a query block attends to. Slots are absolute token indices; None: queries and keys are the same tokens."""
@@ -97,8 +104,10 @@ class Cache:
 
     @classmethod
     def init(cls, batch: int, capacity: int, shapes: tuple[tuple[int, ...], ...], dtype, ring: bool = False) -> 'Cache':
+        """dtype: of all arrays, or a tuple with one for each."""
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(shapes)
         return cls(
-            arrays=tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes),
+            arrays=tuple(jnp.zeros((batch, capacity, *s), d) for s, d in zip(shapes, dtypes)),
             segment_ids=jnp.zeros((batch, capacity), jnp.int32),
             index=jnp.zeros((), jnp.int32),
             ring=ring,
