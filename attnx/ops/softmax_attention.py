@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnx import dispatch
-from attnx.ops import scores
+from attnx.ops import parallel, scores
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
@@ -76,7 +75,7 @@ def softmax_attention(
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': _xla}
     kwargs = {**options, 'return_lse': return_lse}
-    return dispatch.run('softmax_attention', impl, forms, (query, key, value), kwargs)
+    return parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
 
 
 def reference(
