@@ -99,9 +99,10 @@ def _check_used(sizes: Mapping[str, int], preset: str) -> None:
     for name, size in sizes.items():
         if size > 1 and name not in uses(rules(preset)):
             able = [other for other, mapping in PRESETS.items() if name in uses(mapping)]
+            without = shown({**sizes, name: 1, 'data': sizes['data'] * size})
             raise ValueError(
                 f'sharding {preset!r} has no use for mesh axis {name!r} of size {size}: its devices would all do the same; '
-                f'give sharding {" or ".join(map(repr, able))}, or mesh {shown({**sizes, name: 1, "data": sizes["data"] * size})}'
+                f'give sharding {" or ".join(map(repr, able))}, or mesh {without}'
             )
 
 
@@ -197,3 +198,22 @@ def param_shardings(mesh: jax.sharding.Mesh, preset: str, axes: dict[str, tuple]
                 )
         found[name] = NamedSharding(mesh, spec)
     return found
+
+
+def row_share(mesh: jax.sharding.Mesh, preset: str) -> tuple[int, int]:
+    """(index, count): this process's devices hold block `index` of `count` equal blocks of the batch's rows.
+
+    Raises:
+      ValueError: they hold rows that are no such block; cut the batch over whole processes.
+    """
+    spec = partition(('batch',), rules(preset))
+    total = parts(mesh.shape, spec[0])
+    where = NamedSharding(mesh, spec).devices_indices_map((total,))
+    mine = sorted({(s[0].start or 0) for d, s in where.items() if d.process_index == jax.process_index()})
+    size = len(mine)
+    if total % size or mine[0] % size or mine != list(range(mine[0], mine[0] + size)):
+        raise ValueError(
+            f'process {jax.process_index()} would hold parts {mine} of the {total} into which mesh {shown(mesh.shape)} cuts '
+            'the batch; they must be a block of neighbours: give mesh sizes of which a process has whole rows'
+        )
+    return mine[0] // size, total // size

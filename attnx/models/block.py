@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from attnx.models.config import Layer, ModelConfig
-from attnx.nn import MLP, NORMS, dropout
+from attnx.nn import NORMS, dropout, mlp
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims
 
@@ -24,9 +24,8 @@ class Block(nnx.Module):
         self.mixer_norm = norm()
         self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs)
         self.cross_norm = None if cross is None else norm()
-        wide = model.mlp.kind != 'none'
-        self.mlp = MLP(model.mlp, dims, rngs=rngs) if wide else None
-        self.mlp_norm = norm() if wide else None
+        self.mlp = mlp.build(layer.mlp or model.mlp, dims, rngs=rngs)
+        self.mlp_norm = None if self.mlp is None else norm()
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
 
     def init_state(self, batch, capacity, dtype):
@@ -45,12 +44,12 @@ class Block(nnx.Module):
             key = _fold(ctx.key, number)
             inner = norm(x) if self.pre else x
             if name == 'mlp':
-                y = part(inner, rate=self.rate, key=key)
+                y, more = part(inner, rate=self.rate, key=key, segment_ids=ctx.segment_ids)
             else:
                 out = part(inner, dataclasses.replace(ctx, key=_fold(key, 0)), state.get(name))
-                y, new[name] = dropout(out.y, self.rate, _fold(key, 1)), out.state
-                for term, value in out.aux.items():
-                    aux[term] = aux.get(term, 0.0) + value
+                y, new[name], more = dropout(out.y, self.rate, _fold(key, 1)), out.state, out.aux
+            for term, value in more.items():
+                aux[term] = aux.get(term, 0.0) + value
             x = constrain(x + y.astype(x.dtype), ('batch', 'length', 'embed'))
             x = x if self.pre else norm(x)
         return x, ({'cross': None, **new} if state else None), aux

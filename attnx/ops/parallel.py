@@ -76,20 +76,20 @@ def layout(batch: int, length: int, heads: tuple[int, int] | None = None, *, lea
     count = lambda names: math.prod(sizes[a] for a in names)
     rows, across, context = axes('batch'), axes('heads') if heads else (), axes('length')
     if batch % count(rows):
-        whole.append(f'{batch} rows are not divisible by the {count(rows)} devices of {" x ".join(rows)}')
+        whole.append(f'{batch} rows are not divisible over the {count(rows)} devices of {" x ".join(rows)}')
         rows = ()
     repeat = 1
     if across:
         num, shared = heads
         repeat = shared_heads(num, shared, count(across))
         if not repeat:
-            whole.append(f'{num} heads over {shared} are not divisible by the {count(across)} devices of {across[0]}')
+            whole.append(f'{num} heads over {shared} are not divisible over the {count(across)} devices of {across[0]}')
             across, repeat = (), 1
     context, size = (context[0], sizes[context[0]]) if context else (None, 1)
     if context and (length % size or length // size < least):
         if length > 1:  # one token is decoding: there is nothing to cut
-            why = f'not divisible by the {size} devices' if length % size else f'fewer than {least} for each of the {size} devices'
-            whole.append(f'{length} tokens are {why} of {context}')
+            why = f'fewer than {least} a device' if length % size == 0 else 'not divisible'
+            whole.append(f'{length} tokens are {why} over the {size} devices of {context}')
         context, size = None, 1
     return Layout(rows, across, context, size, repeat, dict(sizes), tuple(whole))
 
