@@ -127,6 +127,25 @@ def check_sharding(
                 refuse(f'{named}: {found[0][0]}', found[0][1], next(able, {'data': 1}))
 
 
+def shardings(config: ModelConfig, sizes: Mapping[str, int], preset: str, *, length: int, batch: int) -> str:
+    """Where everything lies: parameters, constrained activations, and how each op is spread. Needs no device."""
+    mesh = sharding.abstract_mesh(sizes)
+    model = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    axes, flat = flat_axes(model), to_flat(model)
+    where = sharding.param_shardings(mesh, preset, axes, {name: v.shape for name, v in flat.items()})
+    shape = lambda dims: f'[{", ".join(map(str, dims))}]'
+    cuts = lambda spec: ', '.join('.' if e is None else e if isinstance(e, str) else ' x '.join(e) for e in spec)
+    given = {'tokens': jax.ShapeDtypeStruct((batch, length), jnp.int32)}
+    given['segment_ids'] = given['tokens']
+    with sharding.use(mesh, preset), dispatch.record() as calls, sharding.record() as found:
+        jax.eval_shape(lambda model, given: model(**given).logits, model, given)
+    lines = [f'{preset} on mesh {sharding.shown(sizes)}', '', 'parameters']
+    lines += [f'  {name}  {shape(flat[name].shape)} {axes[name]}: {cuts(where[name].spec)}' for name in flat]
+    lines += ['', 'activations', *(f'  {shape(dims)} {names}: {cuts(spec)}' for names, dims, spec in dict.fromkeys(found))]
+    lines += ['', 'ops', *dict.fromkeys(f'  {call.op}: {call.spread.how}' for call in calls if call.spread)]
+    return '\n'.join(lines) + '\n'
+
+
 def plan(
     config: ModelConfig,
     *,

@@ -33,6 +33,18 @@ CONTEXT_METHODS = ('auto', 'gather', 'ring', 'heads')  # of softmax attention ov
 
 _rules = contextvars.ContextVar('rules', default=None)
 _method = contextvars.ContextVar('method', default='auto')
+_recorded = contextvars.ContextVar('recorded', default=None)
+
+
+@contextlib.contextmanager
+def record():
+    """Within: (names, shape, spec) of every constrained activation is appended to the list that is yielded."""
+    found: list[tuple] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
 
 
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
@@ -170,11 +182,15 @@ def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
         return x
     sizes, mapping, _ = found
     axes_lib.check(names, x.shape)
-    entries = partition(names, mapping)
-    return jax.lax.with_sharding_constraint(x, P(*(e if n % parts(sizes, e) == 0 else None for n, e in zip(x.shape, entries))))
+    spec = P(*(e if n % parts(sizes, e) == 0 else None for n, e in zip(x.shape, partition(names, mapping))))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append((names, x.shape, spec))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
-def param_shardings(mesh: jax.sharding.Mesh, preset: str, axes: dict[str, tuple], shapes: dict[str, tuple]) -> dict:
+def param_shardings(
+    mesh: jax.sharding.Mesh | AbstractMesh, preset: str, axes: dict[str, tuple], shapes: dict[str, tuple]
+) -> dict:
     """Flat dict name -> NamedSharding.
 
     Raises:
