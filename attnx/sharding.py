@@ -122,6 +122,8 @@ def _check_used(sizes: Mapping[str, int], preset: str) -> None:
 def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'auto'):
     """Within: `constrain` acts, ops run on each device's part, and `jax.set_mesh(mesh)` holds.
 
+    What `jax.jit` has traced before under an equal mesh keeps its preset and method: trace a fresh function within.
+
     context: how softmax attention crosses the context axis, see `attnx.ops.parallel`; 'auto' picks for each call.
 
     Raises:

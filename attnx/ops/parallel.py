@@ -126,20 +126,20 @@ def gated_linear(local, query, key, value, log_decay=None, *, initial_state, seg
     """`attnx.ops.gated_linear` on each device's part."""
 
     def response(where, q, k, v, _, g, ids):
-        """R [B, T, N, H] and A [B, N, H]: scale q times the decay since the part began, and the whole decay."""
+        """R [B, T, N, H] and A [B, N, H, 1]: scale q times the decay since the part began, and the whole decay."""
         dtype = chunks.accumulator(q, k, v)
         groups = v.shape[2] // q.shape[2]
         rows = jnp.repeat(q.astype(dtype) * (1 if scale is None else scale), groups, axis=2)
         if g is None:
-            return rows, jnp.ones((*rows.shape[:1], *rows.shape[2:]), dtype)
+            return rows, jnp.ones((rows.shape[0], *rows.shape[2:], 1), dtype)
         g = jnp.asarray(g, dtype)
         since = g * jnp.arange(1, v.shape[1] + 1, dtype=dtype)[:, None] if g.ndim == 1 else jnp.cumsum(g, axis=1)
         since = since if since.ndim == 4 else since[..., None]
         decay = jnp.broadcast_to(jnp.exp(since), rows.shape)
-        return rows * decay, decay[:, -1]
+        return rows * decay, decay[:, -1, ..., None]
 
     def apply(state, last, change):
-        return change[..., None] * state + last
+        return change * state + last
 
     return _recurrence(
         local, response, apply, query, key, value, None, log_decay, initial_state, segment_ids, scale=scale, chunk=chunk
@@ -191,10 +191,11 @@ def _recurrence(local, response, apply, query, key, value, beta, log_decay, init
             continues = (lax.axis_index(tokens) == 0) | (before == ids[:, 0])
             unbroken &= continues[:, None]
             reads = jnp.where(unbroken[:, :, None, None], reads, 0)
-            change = jnp.where(unbroken[:, -1].reshape(-1, *[1] * (change.ndim - 1)), change, 0)
-        every = lax.all_gather((last, change), tokens)
+            change = jnp.where(unbroken[:, -1, None, None, None], change, 0)
+        every = lax.all_gather(jnp.concatenate([last, change.astype(last.dtype)], axis=-1), tokens)
         state = jnp.zeros_like(last) if first is None else first.astype(last.dtype)
-        state, found = lax.scan(lambda s, x: (apply(s, *x), s), state, every)
+        width = last.shape[-1]
+        state, found = lax.scan(lambda s, x: (apply(s, x[..., :width], x[..., width:]), s), state, every)
         mine = lax.dynamic_index_in_dim(found, lax.axis_index(tokens), keepdims=False)
         more = jnp.einsum('btnh,bnhv->btnv', reads.astype(mine.dtype), mine, precision='highest')
         return (out.astype(mine.dtype) + more).astype(out.dtype), state
