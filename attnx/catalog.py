@@ -323,6 +323,21 @@ def golden(name: str) -> str:
     return '\n'.join([*(f'{name} {example}' for example in spec.examples), *lines]) + '\n'
 
 
+def sharding_golden(preset: str) -> str:
+    """Where everything of a small model lies under a preset, every mesh axis that it uses having size 2."""
+    from attnx import plan, sharding
+    from attnx.models import ModelConfig
+
+    mapping = sharding.rules(preset)
+    used = {axis for name in mapping for axis in sharding.axes_of(mapping, name)}
+    moe = {1: {'kind': 'moe', 'experts': 4}}
+    config = ModelConfig(
+        vocab_size=64, width=32, num_layers=2, max_length=16, pattern=('gated_deltanet', 'gqa'), mlp_overrides=moe,
+        mixers={'gated_deltanet': {'kind': 'gated_deltanet', 'num_heads': 2}},
+    )  # fmt: skip
+    return plan.shardings(config, dict.fromkeys(used, 2), preset, length=16, batch=16)
+
+
 def index() -> str:
     """INDEX.md: every mechanism by family, its paper, state, cost, and the laws it is excused from."""
     entries = scan().values()
@@ -360,10 +375,13 @@ def _link(paper: str) -> str:
 
 def generated() -> dict[pathlib.Path, str]:
     """Path -> text of every generated file. Golden files live beside the tests, in a checkout."""
+    from attnx import sharding
+
     files = {PACKAGE / 'INDEX.md': index()}
     folder = PACKAGE.parent.parent / 'tests' / 'golden'
     if folder.parent.is_dir():
         files |= {folder / f'{e.name}.txt': golden(e.name) for e in scan().values() if e.path.is_relative_to(PACKAGE)}
+        files |= {folder / 'shardings' / f'{preset}.txt': sharding_golden(preset) for preset in sharding.PRESETS}
     return files
 
 

@@ -28,12 +28,20 @@ class Choice(NamedTuple):
     function: Callable | None = None
 
 
+class Spread(NamedTuple):
+    """How an op is spread over the devices of a mesh."""
+
+    how: str  # what each device does and what is sent
+    whole: tuple[str, ...] = ()  # what could not be cut, so that every device does all of it, and why
+
+
 class Call(NamedTuple):
     """One op call as `record` saw it."""
 
     op: str
     impl: str  # as asked for
     choices: tuple[Choice, ...]
+    spread: Spread | None = None  # None: one device
 
     def chosen(self, platform: str) -> Choice:
         """What runs on `platform`: 'cpu', 'cuda' or 'tpu'."""
@@ -43,6 +51,17 @@ class Call(NamedTuple):
 
 
 _recorded = contextvars.ContextVar('recorded', default=None)
+_spread: contextvars.ContextVar[Spread | None] = contextvars.ContextVar('spread', default=None)
+
+
+@contextlib.contextmanager
+def spread(how: Spread):
+    """Within: recorded calls are said to run on parts cut like this."""
+    token = _spread.set(how)
+    try:
+        yield
+    finally:
+        _spread.reset(token)
 
 
 @contextlib.contextmanager
@@ -88,7 +107,7 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
     if (calls := _recorded.get()) is not None:
-        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows))))
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows)), _spread.get()))
     if impl in forms:
         return forms[impl](*args, **kwargs)
     if impl == 'auto':

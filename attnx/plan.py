@@ -15,9 +15,9 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from attnx import dispatch, explanation
+from attnx import dispatch, explanation, sharding
 from attnx.models import ModelConfig, build
-from attnx.models.config import Layer
+from attnx.models.config import Layer, units
 from attnx.nn import flat_axes, to_flat
 from attnx.spec import Dims, side_input
 
@@ -71,6 +71,89 @@ def plan_layer(
     )
 
 
+def groups(config: ModelConfig) -> list[tuple[str, tuple[Layer, ...], bool]]:
+    """(what they are, layers, whether causal) of every stack of the model."""
+    found = [('layer', config.layers(), config.kind != 'encoder')]
+    if config.kind == 'encoder_decoder':
+        found += [('encoder layer', config.encoder_layers(), False)]
+        found += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
+    return found
+
+
+def check_sharding(
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    preset: str,
+    context: str = 'auto',
+    *,
+    length: int,
+    batch: int,
+    packed: bool = True,
+) -> None:
+    """Whether a mesh cuts `config` evenly: tokens, heads, experts, rows. Needs no device and takes no memory.
+
+    Raises:
+      ValueError: the layer at fault, what does not divide or can't be served and why, and the nearest mesh that works.
+    """
+    sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
+    if math.prod(sizes.values()) == 1:
+        return
+
+    def refuse(what, why, nearest):
+        raise ValueError(f'{what}: {why}; mesh {sharding.shown(sizes)}; the nearest mesh that works: {sharding.shown(nearest)}')
+
+    if length % sizes['context']:
+        low, step = length - length % sizes['context'], sizes['context']
+        why = f'it does not divide over the context axis (lengths {max(low, step)} and {low + step} do)'
+        refuse(f'length {length}', why, sharding.fitting(sizes, 'context', length))
+    for what, layers, causal in groups(config):
+        dims, seen, shared = config.dims(causal=causal, num_layers=len(layers)), set(), {}
+        for index, layer in enumerate(layers):
+            if (layer.name, layer.mlp) in seen:
+                continue
+            seen.add((layer.name, layer.mlp))
+            named, mlp, limits = f'{what} {index} ({layer.name})', layer.mlp or config.mlp, layer.spec.limits
+            if mlp.kind == 'moe' and mlp.experts % sizes['expert']:
+                nearest = sharding.fitting(sizes, 'expert', mlp.experts)
+                refuse(named, f'{mlp.experts} experts do not divide over the expert axis', nearest)
+            if sizes['context'] > 1 and 'context' in limits:
+                nearest = sharding.fitting(sizes, 'context', 1)
+                refuse(named, f'it can not serve a sequence that is cut: {limits["context"]}', nearest)
+
+            def whole(sizes, layer=layer, dims=dims, shared=shared):
+                """What one layer's ops could not cut."""
+                options = {'packed': packed, 'impl': config.impl, 'shared': shared}
+                with sharding.use(sharding.abstract_mesh(sizes), preset, context):
+                    calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+                shared |= published
+                return [(call.op, why) for call in calls if call.spread for why in call.spread.whole]
+
+            if found := whole(sizes):
+                smaller = [{**sizes, axis: d} for axis in ('tensor', 'context') for d in range(sizes[axis] - 1, 0, -1)]
+                smaller = [{**s, 'data': s['data'] * math.prod(sizes.values()) // math.prod(s.values())} for s in smaller]
+                able = (s for s in smaller if math.prod(s.values()) == math.prod(sizes.values()) and not whole(s))
+                refuse(f'{named}: {found[0][0]}', found[0][1], next(able, {'data': 1}))
+
+
+def shardings(config: ModelConfig, sizes: Mapping[str, int], preset: str, *, length: int, batch: int) -> str:
+    """Where everything lies: parameters, constrained activations, and how each op is spread. Needs no device."""
+    mesh = sharding.abstract_mesh(sizes)
+    model = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    axes, flat = flat_axes(model), to_flat(model)
+    where = sharding.param_shardings(mesh, preset, axes, {name: v.shape for name, v in flat.items()})
+    shape = lambda dims: f'[{", ".join(map(str, dims))}]'
+    cuts = lambda spec: ', '.join('.' if e is None else e if isinstance(e, str) else ' x '.join(e) for e in spec)
+    given = {'tokens': jax.ShapeDtypeStruct((batch, length), jnp.int32)}
+    given['segment_ids'] = given['tokens']
+    with sharding.use(mesh, preset), dispatch.record() as calls, sharding.record() as found:
+        jax.eval_shape(lambda model, given: model(**given).logits, model, given)
+    lines = [f'{preset} on mesh {sharding.shown(sizes)}', '', 'parameters']
+    lines += [f'  {name}  {shape(flat[name].shape)} {axes[name]}: {cuts(where[name].spec)}' for name in flat]
+    lines += ['', 'activations', *(f'  {shape(dims)} {names}: {cuts(spec)}' for names, dims, spec in dict.fromkeys(found))]
+    lines += ['', 'ops', *dict.fromkeys(f'  {call.op}: {call.spread.how}' for call in calls if call.spread)]
+    return '\n'.join(lines) + '\n'
+
+
 def plan(
     config: ModelConfig,
     *,
@@ -87,7 +170,7 @@ def plan(
     optimizer: axes of the flat parameters -> the optax transformation, whose state is counted.
     """
     config = dataclasses.replace(config, max_length=config.max_length or length)
-    causal, refused, planned = config.kind != 'encoder', [], {}
+    refused, planned = [], {}
 
     def attempt(what, function):
         try:
@@ -98,12 +181,8 @@ def plan(
 
     if packed:
         attempt('packing', lambda: config.check_packing(documents))
-    groups = [('layer', config.layers(), causal)]
-    if config.kind == 'encoder_decoder':
-        groups += [('encoder layer', config.encoder_layers(), False)]
-        groups += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
     layers = []
-    for what, members, is_causal in groups:
+    for what, members, is_causal in groups(config):
         dims, shared = config.dims(causal=is_causal, num_layers=len(members)), {}
         for index, layer in enumerate(members):
             key = (what, layer.name)
@@ -143,19 +222,25 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
 
     axes, shapes: of the flat parameters. Tables that are only looked up cost nothing.
     """
-    count = 0
+    count, visited = 0, {}  # of the experts of a layer a token visits some
+    for stack, layers, pattern in (('body', config.layers(), config.pattern), ('encoder', *_encoder(config))):
+        for i, (unit, _) in enumerate(units(layers, len(pattern))):
+            for j, mlp in enumerate(layer.mlp or config.mlp for layer in unit):
+                visited[f'{stack}/stacks/{i}/layers/{j}/mlp'] = mlp.top_k / mlp.experts
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
         looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
-        count += shapes[name].size if matrix and not looked_up else 0
-    groups = [(config.layers(), config.kind != 'encoder')]
-    if config.kind == 'encoder_decoder':
-        groups += [(config.encoder_layers(), False), ((config.mixer(config.cross),) * config.num_layers, True)]
+        share = visited[name.rsplit('/', 1)[0]] if 'expert' in names else 1
+        count += share * shapes[name].size if matrix and not looked_up else 0
     mixing = 0.0
-    for layers, causal in groups:
+    for _, layers, causal in groups(config):
         dims = config.dims(causal=causal, num_layers=len(layers))
         mixing += sum(layer.spec.flops(layer.config, dims, length) for layer in layers)
     return 6.0 * count + 3.0 * mixing
+
+
+def _encoder(config: ModelConfig) -> tuple[tuple[Layer, ...], tuple]:
+    return (config.encoder_layers(), config.encoder.pattern) if config.kind == 'encoder_decoder' else ((), ('',))
 
 
 def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:

@@ -6,7 +6,7 @@ import jax
 from flax import nnx
 
 from attnx.models.config import Layer, ModelConfig
-from attnx.nn import MLP, NORMS, ShortConv, dropout
+from attnx.nn import NORMS, ShortConv, dropout, mlp
 from attnx.nn.state import Recurrent
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims, Output
@@ -27,9 +27,8 @@ class Block(nnx.Module):
         self.mixer_norm = norm()
         self.cross = None if cross is None else cross.spec.build(cross.config, dims, rngs=rngs[1])
         self.cross_norm = None if cross is None else norm()
-        wide = model.mlp.kind != 'none'
-        self.mlp = MLP(model.mlp, dims, rngs=rngs[2]) if wide else None
-        self.mlp_norm = norm() if wide else None
+        self.mlp = mlp.build(layer.mlp or model.mlp, dims, rngs=rngs[2])
+        self.mlp_norm = None if self.mlp is None else norm()
         taps = model.conv_taps
         self.conv = ShortConv(dims.width, taps, dims, rngs=rngs[3], axis='embed', identity=True) if taps else None
         self.pre, self.rate = model.norm_position == 'pre', model.dropout
@@ -51,15 +50,15 @@ class Block(nnx.Module):
             key = _fold(ctx.key, number)
             inner = norm(x) if self.pre else x
             if name == 'mlp':
-                y = part(inner, rate=self.rate, key=key)
+                y, more = part(inner, rate=self.rate, key=key, segment_ids=ctx.segment_ids)
             else:
                 if name == 'mixer' and self.conv is not None:
                     inner, new['conv'] = self.shift(inner, ctx, state.get('conv'))
                 out = part(inner, dataclasses.replace(ctx, key=_fold(key, 0)), state.get(name))
-                y, new[name] = dropout(out.y, self.rate, _fold(key, 1)), out.state
+                y, new[name], more = dropout(out.y, self.rate, _fold(key, 1)), out.state, out.aux
                 shared |= out.shared
-                for term, value in out.aux.items():
-                    aux[term] = aux.get(term, 0.0) + value
+            for term, value in more.items():
+                aux[term] = aux.get(term, 0.0) + value
             x = constrain(x + y.astype(x.dtype), ('batch', 'length', 'embed'))
             x = x if self.pre else norm(x)
         return Output(x, {'cross': None, 'conv': None, **new} if state else None, aux, shared)

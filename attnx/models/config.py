@@ -20,11 +20,12 @@ REMAT = ('none', 'full', 'dots')
 
 
 class Layer(NamedTuple):
-    """What mixes tokens in one layer: a name, its spec and its config."""
+    """What mixes tokens in one layer: a name, its spec and its config; and its MLP, where it is not the model's."""
 
     name: str
     spec: Spec
     config: Any
+    mlp: mlp_lib.Config | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class StackConfig:
     num_layers: int = 6
     pattern: tuple = ('gqa',)  # names of `mixers` or of mechanisms, repeated to num_layers
     overrides: Any = None  # single layers that differ: {17: 'a'}
+    mlp_overrides: Any = None  # single layers whose MLP differs from model.mlp: {1: {'kind': 'moe', 'experts': 16}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,13 +141,26 @@ class ModelConfig(StackConfig):
         if not stack.pattern:
             raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
         names = [stack.pattern[i % len(stack.pattern)] for i in range(stack.num_layers)]
-        for layer, name in config_lib.as_dict(stack.overrides, f'{path}.overrides').items():
-            if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
-                raise ValueError(f'{path}.overrides: layer {layer!r} is not an integer in [0, {stack.num_layers})')
+        for layer, name in self._single(stack, path, 'overrides').items():
             names[layer] = name
-        layers = tuple(self.mixer(name) for name in names)
+        layers = [self.mixer(name) for name in names]
+        for layer, given in self._single(stack, path, 'mlp_overrides').items():
+            where = f'{path}.mlp_overrides[{layer}]'
+            given = config_lib.as_dict(given, where)
+            same = given.get('kind', self.mlp.kind) == self.mlp.kind  # another kind begins with its own defaults
+            given = (config_lib.to_dict(self.mlp) if same else {}) | given
+            layers[layer] = layers[layer]._replace(mlp=config_lib.build(mlp_lib.Config, given, where))
+        layers = tuple(layers)
         _check_shared(layers, len(stack.pattern), path)
         return layers
+
+    def _single(self, stack: StackConfig, path: str, name: str) -> dict:
+        """The entries of `overrides` or `mlp_overrides`, which name single layers."""
+        found = config_lib.as_dict(getattr(stack, name), f'{path}.{name}')
+        for layer in found:
+            if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
+                raise ValueError(f'{path}.{name}: layer {layer!r} is not an integer in [0, {stack.num_layers})')
+        return found
 
     def mixer(self, name: str) -> Layer:
         """The mixer called `name`: an entry of `mixers`, or a mechanism with its default config."""

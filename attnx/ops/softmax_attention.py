@@ -18,8 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnx import dispatch
-from attnx.ops import scores
+from attnx.ops import parallel, scores
 from attnx.ops.blockwise import accumulator, attend, clean, hidden
 from pallas_kernels import dropout as drop
 from pallas_kernels import elementwise
@@ -70,7 +69,7 @@ def softmax_attention(
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': attend}
     kwargs = {**options, 'return_lse': return_lse}
-    return dispatch.run('softmax_attention', impl, forms, (query, key, value), kwargs)
+    return parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
 
 
 def reference(

@@ -14,7 +14,7 @@ from attnx.train import step as step_lib
 
 # Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
 FREE = (
-    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding',
+    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
     'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.max_skipped', 'model.remat',
     'model.impl',
 )  # fmt: skip
@@ -57,7 +57,8 @@ class Config:
     sample: Sample = dataclasses.field(default_factory=Sample)
     profile: Profile = dataclasses.field(default_factory=Profile)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
-    sharding: str = 'ddp'  # preset of attnx.sharding
+    sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
+    context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
 
     def __post_init__(self):

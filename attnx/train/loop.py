@@ -161,23 +161,24 @@ class _Run:
 
     def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
         self.run_dir = run_dir
-        self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
-        rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
+        self.rules = sharding.rules(config.sharding)
+        rows = sharding.parts(self.mesh.shape, sharding.partition(('batch',), self.rules)[0])
         if config.data.batch_size % (rows * config.step.accumulate):
             raise ValueError(
                 f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
                 f'spreads rows) times {config.step.accumulate} (step.accumulate)'
             )
-        self.data = data_lib.open(
-            config.data, run_dir=run_dir, process_index=jax.process_index(), process_count=jax.process_count()
-        )
+        index, count = sharding.row_share(self.mesh, config.sharding)
+        self.data = data_lib.open(config.data, run_dir=run_dir, process_index=index, process_count=count)
         task = self.data.task
         self.config = config = dataclasses.replace(config, model=completed(config.model, task))
         if task.packed:
             config.model.check_packing(task.documents)
         config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+        shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
+        plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
         self.program = made = program(config.model, packed=task.packed)
-        self.rules = sharding.rules(config.sharding)
         transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
@@ -212,7 +213,8 @@ class _Run:
         def one(value):
             names = ('batch', 'length', 'features')[: value.ndim]
             place = NamedSharding(self.mesh, sharding.partition(names, self.rules))
-            return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value))
+            shape = (self.config.data.batch_size, *value.shape[1:])
+            return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value), shape)
 
         return {name: one(value) for name, value in batch.items()}
 

@@ -279,6 +279,7 @@ def test_the_base_config_names_every_setting():
     given = base.get_config()
     built = config_lib.build(loop.Config, given)
     free_form = ('model.mixers', 'data.task', 'mesh', 'step.aux_weights', 'model.overrides', 'model.encoder.overrides')
+    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides')
     names = lambda d: {n for n in config_lib.flatten(d) if not n.startswith(free_form)}
     assert names(given.to_dict()) == names(config_lib.to_dict(built))
     assert built.data.task == {'kind': 'text'}
