@@ -28,6 +28,7 @@ from jax.experimental import multihost_utils
 SEAL = 'integrity.json'
 MARK = 'attnx.json'
 COMMIT = 'commit_success.txt'
+FORMAT = 2
 THREADS = 4  # that read files for their digests
 
 
@@ -213,7 +214,10 @@ class Checkpoints:
                     f'of this project; give another run_dir'
                 )
             try:
-                self._sealed = {int(step) for step in json.loads((self.folder / MARK).read_text())['sealed']}
+                mark = json.loads((self.folder / MARK).read_text())
+                if mark['format'] != FORMAT:
+                    return f'{self.folder} is of format {mark["format"]}, this version reads {FORMAT}; give another run_dir'
+                self._sealed = {int(step) for step in mark['sealed']}
             except (ValueError, KeyError, TypeError, OSError):
                 if inside:
                     self.notes.append(f'{self.folder / MARK} was unreadable: written anew')
@@ -229,7 +233,7 @@ class Checkpoints:
         return None
 
     def _mark(self):
-        _replace(self.folder / MARK, json.dumps({'format': 1, 'sealed': sorted(self._sealed)}))
+        _replace(self.folder / MARK, json.dumps({'format': FORMAT, 'sealed': sorted(self._sealed)}))
 
     def _open(self):
         # Nothing is deleted by orbax: a step must lose its seal before its files.

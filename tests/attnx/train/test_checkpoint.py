@@ -209,7 +209,7 @@ def test_another_layout_is_refused_unless_asked(opened, tiny, tmp_path):
     ck.wait()
     ck = make()
     ck.layout = {'devices': 4}
-    with pytest.raises(checkpoint.CheckpointError, match='another layout: devices: saved 2, now 4.*checkpoint.elastic=True'):
+    with pytest.raises(checkpoint.CheckpointError, match=r'another layout: devices: saved 2, now 4.*checkpoint.elastic=True'):
         ck.restore(like(state_of(tiny)))
     ck = make(elastic=True)
     ck.layout = {'devices': 4}
@@ -225,7 +225,7 @@ def test_data_are_refused_before_arrays_are_read(opened, tiny, monkeypatch):
     def accept(data):
         raise ValueError(f'not these: {data}')
 
-    with pytest.raises(ValueError, match="not these: {'batches': 1}"):
+    with pytest.raises(ValueError, match=r"not these: \{'batches': 1\}"):
         ck.restore(like(state_of(tiny)), accept)
 
 

@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from attnx import config as config_lib
-from attnx.train import checkpoint, data, loop, metrics, report
+from attnx.train import checkpoint, data, health, loop, metrics, report
 
 TEXT = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(add(i, i))\n'
 
@@ -131,7 +131,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monk
     assert loop.run(made).status == 'complete'
     jax.tree.map(np.testing.assert_array_equal, state_of(whole, 6), state_of(made.run_dir, 6))
     numbers = lambda run_dir: [
-        {k: v for k, v in e.items() if k not in ('tokens_per_second', 'mfu')} for e in metrics.read(run_dir)
+        {k: v for k, v in e.items() if k not in metrics.TIMES} for e in metrics.read(run_dir)
     ]
     assert numbers(made.run_dir) == numbers(whole)
 
@@ -145,15 +145,16 @@ def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
     found = json.loads(pathlib.Path(made.run_dir, report.FAILURE).read_text())
     assert found['step'] == 4
     assert found['first']['nan'] == 8 * 16
-    assert set(found['activations']) == {'embedding', 'layer_0', 'layer_1', 'logits'}
+    assert {'embedding', 'layer_0', 'layer_1/softmax_attention/query', 'layer_1', 'logits'} <= set(found['activations'])
+    assert found['training_rows'] == data.open(made.data, run_dir=made.run_dir).rows(3)
     assert loop.run(made).status == 'complete'  # the checkpoint before it is good
 
 
 def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
-    made = config(**{'step.max_skipped': 1})
+    made = config(**{'step.non_finite': 'skip', 'step.max_non_finite': 1})
     at_step(monkeypatch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
     assert loop.run(made).status == 'complete'
-    assert 'step 4: loss or gradient is not finite (1 so far)' in capfd.readouterr().err
+    assert 'step 4: loss or gradient is not finite; skipped (1 of 1); training rows ' in capfd.readouterr().err
     assert [e['bad'] for e in metrics.read(made.run_dir) if e['split'] == 'train'] == [0, 0, 0, 1, 1, 1]
 
 
@@ -172,10 +173,11 @@ def diagnose(program, params, batch, gradients=None):
     return report.diagnose(
         step=1,
         metrics={'loss': jnp.nan, 'objective': jnp.nan, 'grad_norm': jnp.nan},
-        params=params,
-        batch=batch,
-        trace=lambda: program.trace(params, batch, None),
-        gradients=gradients or (lambda: {}),
+        shapes=params,
+        params=report.censuses(params),
+        batch=report.censuses(batch),
+        trace=lambda: [report.census(*t) for t in health.tensors(program.trace(params, batch, None))],
+        gradients=lambda: report.censuses(gradients or {}),
     )
 
 
@@ -195,7 +197,7 @@ def test_bad_gradients_are_ordered_from_the_last_layer(made):
     spoiled = [n for n in params if n.endswith('mlp/down/kernel')] + ['embedding']
     grads = {n: p * jnp.nan if n in spoiled else p for n, p in params.items()}
     grads = {n: g.at[1].set(0.0) if '/layers/1/' in n else g for n, g in grads.items()}
-    bad = diagnose(program, params, batch, lambda: grads)['bad']
+    bad = diagnose(program, params, batch, grads)['bad']
     assert [(e['stage'], e['layer']) for e in bad] == [
         ('loss', None),
         ('gradient', 2),
