@@ -12,6 +12,7 @@ import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -459,3 +460,19 @@ def tell(result: Result) -> None:
     if result.evaluation:
         print('validation:', json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')}))
     print(result.message)
+
+
+def command(config: Config, *, traceback: bool = False) -> int:
+    """Runs, says how it ended, and returns the exit code: 0 complete, 1 NaN or Inf, 2 bad input, 143 stopped."""
+    try:
+        result = run(config)
+    except ValueError as error:
+        if traceback:
+            raise
+        print(f'error: {metrics.printable(str(error))}', file=sys.stderr)
+        return 2
+    except report.TrainingFailure as failure:
+        print(f'training failed: {metrics.printable(str(failure))}', file=sys.stderr)
+        return 1
+    tell(result)
+    return 143 if result.status == 'stopped' else 0
