@@ -39,6 +39,7 @@ import jax
 import matplotlib.pyplot  # noqa: F401  before the fork, as all imports
 import numpy as np
 from absl import logging
+from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
 from attnx.train import checkpoint, data, loop, metrics
@@ -108,9 +109,10 @@ class Watched(loop._Run):
 
     def train(self, *args):
         number, state, evaluation = super().train(*args)
+        whole = jax.jit(lambda x: x, out_shardings=NamedSharding(self.mesh, PartitionSpec()))(state)
         if number >= self.config.steps and jax.process_index() == 0:
             hasher = hashlib.blake2b(digest_size=16)
-            for path, leaf in jax.tree_util.tree_flatten_with_path(state)[0]:
+            for path, leaf in jax.tree_util.tree_flatten_with_path(whole)[0]:
                 hasher.update(jax.tree_util.keystr(path).encode() + np.asarray(leaf.addressable_data(0)).tobytes())
             pathlib.Path(self.run_dir, STATE).write_text(hasher.hexdigest())
         return number, state, evaluation
@@ -455,23 +457,44 @@ def two(config, prepares=(lambda: None,) * 2) -> list[Trainer]:
     return [Trainer(config, first(prepare), env=env(i)) for i, prepare in enumerate(prepares)]
 
 
+PAIR = {'sharding': 'fsdp', 'mesh': {'data': 1, 'fsdp': 2}}  # each device holds half of everything
+
+
+def finish_pair(config, places, together: bool) -> None:
+    """Continues on two devices, of two processes or of one."""
+    if together:
+        for trainer in two(config):
+            expect(trainer.wait(), 0)
+    else:
+        expect(Trainer(dataclasses.replace(config, distributed=False), devices=2).wait(), 0, 'complete')
+    expect_same(config.run_dir, places.pair)
+
+
+def process_count(run_dir, places, rng):
+    """Killed as two processes and continued as one, or the other way round."""
+    together, when = rng.random() < 0.5, rng.randrange(EVERY + 2, STEPS)
+    config = make_config(run_dir, places.corpus, distributed=True, **PAIR)
+    die = at_batch(when, suicide)
+    trainers = two(config, (die, die)) if together else [
+        Trainer(dataclasses.replace(config, distributed=False), die, devices=2)
+    ]  # fmt: skip
+    codes = [trainer.wait()[0] for trainer in trainers]
+    if -9 not in codes:
+        raise Lost(f'exit codes {codes}')
+    finish_pair(config, places, not together)
+    return f'{"two, then one" if together else "one, then two"}, killed at step {when}'
+
+
 def lost_process(run_dir, places, rng):
-    config = make_config(run_dir, places.corpus, distributed=True)
+    config = make_config(run_dir, places.corpus, distributed=True, **PAIR)
     dead, when = rng.randrange(2), rng.randrange(2, STEPS)
     prepares = [at_batch(when, suicide) if i == dead else lambda: None for i in range(2)]
     trainers = two(config, prepares)
     codes = [trainer.wait()[0] for trainer in trainers]
     if codes[dead] != -9 or codes[1 - dead] == 0:
         raise Lost(f'process {dead} was to die and the other to notice: exit codes {codes}')
-    if rng.random() < 0.5:  # one process may take over both devices
-        expect(Trainer(dataclasses.replace(config, distributed=False), devices=2).wait(), 0, 'complete')
-        how = 'one took over'
-    else:
-        for trainer in two(config):
-            expect(trainer.wait(), 0)
-        how = 'two again'
-    expect_same(run_dir, places.pair)
-    return f'process {dead} at step {when}, {how}'
+    finish_pair(config, places, together := rng.random() < 0.5)
+    return f'process {dead} at step {when}, then {"both again" if together else "one with both devices"}'
 
 
 FAULTS = {  # name -> (share, fault)
@@ -487,6 +510,7 @@ FAULTS = {  # name -> (share, fault)
     'other settings': (2, other_config),
     'other layout': (1, other_layout),
     'lost process of two': (2, lost_process),
+    'other number of processes': (2, process_count),
 }
 
 
@@ -522,7 +546,7 @@ def prepare_places(root: pathlib.Path) -> Places:
 
 
 def prepare_pair(places: Places) -> None:
-    expect(Trainer(make_config(places.pair, places.corpus), devices=2).wait(), 0)
+    expect(Trainer(make_config(places.pair, places.corpus, **PAIR), devices=2).wait(), 0)
 
 
 def attempt(job):
@@ -564,7 +588,7 @@ def main() -> int:
     rng, began = random.Random(given.seed), time.monotonic()
     root = pathlib.Path(tempfile.mkdtemp(prefix='chaos_'))
     places, kinds = prepare_places(root), plan(given.faults, given.kinds, rng)
-    if 'lost process of two' in kinds:
+    if {'lost process of two', 'other number of processes'} & set(kinds):
         prepare_pair(places)
     jobs = [(n, kind, rng.random(), str(root), began + given.seconds) for n, kind in enumerate(kinds)]
     table = {kind: [0, 0, 0.0] for kind in FAULTS if kind in kinds}
