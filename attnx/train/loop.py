@@ -174,8 +174,10 @@ class _Run:
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
         stack.callback(self.log.close)
-        # Whatever decides the order of sums, and so the bits. Processes that share out the same devices do not.
+        # What decides the order of sums, and so the bits. A sum over two devices has none; over more it depends on how
+        # processes share them out.
         layout = {'devices': self.mesh.size, 'sharding': config.sharding}
+        layout |= {'processes': jax.process_count()} if self.mesh.size > 2 else {}
         layout |= {f'mesh.{axis}': size for axis, size in self.mesh.shape.items()}
         self.checkpoints = checkpoint_lib.Checkpoints(
             config.checkpoint.folder or run_dir / 'checkpoints', config.checkpoint, settings, free=free, layout=layout
