@@ -1,10 +1,13 @@
 """Trains a model, or resumes its training: `python train.py --config=configs/base.py --config.steps=2000`.
 
-Short on purpose: flags -> config -> attnx.train.loop.run. Exit codes: 0 complete, 1 NaN or Inf, 2 bad input, 143 stopped.
+A config is Python and is executed. `python train.py --resolved=runs/base/config.json` runs what a run has written down,
+from JSON alone. Short on purpose: flags -> config -> attnx.train.loop.command, which returns the exit code: 0 complete,
+1 NaN or Inf, 2 bad input, 143 stopped.
 """
 
 import contextlib
 import functools
+import pathlib
 import sys
 
 from absl import app, flags, logging
@@ -25,14 +28,26 @@ def refusals(kind, text='{}', traceback=lambda: False):
 
 # What ml_collections raises for a key that the config file does not have.
 known_keys = functools.partial(refusals, AttributeError, 'unknown config key {} (valid: the keys of the config file)')
-with known_keys():
-    CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
+RESOLVED = flags.DEFINE_string('resolved', None, "a run's config.json to run again, in its run_dir, in place of --config")
+if not any(argument.lstrip('-').startswith('resolved') for argument in sys.argv[1:]):  # else no config file is executed
+    with known_keys():
+        CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'show the traceback of an error')
 
 
 def parse(argv):
     with known_keys():
         return app.parse_flags_with_usage(argv)
+
+
+def resolved():
+    from attnx import config
+    from attnx.train import loop
+
+    try:
+        return config.from_json(loop.Config, pathlib.Path(RESOLVED.value).read_text())
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f'--resolved={RESOLVED.value}: {error}') from None
 
 
 def main(argv):
@@ -43,17 +58,13 @@ def main(argv):
     with refusals(ValueError, traceback=lambda: TRACEBACK.value):
         if argv[1:]:
             raise ValueError(f'unexpected arguments {argv[1:]}; settings look like --config.steps=2000')
-        config.check_names(CONFIG.value)
+        if not RESOLVED.value:
+            config.check_names(CONFIG.value)
 
-        from attnx.train import loop, report  # seconds: what names alone show is refused before
+        from attnx.train import loop  # seconds: what names alone show is refused before
 
-        try:
-            result = loop.run(config.build(loop.Config, CONFIG.value))
-        except report.TrainingFailure as failure:
-            print(f'training failed: {failure}', file=sys.stderr)
-            sys.exit(1)
-    loop.tell(result)
-    sys.exit(143 if result.status == 'stopped' else 0)
+        made = resolved() if RESOLVED.value else config.build(loop.Config, CONFIG.value)
+    sys.exit(loop.command(made, traceback=TRACEBACK.value))
 
 
 if __name__ == '__main__':

@@ -117,6 +117,35 @@ def to_json(config: Any) -> str:
     return json.dumps(flatten(to_dict(config)), sort_keys=True, indent=1, default=str)
 
 
+def from_json(cls: type, text: str) -> Any:
+    """The inverse of `to_json`: the config, from JSON alone; nothing is executed.
+
+    Raises:
+      ValueError: no flat JSON object, or what `build` refuses.
+    """
+    try:
+        flat = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f'not JSON: {error}') from None
+    if not isinstance(flat, dict):
+        raise ValueError(f'expected a JSON object of settings, got {text[:40]!r}')
+    nested: dict = {}
+    for name, value in flat.items():
+        *folders, last = name.split('.')
+        inner = nested
+        for folder in folders:
+            inner = inner.setdefault(folder, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f'{name}: {folder!r} is a value and can not hold settings')
+        # JSON has strings for keys only, where those of overrides are layers, and lists where configs have tuples.
+        inner[int(last) if folders[-1:] == ['overrides'] and last.isdecimal() else last] = _tuples(value)
+    return build(cls, nested)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
 def fingerprint(config: Any) -> str:
     """Equal for equal configs, in every process."""
     return hashlib.sha256(to_json(config).encode()).hexdigest()[:16]

@@ -8,6 +8,7 @@ platform and those of `target`, the first kernel without a reason against it, el
 import contextlib
 import contextvars
 import importlib
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -75,6 +76,28 @@ def record():
         _recorded.reset(token)
 
 
+class Seen(NamedTuple):
+    """One op call as `observe` saw it."""
+
+    op: str
+    inputs: Mapping[str, Any]  # operands and options by name
+    out: Any
+
+
+_observed = contextvars.ContextVar('observed', default=None)
+
+
+@contextlib.contextmanager
+def observe():
+    """Within: what every op is given and returns is appended to the list that is yielded; tracers under `jax.jit`."""
+    seen: list[Seen] = []
+    token = _observed.set(seen)
+    try:
+        yield seen
+    finally:
+        _observed.reset(token)
+
+
 def kernels(op: str) -> tuple[table.Kernel, ...]:
     return tuple(row for row in table.KERNELS if row.op == op)
 
@@ -102,6 +125,14 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     Raises:
       ValueError: `impl` is unknown, or refuses these arguments; the message holds the reason and what does run.
     """
+    if (seen := _observed.get()) is not None:
+        token = _observed.set(None)  # ops inside this one are its own affair
+        try:
+            out = run(op, impl, forms, args, kwargs)
+        finally:
+            _observed.reset(token)
+        seen.append(Seen(op, dict(zip(inspect.signature(forms['reference']).parameters, args)) | dict(kwargs), out))
+        return out
     rows = kernels(op)
     valid = ['auto', *forms, *(row.impl for row in rows)]
     if impl not in valid:

@@ -71,15 +71,19 @@ def get_config():
             'label_smoothing': 0.0,
             'aux_weights': cd.placeholder(object),  # "{'balance_loss': 0.01}"
             'accumulate': 1,
-            'max_skipped': 0,
+            'non_finite': 'stop',
+            'max_non_finite': 10,
         }
     )
-    c.checkpoint = ConfigDict({'every': 100, 'keep_last': 2, 'keep_best': 1, 'fallback': False})
+    c.checkpoint = ConfigDict(
+        {'every': 100, 'keep_last': 2, 'keep_best': 1, 'fallback': False, 'elastic': False, 'folder': ''}
+    )
     c.log = ConfigDict(
         {'every': 10, 'tensorboard': False, 'wandb': False, 'project': 'attnx', 'peak_flops': cd.placeholder(float)}
     )
     c.sample = ConfigDict({'tokens': 240, 'count': 3, 'prompt': 'def ', 'temperature': 0.9, 'top_k': 0, 'top_p': 0.95})
     c.profile = ConfigDict({'start': 0, 'steps': 5})
+    c.health = ConfigDict({'every': 0, 'rows': 1})
     return c
 
 

@@ -1,8 +1,11 @@
 """Checkpoints: orbax writes and reads them, this file makes sure that what is read is what was written.
 
-A step is valid when it is committed and sealed: `integrity.json`, written last, holds a digest of every file, because
-orbax restores flipped bits without a word. `meta` inside it holds the resolved config, the state of the data and the
-shapes.
+A step is valid when it is sealed: `integrity.json`, written last and whole or not at all, holds a digest of every file,
+because orbax restores flipped bits without a word and takes an empty folder for the latest step. `attnx.json` beside the
+steps lists those that were sealed, so that one that is gone, or lost its seal, is told from one that was never finished.
+`meta` inside a step holds the resolved config, the state of the data and the shapes, all as JSON: nothing is unpickled.
+
+The digests find damage, not forgery: who can write a folder can seal it.
 """
 
 from __future__ import annotations
@@ -12,16 +15,22 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
 SEAL = 'integrity.json'
 MARK = 'attnx.json'
 COMMIT = 'commit_success.txt'
+FORMAT = 2
+THREADS = 4  # that read files for their digests
 
 
 class CheckpointError(ValueError):
@@ -36,6 +45,8 @@ class Config:
     keep_last: int = 2  # newest kept; at least 2, so that one is valid while the next is written
     keep_best: int = 1  # best kept by validation loss, beside the newest
     fallback: bool = False  # True: where the newest is corrupt, continue from the last good one
+    elastic: bool = False  # True: continue on other devices or another mesh, equal to rounding only
+    folder: str = ''  # where they are written, a path that etils.epath and orbax serve; '': run_dir/checkpoints
 
     def __post_init__(self):
         if self.keep_last < 2 or self.keep_best < 0 or self.every < 0:
@@ -46,37 +57,71 @@ class Config:
 
 
 def digest(folder: epath.Path) -> dict[str, str]:
-    """Relative path -> BLAKE2b of its bytes, for every file below `folder` but the seal."""
-    found = {}
-    for path in sorted(_files(folder)):
-        if path.name != SEAL:
-            hasher = hashlib.blake2b(digest_size=16)
-            with path.open('rb') as stream:
-                while block := stream.read(1 << 24):
-                    hasher.update(block)
-            found[str(path.relative_to(folder))] = hasher.hexdigest()
-    return found
+    """Relative path -> BLAKE2b of its bytes, for every file below `folder` but the seal.
+
+    Raises:
+      ValueError: something below is a link, so it may lie elsewhere.
+    """
+    paths = [path for path in sorted(_files(folder)) if path.name not in (SEAL, SEAL + '.tmp')]
+    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
+        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths)))
 
 
-def _files(folder):
+def _digest(path: epath.Path) -> str:
+    hasher = hashlib.blake2b(digest_size=16)
+    with path.open('rb') as stream:
+        while block := stream.read(1 << 22):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _files(folder: epath.Path) -> Iterator[epath.Path]:
     for path in folder.iterdir():
+        if os.path.islink(path):
+            raise ValueError(f'{path.name} is a link')
         if path.is_dir():
             yield from _files(path)
         else:
             yield path
 
 
+def _signature(seal: Mapping[str, Any]) -> str:
+    return hashlib.blake2b(json.dumps(seal, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
+def read_seal(folder: epath.Path) -> dict[str, Any]:
+    """{'step', 'loss', 'files'} of a step's folder.
+
+    Raises:
+      ValueError: there is none, or it is not as it was written.
+    """
+    if os.path.islink(folder):
+        raise ValueError('is a link')
+    if not (folder / SEAL).exists():
+        raise ValueError(f'has no {SEAL}' if folder.exists() else 'is gone')
+    try:
+        written = json.loads((folder / SEAL).read_text())
+        seal, signature = written['seal'], written['digest']
+        whole = _signature(seal) == signature and set(seal) == {'step', 'loss', 'files'}
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f'{SEAL} is unreadable') from None
+    if not whole:
+        raise ValueError(f'{SEAL} differs from its own digest')
+    if str(seal['step']) != folder.name:
+        raise ValueError(f'was sealed as step {seal["step"]}')
+    return seal
+
+
 def damage(folder: epath.Path) -> str | None:
     """What is wrong with a step's folder, or None."""
-    if not (folder / SEAL).exists():
-        return f'has no {SEAL}'
     try:
-        sealed = json.loads((folder / SEAL).read_text())['files']
-    except (ValueError, KeyError, TypeError):
-        return f'{SEAL} is unreadable'
-    found = digest(folder)
+        sealed, found = read_seal(folder)['files'], digest(folder)
+    except (ValueError, OSError) as error:
+        return str(error)
     if missing := sorted(set(sealed) - set(found)):
         return f'{missing[0]} is missing'
+    if added := sorted(set(found) - set(sealed)):
+        return f'{added[0]} was not there when it was sealed'
     if changed := [name for name in sealed if sealed[name] != found[name]]:
         return f'{changed[0]} differs from its digest'
     return None
@@ -103,6 +148,26 @@ def _listing(lines: list[str], limit: int = 5) -> str:
     return '; '.join(lines[:limit]) + (f'; and {len(lines) - limit} more' if len(lines) > limit else '')
 
 
+def _replace(path: epath.Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    draft = path.parent / (path.name + '.tmp')
+    with draft.open('w') as stream:
+        stream.write(text)
+        stream.flush()
+        with contextlib.suppress(OSError, AttributeError, ValueError):  # remote streams have no descriptor
+            os.fsync(stream.fileno())
+    draft.replace(path)
+
+
+def _agreed(value: Any) -> Any:
+    """A JSON-able value of process 0, on every process."""
+    if jax.process_count() == 1:
+        return value
+    raw = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(raw.size)))
+    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(raw, size))))
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -111,54 +176,72 @@ class Checkpoints:
       config: see Config.
       settings: the resolved config, flat; saved inside every checkpoint and compared on restore.
       free: tells by name which settings may change between save and restore.
+      layout: what else decides the bits of a run (mesh, preset, devices); may change with `config.elastic` only.
 
     Raises:
       CheckpointError: the folder holds what this project did not write.
     """
 
-    def __init__(self, folder, config: Config, settings: Mapping[str, Any], *, free=lambda name: False):
+    def __init__(
+        self,
+        folder,
+        config: Config,
+        settings: Mapping[str, Any],
+        *,
+        free: Callable[[str], bool] = lambda name: False,
+        layout: Mapping[str, Any] | None = None,
+    ):
         self.folder, self.config, self.settings, self.free = epath.Path(folder), config, dict(settings), free
+        self.layout = dict(layout or {})
         self.notes: list[str] = []  # what was done on opening and restoring, for the log
-        self._unsealed: int | None = None
+        self.stalled = 0.0  # seconds that saving has held up its caller so far
+        self._unsealed: tuple[int, float | None] | None = None
         self._sealing: concurrent.futures.Future | None = None
         self._main = jax.process_index() == 0
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
-        if self._main:
-            self._claim()
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices('checkpoints opened')
+        self._sealed: set[int] = set()  # process 0: steps with a seal, as MARK lists them
+        if problem := _agreed(self._claim() if self._main else None):
+            raise CheckpointError(problem)
         self._manager = self._open()
 
-    def _claim(self):
-        self.folder.mkdir(parents=True, exist_ok=True)
-        inside = sorted(path.name for path in self.folder.iterdir())
-        if inside and MARK not in inside:
-            raise CheckpointError(
-                f'{self.folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '
-                f'of this project; give another run_dir'
-            )
-        (self.folder / MARK).write_text(json.dumps({'format': 1}))
-        for step in self._steps():
-            if not (self._path(step) / SEAL).exists():
-                self._path(step).rmtree()
-                self.notes.append(f'checkpoint {step} was never finished: removed')
+    def _claim(self) -> str | None:
+        """Takes the folder and removes what was never finished; says why it can't."""
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            inside = sorted(path.name for path in self.folder.iterdir())
+            if inside and MARK not in inside:
+                return (
+                    f'{self.folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '
+                    f'of this project; give another run_dir'
+                )
+            try:
+                mark = json.loads((self.folder / MARK).read_text())
+                if mark['format'] != FORMAT:
+                    return f'{self.folder} is of format {mark["format"]}, this version reads {FORMAT}; give another run_dir'
+                self._sealed = {int(step) for step in mark['sealed']}
+            except (ValueError, KeyError, TypeError, OSError):
+                if inside:
+                    self.notes.append(f'{self.folder / MARK} was unreadable: written anew')
+            for step in self._steps():
+                if (self._path(step) / SEAL).exists():
+                    self._sealed.add(step)
+                elif step not in self._sealed and not os.path.islink(self._path(step)):
+                    self._path(step).rmtree()
+                    self.notes.append(f'checkpoint {step} was never finished: removed')
+            self._mark()
+        except OSError as error:
+            return f'checkpoints in {self.folder} can not be opened: {error}'
+        return None
+
+    def _mark(self):
+        _replace(self.folder / MARK, json.dumps({'format': FORMAT, 'sealed': sorted(self._sealed)}))
 
     def _open(self):
         import orbax.checkpoint as ocp  # slow: a config that can't be served is refused before
-        from orbax.checkpoint.checkpoint_managers import preservation_policy
 
-        policies = [preservation_policy.LatestN(self.config.keep_last)]
-        if self.config.keep_best:
-            policies.append(
-                preservation_policy.BestN(
-                    get_metric_fn=lambda metrics: metrics['loss'],
-                    reverse=True,
-                    n=self.config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
+        # Nothing is deleted by orbax: a step must lose its seal before its files.
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=preservation_policy.AnyPreservationPolicy(policies),
+            max_to_keep=None,
             atomicity_options=ocp.options.AtomicityOptions(mode=ocp.options.AtomicityMode.COMMIT_FILE),
         )
         return ocp.CheckpointManager(self.folder, options=options)
@@ -167,7 +250,8 @@ class Checkpoints:
         return self.folder / str(step)
 
     def _steps(self) -> list[int]:
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        names = [path.name for path in self.folder.iterdir()]
+        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
 
     def steps(self) -> list[int]:
         """Sealed steps, oldest first. Their content is verified by `restore` only."""
@@ -182,6 +266,7 @@ class Checkpoints:
         """Begins to write a checkpoint; arrays are copied before this returns, the rest happens in the background.
 
         Args:
+          data: JSON-able; `restore` gives it back.
           loss: the validation loss at this step, if known; decides which checkpoint is best.
 
         Raises:
@@ -189,52 +274,67 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
+        began = time.monotonic()
         self.wait()
-        meta = {'config': self.settings, 'data': dict(data), 'shapes': shapes(state), 'step': step}
+        meta = {'config': self.settings, 'layout': self.layout, 'data': dict(data), 'shapes': shapes(state), 'step': step}
         meta = json.loads(json.dumps(meta, default=str))
         with self._named(step):
             saved = self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-                metrics=None if loss is None else {'loss': float(loss)},
+                step, args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta))
             )
         if not saved:
             raise CheckpointError(f'checkpoint {step} was not written: {self.folder} already has {self.latest()}')
-        self._unsealed = step
+        self._unsealed = step, None if loss is None else float(loss)
+        self.stalled += time.monotonic() - began
 
     def poll(self) -> None:
         """Cheap; to be called after every step: seals what has been committed meanwhile, and raises what went wrong."""
         if self._unsealed is not None and not self._manager.is_saving_in_progress():
             self._seal()
         if self._sealing is not None and self._sealing.done():
-            self._sealed()
+            self._finish()
 
     def wait(self) -> None:
         """Returns when everything saved so far is valid on disk."""
         if self._unsealed is not None:
             self._seal()
         if self._sealing is not None:
-            self._sealed()
+            self._finish()
 
     def _seal(self):
         """Waits for the commit; the digest is then made in the background."""
-        step, self._unsealed = self._unsealed, None
+        (step, loss), self._unsealed = self._unsealed, None
         with self._named(step):
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
             if not (self._path(step) / COMMIT).exists():
                 raise OSError('it was not committed')
         if self._main:
-            self._sealing = self._pool.submit(self._write_seal, step)
+            self._sealing = self._pool.submit(self._write_seal, step, loss)
 
-    def _write_seal(self, step):
-        path = self._path(step)
+    def _write_seal(self, step, loss):
         with self._named(step):
-            draft = path / (SEAL + '.tmp')
-            draft.write_text(json.dumps({'files': digest(path)}))
-            draft.rename(path / SEAL)
+            seal = {'step': step, 'loss': loss, 'files': digest(self._path(step))}
+            _replace(self._path(step) / SEAL, json.dumps({'seal': seal, 'digest': _signature(seal)}))
+            self._sealed.add(step)
+            self._retire()
 
-    def _sealed(self):
+    def _retire(self):
+        """Removes all but the newest and the best: first from the list, then the seal, then the files."""
+        losses = {}
+        for step in self._sealed:
+            with contextlib.suppress(ValueError):
+                losses[step] = read_seal(self._path(step))['loss']
+        known = [step for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
+        keep = {*sorted(losses)[-self.config.keep_last :], *sorted(known, key=losses.get)[: self.config.keep_best]}
+        gone = set(losses) - keep
+        self._sealed -= gone
+        self._mark()
+        for step in gone:
+            (self._path(step) / SEAL).unlink()
+            self._path(step).rmtree()
+
+    def _finish(self):
         future, self._sealing = self._sealing, None
         future.result()
 
@@ -267,57 +367,74 @@ class Checkpoints:
 
     # Reading
 
-    def restore(self, like: Any) -> tuple[int, Any, dict] | None:
-        """The newest checkpoint as (step, state, state of the data); None where there is none.
+    def restore(self, like: Any, accept: Callable[[dict], None] = lambda data: None) -> tuple[int, Any, dict] | None:
+        """The newest checkpoint as (step, state, data as saved); None where there is none.
 
         Args:
           like: the state as ShapeDtypeStructs with shardings; where the arrays are put.
+          accept: is given the data; raises where it does not fit. Called before any array is read.
 
         Raises:
           CheckpointError: it is corrupt (the last good one is named; it is used with `fallback` only), was made with
-            other settings (they are named), or holds other arrays than this model.
+            other settings or on another mesh (they are named), or holds other arrays than this model.
         """
         import orbax.checkpoint as ocp
 
-        steps = self.steps()
-        if not steps:
-            return None
-        bad = {}
-        while steps and (problem := damage(self._path(steps[-1]))):
-            bad[steps.pop()] = problem
+        step, bad = _agreed(self._newest() if self._main else None)
         if bad:
-            self._refuse_or_set_aside(bad, steps)
-        step = steps[-1]
-        meta = json.loads((self._path(step) / 'meta' / 'metadata').read_text())
+            self._refuse_or_set_aside(dict(bad), step)
+        if step is None:
+            return None
+        meta = _agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
         if lines := differing(meta['config'], self.settings, skip=self.free):
             raise CheckpointError(
                 f'{where} was made with other settings: {_listing(lines)}. '
                 f'Run with the saved settings, or give another run_dir'
             )
+        if lines := differing(meta['layout'], self.layout):
+            if not self.config.elastic:
+                raise CheckpointError(
+                    f'{where} was made on another layout: {_listing(lines)}. Sums would be taken in another order, so the '
+                    f'run would go on equal to rounding only; to accept that, set checkpoint.elastic=True'
+                )
+            self.notes.append(f'{where} was made on another layout, so the run goes on to rounding only: {_listing(lines)}')
         if lines := differing(meta['shapes'], shapes(like)):
             raise CheckpointError(f'{where} holds other arrays than this model: {_listing(lines)}')
+        accept(meta['data'])
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return step, restored.state, meta['data']
 
-    def _refuse_or_set_aside(self, bad: dict[int, str], good: list[int]):
+    def _newest(self) -> tuple[int | None, list[tuple[int, str]]]:
+        """Process 0: the newest step that is as it was sealed, and those above it with what is wrong with them."""
+        bad = []
+        for step in sorted({*self.steps(), *self._sealed}, reverse=True):
+            if (problem := damage(self._path(step))) is None:
+                return step, bad
+            bad.append((step, problem))
+        return None, bad
+
+    def _refuse_or_set_aside(self, bad: dict[int, str], good: int | None):
         newest = max(bad)
         what = f'checkpoint {newest} in {self.folder} is corrupt: {bad[newest]}'
-        if not good:
+        if good is None:
             raise CheckpointError(f'{what}; there is no good checkpoint. To start anew give another run_dir')
         if not self.config.fallback:
             raise CheckpointError(
-                f'{what}. The last good checkpoint is step {good[-1]}; '
-                f'to continue from it, set checkpoint.fallback=True'
+                f'{what}. The last good checkpoint is step {good}; to continue from it, set checkpoint.fallback=True'
             )
         self._manager.close()
+        aside = self.folder / 'corrupt'
         if self._main:
-            aside = self.folder.parent / 'corrupt'
             aside.mkdir(parents=True, exist_ok=True)
+            self._sealed -= set(bad)
+            self._mark()
             for step in bad:
                 target = aside / str(step)
                 if target.exists():
                     target.rmtree()
-                self._path(step).rename(target)
-        self.notes.append(f'{what}; moved to {self.folder.parent / "corrupt"}, continuing from step {good[-1]}')
+                if self._path(step).exists():
+                    self._path(step).rename(target)
+        _agreed(None)  # the others wait until they are gone
+        self.notes.append(f'{what}; moved to {aside}, continuing from step {good}')
         self._manager = self._open()

@@ -15,7 +15,8 @@ from attnx.train import step as step_lib
 # Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
 FREE = (
     'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
-    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.max_skipped', 'model.remat',
+    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
+    'health.*', 'model.remat',
     'model.impl',
 )  # fmt: skip
 
@@ -41,6 +42,18 @@ class Profile:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Health:
+    """What layers and heads do, measured on evaluation rows and written as lines of split 'health'."""
+
+    every: int = 0  # steps between measurements; 0: none
+    rows: int = 1  # rows of the first evaluation batch that are looked at
+
+    def __post_init__(self):
+        if self.every < 0 or self.rows < 1:
+            raise ValueError(f'health: every {self.every} must be >= 0 and rows {self.rows} >= 1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run."""
 
@@ -56,6 +69,7 @@ class Config:
     log: metrics.Config = dataclasses.field(default_factory=metrics.Config)
     sample: Sample = dataclasses.field(default_factory=Sample)
     profile: Profile = dataclasses.field(default_factory=Profile)
+    health: Health = dataclasses.field(default_factory=Health)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
     sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads

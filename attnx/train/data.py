@@ -79,8 +79,14 @@ class Data:
     task: Task
     train: Train
     num_eval_batches: int
+    _order: grain.MapDataset
+    _batch_size: int
     _evaluation: grain.MapDataset
     _options: grain.ReadOptions
+
+    def rows(self, step: int) -> list[int]:
+        """Which rows of `task.train` make the global batch `step` (0, 1, …)."""
+        return [int(self._order[i]) for i in range(step * self._batch_size, (step + 1) * self._batch_size)]
 
     def evaluation(self) -> Iterator[Batch]:
         """The evaluation batches, from the first, in a fixed order. Where rows run out, the last batch is filled with
@@ -129,4 +135,4 @@ def open(config: Config, *, run_dir=None, process_index: int = 0, process_count:
     options = grain.ReadOptions(num_threads=min(config.threads, config.prefetch), prefetch_buffer_size=config.prefetch)
     fingerprint = task.fingerprint | {'batch_size': config.batch_size}
     train = Train(batches(task.train, order, len(order) // config.batch_size), options, fingerprint)
-    return Data(task, train, num_eval, batches(task.evaluation, eval_order, num_eval), options)
+    return Data(task, train, num_eval, order, config.batch_size, batches(task.evaluation, eval_order, num_eval), options)

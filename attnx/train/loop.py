@@ -6,12 +6,14 @@ flat view of its parameters, and its call.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import functools
 import json
 import os
 import pathlib
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -28,7 +30,7 @@ from attnx import models, plan, sharding, tasks
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
-from attnx.train import metrics, report
+from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
 from attnx.train.config import Config, completed, free
@@ -80,6 +82,15 @@ def program(config: models.ModelConfig, *, packed: bool) -> Program:
         trace=lambda params, batch, key, step=None: call(params, batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
     )
+
+
+class Step(NamedTuple):
+    """A step whose numbers have not been read yet."""
+
+    number: int
+    values: Mapping[str, jax.Array]
+    batch: Mapping[str, jax.Array]
+    position: int  # batches taken so far, this one included
 
 
 class Stop:
@@ -135,8 +146,19 @@ def run(config: Config, *, until: int | None = None) -> Result:
     config.model.check(config.data.length)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with locked(run_dir), contextlib.ExitStack() as stack:
+    with _writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
         return _Run(config, run_dir, stack).run(until)
+
+
+@contextlib.contextmanager
+def _writable(run_dir: pathlib.Path):
+    """A full disk is told as what it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise ValueError(f'{error.filename or run_dir} could not be written: the disk is full') from error
+        raise
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
@@ -183,7 +205,14 @@ class _Run:
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
         stack.callback(self.log.close)
-        self.checkpoints = checkpoint_lib.Checkpoints(run_dir / 'checkpoints', config.checkpoint, settings, free=free)
+        # What decides the order of sums, and so the bits. A sum over two devices has none; over more it depends on how
+        # processes share them out.
+        layout = {'devices': self.mesh.size, 'sharding': config.sharding}
+        layout |= {'processes': jax.process_count()} if self.mesh.size > 2 else {}
+        layout |= {f'mesh.{axis}': size for axis, size in self.mesh.shape.items()}
+        self.checkpoints = checkpoint_lib.Checkpoints(
+            config.checkpoint.folder or run_dir / 'checkpoints', config.checkpoint, settings, free=free, layout=layout
+        )
         stack.callback(self.checkpoints.close)
 
         shapes = {name: shape.shape for name, shape in made.shapes.items()}
@@ -219,14 +248,20 @@ class _Run:
         return {name: one(value) for name, value in batch.items()}
 
     def restore(self) -> tuple[int, Any]:
+        """(step, state) of the newest checkpoint, with the data put where it stood; (0, None) without any."""
         shapes = jax.eval_shape(self._init, self.key)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.where)
-        found = self.checkpoints.restore(like)
+        found = self.checkpoints.restore(like, lambda saved: self.data.train.set_state(saved['data']))
         if found is None:
             return 0, None
-        number, state, position = found
-        self.data.train.set_state(position)
+        number, state, saved = found
+        self.rewinds = saved['rewinds']
         return number, state
+
+    def init(self):
+        # Random numbers are slow to compile and drawn once: compile them without optimizations.
+        cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
+        return jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key)
 
     def evaluate(self, params, data: data_lib.Data | None = None) -> dict[str, float]:
         batches = (data or self.data).evaluation()
@@ -247,6 +282,7 @@ class _Run:
 
     def run(self, until: int | None = None) -> Result:
         config = self.config
+        self.rewinds = 0
         number, state = self.restore()
         artefacts = [self.run_dir / 'loss.png', self.run_dir / 'sample.txt']
         again = f'To continue it, give more steps: --config.steps={2 * max(number, config.steps)}'
@@ -255,12 +291,9 @@ class _Run:
             last = [entry for entry in metrics.read(self.run_dir) if entry['split'] == 'eval']
             message = f'{self.run_dir} is complete: {number} of {config.steps} steps. {again}, or another run_dir.'
             return Result(number, 'already complete', last[-1] if last else {}, sample, message)
-        if state is None:
-            # Random numbers are slow to compile and drawn once: compile them without optimizations.
-            cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key)
+        self.log.open(None if state is None else number)
+        state = self.init() if state is None else state
         self.bad = int(state['bad'])
-        self.log.open(number)
         self.progress = metrics.Progress(config.steps, number)
         for note in self.checkpoints.notes:
             self.progress.say(note)
@@ -284,22 +317,24 @@ class _Run:
         return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
 
     def train(self, number: int, state, stop: Stop, until: int | None = None):
-        config, pending, evaluation, profiling = self.config, None, {}, False
-        if number == 0 or number >= config.steps:
+        config, pending, profiling = self.config, None, False
+        evaluation = self.evaluated(number)
+        if not evaluation and (number == 0 or number >= config.steps):
             evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
-        clock, since = time.monotonic(), number
+        clock, since, stalled = time.monotonic(), number, self.checkpoints.stalled
         end = min(config.steps, until or config.steps)
         while number < end:
             if config.profile.start and number == config.profile.start:
                 jax.profiler.start_trace(str(self.run_dir / 'profile'))
                 profiling = True
-            batch = next(self.data.train)
-            arrays = self.put(batch)
+            arrays = self.put(next(self.data.train))
+            watched = config.health.every and (number + 1) % config.health.every == 0
+            before = jax.tree.map(jnp.copy, state['params']) if watched else None
             state, values = self.update(state, arrays, self.key)
             number += 1
             # The numbers of a step are read while the next one runs.
-            self.read(pending, state)
-            pending = number, values, arrays
+            failed = self.read(pending)
+            pending = Step(number, values, arrays, self.data.train.step)
             if profiling and number == min(config.profile.start + config.profile.steps, config.steps):
                 jax.block_until_ready(state)
                 jax.profiler.stop_trace()
@@ -310,18 +345,26 @@ class _Run:
             evaluates = number == end or (config.eval_every and number % config.eval_every == 0)
             saves = number == config.steps or (config.checkpoint.every and number % config.checkpoint.every == 0)
             stops = stop.received or number == end < config.steps or (config.distributed and self.checkpoints.preempted(number))
-            if logs or evaluates or saves or stops or number - since == 1:
-                self.read(pending, state)
-                pending = None
+            if not failed and (logs or evaluates or saves or stops or watched or number - since == 1):
+                failed, pending = self.read(pending), None
+            if failed:
+                number, state = self.rewind(failed, state)
+                pending, evaluation = None, self.evaluated(number)
+                clock, since = time.monotonic(), number
+                continue
+            if watched:
+                self.log.write(number, 'health', self.health(before, state['params']))
             if logs:
                 numbers = {name: float(value) for name, value in values.items() if name != 'frozen'}
                 numbers |= self.speed((number - since) * config.data.batch_size, time.monotonic() - clock)
+                numbers['stalled_seconds'] = self.checkpoints.stalled - stalled
+                stalled = self.checkpoints.stalled
                 self.log.write(number, 'train', numbers)
                 shown = {'eval_loss': evaluation['loss']} if evaluation else {}
                 self.progress.update(number, numbers | shown)
             if evaluates or saves or stops:
                 evaluation = self.checkpoint_or_evaluate(number, state, evaluates, saves or stops) or evaluation
-            if evaluates or saves or logs or number == since + 1:
+            if evaluates or saves or logs or watched or number == since + 1:
                 clock, since = time.monotonic(), number
             if stops:
                 break
@@ -341,42 +384,87 @@ class _Run:
             text = '  '.join(f'{name} {value:.4f}' for name, value in evaluation.items())
             self.progress.say(f'step {number}/{self.config.steps}  validation: {text}')
         if save:
-            self.checkpoints.save(number, state, self.data.train.get_state(), evaluation.get('loss'))
+            self.log.sync()
+            data = {'data': self.data.train.get_state(), 'rewinds': self.rewinds}
+            self.checkpoints.save(number, state, data, evaluation.get('loss'))
         return evaluation
 
-    def read(self, pending, state) -> None:
-        """Raises where the step of `pending` was not finite; the state is frozen as that step found it."""
-        if pending is None:
-            return
-        number, values, batch = pending
-        if int(values['bad']) > self.bad:
-            self.bad = int(values['bad'])
-            self.progress.say(f'step {number}: loss or gradient is not finite ({self.bad} so far)')
-        if not bool(values['frozen']):
-            return
+    def evaluated(self, number: int) -> dict[str, float]:
+        """The last evaluation in the log, if there is one of this step."""
+        found = [entry for entry in metrics.read(self.run_dir) if entry['split'] == 'eval' and entry['step'] == number]
+        return {name: value for name, value in found[-1].items() if name not in ('step', 'split')} if found else {}
+
+    def health(self, before, after) -> dict[str, list]:
+        """Figures of layers and heads after an update of `before` to `after`; see attnx.train.health."""
+        batch = self.put(next(self.data.evaluation()))
+        if not hasattr(self, '_health'):
+            single = NamedSharding(self.mesh, PartitionSpec())
+
+            def figures(before, after, batch):
+                batch = jax.tree.map(lambda x: x[: self.config.health.rows], batch)
+                return health.figures(self.program.trace(after, batch, None)) | health.update_ratios(before, after)
+
+            self._health = jax.jit(figures, out_shardings=single)
+        return {name: np.asarray(value).tolist() for name, value in self._health(before, after, batch).items()}
+
+    def read(self, step: Step | None) -> Step | None:
+        """Reads a step's numbers; the step itself if the state is frozen as it found it."""
+        if step is None:
+            return None
+        if int(step.values['bad']) > self.bad:
+            self.bad = int(step.values['bad'])
+            if not bool(step.values['frozen']):
+                most = self.config.step.max_non_finite
+                rows = ', '.join(map(str, self.data.rows(step.position - 1)))
+                self.progress.say(
+                    f'step {step.number}: loss or gradient is not finite; skipped ({self.bad} of {most}); training rows {rows}'
+                )
+        return step if bool(step.values['frozen']) else None
+
+    def rewind(self, failed: Step, state) -> tuple[int, Any]:
+        """The state to go on from after a step that was not finite; the data stay past its batch.
+
+        Raises:
+          TrainingFailure: the policy is another one, or there were too many.
+        """
+        failure = report.failure(self.run_dir, self.diagnose(failed, state))
+        policy = self.config.step
+        if policy.non_finite != 'rewind' or self.rewinds >= policy.max_non_finite:
+            raise failure
+        count, position = self.rewinds + 1, self.data.train.get_state() | {'step': failed.position}
+        self.checkpoints.wait()
+        number, state = self.restore()
+        self.data.train.set_state(position)
+        self.log.open(number)
+        state = self.init() if state is None else state
+        self.rewinds, self.bad = count, int(state['bad'])
+        self.progress.say(f'{failure} Rewound to step {number}, past that batch ({count} of {policy.max_non_finite}).')
+        return number, state
+
+    def diagnose(self, failed: Step, state) -> dict:
         made, config = self.program, self.config
         key = jax.random.fold_in(self.key, state['step'])
         whole = dataclasses.replace(config.step, accumulate=1)
-        names: list[str] = []
+        single = NamedSharding(self.mesh, PartitionSpec())
+        jit = lambda function: jax.jit(function, out_shardings=single)
 
-        @jax.jit
         def activations(params):
-            named = list(made.trace(params, batch, key, state['step']))
-            names.extend(name for name, _ in named)
-            return [value for _, value in named]
+            traced = made.trace(params, failed.batch, key, state['step'])
+            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(traced)]
+            return [one for one in found if one is not None]
 
-        trace = lambda params: zip(names, activations(params))
         forward = functools.partial(made.forward, step=state['step'])
-        grad = jax.jit(lambda params: step_lib.gradients(forward, params, batch, key, whole)[1])
-        diagnosis = report.diagnose(
-            step=number,
-            metrics=values,
-            params=state['params'],
-            batch=batch,
-            trace=lambda: trace(state['params']),
-            gradients=lambda: grad(state['params']),
+        grad = lambda params: report.censuses(step_lib.gradients(forward, params, failed.batch, key, whole)[1])
+        return report.diagnose(
+            step=failed.number,
+            metrics=failed.values,
+            shapes=made.shapes,
+            params=jit(report.censuses)(state['params']),
+            batch=jit(report.censuses)(failed.batch),
+            trace=lambda: jit(activations)(state['params']),
+            gradients=lambda: jit(grad)(state['params']),
+            rows=self.data.rows(failed.position - 1),
         )
-        raise report.failure(self.run_dir, diagnosis)
 
     def sample(self, params) -> str | None:
         """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
@@ -403,7 +491,23 @@ def tell(result: Result) -> None:
     if jax.process_index():
         return
     if result.sample:
-        print(f'--- sample ---\n{result.sample}\n--- end of sample ---')
+        print(f'--- sample ---\n{metrics.printable(result.sample)}\n--- end of sample ---')
     if result.evaluation:
         print('validation:', json.dumps({k: v for k, v in result.evaluation.items() if k not in ('step', 'split')}))
     print(result.message)
+
+
+def command(config: Config, *, traceback: bool = False) -> int:
+    """Runs, says how it ended, and returns the exit code: 0 complete, 1 NaN or Inf, 2 bad input, 143 stopped."""
+    try:
+        result = run(config)
+    except ValueError as error:
+        if traceback:
+            raise
+        print(f'error: {metrics.printable(str(error))}', file=sys.stderr)
+        return 2
+    except report.TrainingFailure as failure:
+        print(f'training failed: {metrics.printable(str(failure))}', file=sys.stderr)
+        return 1
+    tell(result)
+    return 143 if result.status == 'stopped' else 0

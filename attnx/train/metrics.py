@@ -1,5 +1,6 @@
 """Where numbers go: `metrics.jsonl` is the truth; TensorBoard, W&B and the progress line mirror it."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -14,6 +15,7 @@ from typing import Any
 import jax
 
 FILE = 'metrics.jsonl'
+TIMES = ('tokens_per_second', 'mfu', 'stalled_seconds')  # what differs between equal runs
 
 # Dense bfloat16 peak, FLOP/s per device, by the device kind that jax reports (vendors' data sheets).
 PEAKS = {
@@ -53,10 +55,17 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAKS[max(known, key=len)] if known else None
 
 
+def printable(text: str) -> str:
+    r"""`text` with control characters written out (\x1b): what a model or a file says must not steer a terminal."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape').decode() for c in text)
+
+
 def line(values: Mapping[str, Any]) -> str:
-    """One JSON line: scalars as floats, NaN and Inf as strings (JSON lacks them), the rest as it is."""
+    """One JSON line: scalars as floats, NaN and Inf as strings (JSON lacks them), lists of such, the rest as it is."""
 
     def plain(value):
+        if isinstance(value, list | tuple):
+            return [plain(v) for v in value]
         if value is None or isinstance(value, str | bool | int):
             return value
         value = float(value)
@@ -66,14 +75,14 @@ def line(values: Mapping[str, Any]) -> str:
 
 
 def read(run_dir) -> list[dict]:
-    """The lines of a run's log; a last line cut short by a kill is dropped."""
+    """The lines of a run's log; what can't be read, such as a last line cut short by a kill, is left out."""
     found = []
     path = pathlib.Path(run_dir) / FILE
     for text in path.read_text().splitlines() if path.exists() else ():
         try:
             found.append(json.loads(text))
         except ValueError:
-            break
+            continue
     return found
 
 
@@ -95,11 +104,12 @@ class Log:
         self.run_dir, self.config, self.settings = pathlib.Path(run_dir), config, settings
         self._stream = self._board = self._wandb = None
 
-    def open(self, step: int) -> None:
-        """Begins to write after `step`."""
+    def open(self, step: int | None) -> None:
+        """Begins to write after `step`; None: from the beginning."""
         if jax.process_index():
             return
-        kept = [entry for entry in read(self.run_dir) if entry['step'] <= step]
+        self.close()
+        kept = [] if step is None else [entry for entry in read(self.run_dir) if entry['step'] <= step]
         path = self.run_dir / FILE
         draft = path.with_suffix('.tmp')
         draft.write_text(''.join(json.dumps(entry) + '\n' for entry in kept))
@@ -108,7 +118,7 @@ class Log:
         if self.config.tensorboard:
             from tensorboardX import SummaryWriter
 
-            self._board = SummaryWriter(str(self.run_dir / 'tensorboard'), flush_secs=10)
+            self._board = SummaryWriter(str(self.run_dir / 'tensorboard'), flush_secs=10, purge_step=(step or 0) + 1)
         if self.config.wandb:
             import wandb
 
@@ -119,24 +129,37 @@ class Log:
             )  # fmt: skip
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
-        """One line {'step', 'split', …}; `split` is 'train' or 'eval'."""
+        """One line {'step', 'split', …}; `split` is 'train', 'eval' or 'health'. Lists go to JSONL only.
+
+        Raises:
+          ValueError: it can't be written, e.g. because the disk is full.
+        """
         if self._stream is None:
             return
-        self._stream.write(line({'step': step, 'split': split} | dict(values)) + '\n')
-        numbers = {f'{split}/{k}': float(v) for k, v in values.items() if not isinstance(v, str | bool | None)}
+        try:
+            self._stream.write(line({'step': step, 'split': split} | dict(values)) + '\n')
+        except OSError as error:
+            raise ValueError(f'{self.run_dir / FILE} could not be written: {error.strerror or error}') from error
+        numbers = {f'{split}/{k}': float(v) for k, v in values.items() if not isinstance(v, list | str | bool | None)}
         if self._board:
             for name, value in numbers.items():
                 self._board.add_scalar(name, value, step)
         if self._wandb:
             self._wandb.log(numbers, step=step)
 
-    def close(self) -> None:
+    def sync(self) -> None:
+        """Returns when all lines are on the disk, so that a checkpoint never outlives the lines before it."""
         if self._stream:
-            self._stream.close()
-        if self._board:
-            self._board.close()
+            os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        for mirror in (self._stream, self._board):
+            if mirror:
+                with contextlib.suppress(OSError):  # a full disk was told when it was met
+                    mirror.close()
         if self._wandb:
             self._wandb.finish()
+        self._stream = self._board = self._wandb = None
 
 
 class Progress:
@@ -180,6 +203,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """A message that stays."""
+        text = printable(text)
         if self._live:
             self._live.console.print(text, markup=False, highlight=False)
         elif self._main:

@@ -1,5 +1,6 @@
 """What a run leaves behind: the plot of its losses, and the diagnosis of a failure."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -8,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from attnx.train import metrics
@@ -32,7 +34,8 @@ def plot(run_dir) -> pathlib.Path:
         points = [(e['step'], e['loss']) for e in entries if e['split'] == split and isinstance(e.get('loss'), float)]
         if points:
             axis.plot(*zip(*points), label={'train': 'training', 'eval': 'validation'}[split], **style)
-    axis.set(xlabel='step', ylabel='loss (nats)', title=pathlib.Path(run_dir).name)
+    axis.set(xlabel='step', ylabel='loss (nats)')
+    axis.set_title(metrics.printable(pathlib.Path(run_dir).name), parse_math=False)
     axis.grid(alpha=0.3)
     if axis.lines:
         axis.legend()
@@ -43,18 +46,45 @@ def plot(run_dir) -> pathlib.Path:
     return path
 
 
-def census(value: Any) -> dict:
-    """Shape, dtype, numbers of NaN and Inf, and the largest finite magnitude of an array."""
-    array = np.asarray(value)
-    wide = array.astype(np.float32) if array.dtype.kind not in 'fc' else array
-    finite = wide[np.isfinite(wide)]
-    return {
-        'shape': list(array.shape),
-        'dtype': str(array.dtype),
-        'nan': int(np.isnan(wide).sum()),
-        'inf': int(np.isinf(wide).sum()),
-        'max_abs': float(np.abs(finite).max()) if finite.size else None,
-    }
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """What is not finite in one array: small arrays, so that they can leave a jitted function and any mesh."""
+
+    nan: Any  # how many
+    inf: Any
+    max_abs: Any  # largest finite magnitude; -1: nothing is finite
+    along: list  # per axis, bool [its size]: where something is not finite
+    name: str = dataclasses.field(metadata={'static': True})
+    shape: tuple = dataclasses.field(metadata={'static': True})
+    dtype: str = dataclasses.field(metadata={'static': True})
+    heads: int | None = dataclasses.field(default=None, metadata={'static': True})  # axis of heads
+
+
+def census(name: str, value: Any, heads: int | None = None) -> Census | None:
+    """The census of an array of floats; None of others. Traceable."""
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        return None
+    wide = jnp.asarray(value).astype(jnp.float32)
+    wrong = ~jnp.isfinite(wide)
+    return Census(
+        nan=jnp.sum(jnp.isnan(wide)),
+        inf=jnp.sum(jnp.isinf(wide)),
+        max_abs=jnp.max(jnp.where(wrong, -1, jnp.abs(wide)), initial=-1),
+        along=[jnp.any(wrong, axis=tuple(a for a in range(wide.ndim) if a != axis)) for axis in range(wide.ndim)],
+        name=name,
+        shape=tuple(value.shape),
+        dtype=str(value.dtype),
+        heads=heads,
+    )
+
+
+def censuses(named: Mapping[str, Any]) -> list[Census]:
+    return [found for name, value in named.items() if (found := census(name, value)) is not None]
+
+
+def _where(flags: Any, limit: int = 64) -> list[int]:
+    return np.flatnonzero(np.asarray(flags))[:limit].tolist()
 
 
 def layer_of(name: str, params: Mapping[str, Any], repeat: int = 0) -> int | None:
@@ -77,79 +107,100 @@ def layer_of(name: str, params: Mapping[str, Any], repeat: int = 0) -> int | Non
     return before + repeat * size(stack)[1] + place
 
 
-def bad_tensors(stage: str, named: Iterable[tuple[str, Any]], params: Mapping[str, Any], pick=min) -> list[dict]:
+def bad_tensors(stage: str, found: Iterable[Census], shapes: Mapping[str, Any], pick=min) -> list[dict]:
     """Entries for the tensors with NaN or Inf, in the order given; `pick` tells which bad layer names a stacked one."""
-    found = []
-    for name, value in named:
-        array = np.asarray(value)
-        if array.dtype.kind != 'f' and 'float' not in str(array.dtype):
+    bad = []
+    for one in found:
+        if not (int(one.nan) or int(one.inf)):
             continue
-        wrong = ~np.isfinite(array.astype(np.float32))
-        if wrong.any():
-            repeat = int(pick(np.argwhere(wrong)[:, 0])) if 'stacks/' in name and array.ndim else 0
-            layer = layer_of(name, params, repeat)
-            if layer is None and (match := re.search(r'layer_(\d+)$', name)):
-                layer = int(match[1])
-            found.append({'stage': stage, 'tensor': name, 'layer': layer} | census(array))
-    return found
+        stacked = stage in ('parameter', 'gradient') and 'stacks/' in one.name
+        layer = layer_of(one.name, shapes, pick(_where(one.along[0])) if stacked else 0)
+        if layer is None and (match := re.search(r'layer_(\d+)', one.name)):
+            layer = int(match[1])
+        entry = {'stage': stage, 'tensor': one.name, 'layer': layer, 'shape': list(one.shape), 'dtype': one.dtype}
+        entry |= {'nan': int(one.nan), 'inf': int(one.inf), 'max_abs': float(one.max_abs) if one.max_abs >= 0 else None}
+        if stage in ('batch', 'activation') and one.along:
+            entry['rows'] = _where(one.along[0])
+        if one.heads is not None:
+            entry['heads'] = _where(one.along[one.heads])
+        bad.append(entry)
+    return bad
 
 
 def diagnose(
     *,
     step: int,
     metrics: Mapping[str, Any],
-    params: Mapping[str, jax.Array],
-    batch: Mapping[str, Any],
-    trace: Callable[[], Iterable[tuple[str, jax.Array]]] | None,
-    gradients: Callable[[], Mapping[str, jax.Array]],
+    shapes: Mapping[str, Any],
+    params: Iterable[Census],
+    batch: Iterable[Census],
+    trace: Callable[[], Iterable[Census]],
+    gradients: Callable[[], Iterable[Census]],
+    rows: list[int] | None = None,
 ) -> dict:
     """Replays a failing step and finds where its first NaN or Inf is born.
 
-    In order: the batch, the parameters, the activations layer by layer, the loss, the gradients from the last layer to
-    the first (the order in which they are computed).
+    In order: the batch, the parameters, the activations from input to output (operands and results of every op, then
+    each layer's output), the loss, the gradients from the last layer to the first (the order in which they are computed).
 
     Args:
       step: the step that failed; `params` and `batch` are those it began with.
-      trace: yields (name, activation) from input to output; None where the model has none.
+      shapes: parameter name -> anything with the shape of its stacked array.
+      trace: the activations, from input to output.
       gradients: the gradient of the same step.
+      rows: training rows of which the batch was made.
 
     Returns:
-      JSON-able: 'step', 'loss', 'grad_norm', 'first' (stage, tensor, layer, census), 'bad' (all), 'activations'
-      (largest magnitude by name).
+      JSON-able: 'step', 'loss', 'grad_norm', 'first' (stage, tensor, layer, census, rows of the batch and heads where
+      known), 'bad' (all), 'training_rows' (of the rows that are bad, or of the whole batch), 'activations' (largest
+      magnitude by name).
     """
-    bad = bad_tensors('batch', batch.items(), params) + bad_tensors('parameter', params.items(), params)
+    bad = bad_tensors('batch', batch, shapes) + bad_tensors('parameter', params, shapes)
     sizes = {}
-    for name, value in trace() if trace else ():
-        sizes[name] = census(value)['max_abs']
-        bad += bad_tensors('activation', [(name, value)], params)
+    for one in trace():
+        sizes[one.name] = float(one.max_abs) if one.max_abs >= 0 else None
+        bad += bad_tensors('activation', [one], shapes)
     if not math.isfinite(loss := float(metrics['objective'])):
         bad.append({'stage': 'loss', 'tensor': 'objective', 'layer': None, 'value': str(loss)})
-    found = bad_tensors('gradient', reversed(gradients().items()), params, pick=max)
+    found = bad_tensors('gradient', reversed(list(gradients())), shapes, pick=max)
     # The head's come first, then layer by layer downwards, the embeddings' last.
     outside = lambda entry: 2 if 'embed' in entry['tensor'] else 0
     rank = lambda entry: (outside(entry), 0) if entry['layer'] is None else (1, -entry['layer'])
     bad += sorted(found, key=rank)
+    first = bad[0] if bad else None
+    if rows is not None and first and 'rows' in first:
+        rows = [rows[row] for row in first['rows']]
     return {
         'step': step,
         'loss': str(float(metrics['loss'])),
         'grad_norm': str(float(metrics['grad_norm'])),
-        'first': bad[0] if bad else None,
+        'first': first,
+        'training_rows': rows,
         'bad': bad[:100],
         'activations': sizes,
     }
 
 
+def _few(numbers: list[int]) -> str:
+    return ', '.join(map(str, numbers[:4])) + (f' and {len(numbers) - 4} more' if len(numbers) > 4 else '')
+
+
 def failure(run_dir, diagnosis: dict) -> TrainingFailure:
     """Writes run_dir/failure.json and returns the error to raise."""
     path = pathlib.Path(run_dir) / FAILURE
-    path.write_text(json.dumps(diagnosis, indent=1) + '\n')
+    if jax.process_index() == 0:
+        path.write_text(json.dumps(diagnosis, indent=1) + '\n')
     first = diagnosis['first']
     where = 'it did not happen again in the replay'
     if first:
         layer = '' if first['layer'] is None else f' of layer {first["layer"]}'
         where = f'first bad tensor: {first["stage"]} {first["tensor"]}{layer}'
+        if first.get('heads'):
+            where += f', heads {_few(first["heads"])}'
         if 'nan' in first:
             where += f' ({first["nan"]} NaN, {first["inf"]} Inf in {first["dtype"]}{first["shape"]})'
+    if diagnosis['training_rows']:
+        where += f'; training rows {_few(diagnosis["training_rows"])}'
     return TrainingFailure(
         f'step {diagnosis["step"]}: loss {diagnosis["loss"]}, gradient norm {diagnosis["grad_norm"]}; {where}. '
         f'Parameters are as before this step. Report: {path}'

@@ -15,6 +15,8 @@ import optax
 
 from attnx.dispatch import nearest
 
+POLICIES = ('stop', 'skip', 'rewind')
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
@@ -24,15 +26,18 @@ class Config:
     label_smoothing: float = 0.0  # share of the target spread evenly over the vocabulary
     aux_weights: Mapping[str, float] = dataclasses.field(default_factory=dict)  # of auxiliary losses by name; else 1
     accumulate: int = 1  # micro-batches per update, by a scan; must divide the batch
-    max_skipped: int = 0  # updates with a NaN or Inf that are skipped before the run stops
+    non_finite: str = 'stop'  # an update with a NaN or Inf: stop; skip it; rewind to the last checkpoint, past its batch
+    max_non_finite: int = 10  # skips or rewinds over the whole run; one more stops it
 
     def __post_init__(self):
         if self.accumulate < 1:
             raise ValueError(f'accumulate must be >= 1, was given {self.accumulate}')
         if not 0 <= self.label_smoothing < 1:
             raise ValueError(f'label_smoothing must be in [0, 1), was given {self.label_smoothing}')
-        if self.z_loss < 0 or self.max_skipped < 0:
-            raise ValueError(f'z_loss {self.z_loss} and max_skipped {self.max_skipped} must be >= 0')
+        if self.non_finite not in POLICIES:
+            raise ValueError(f'unknown non_finite {self.non_finite!r}; {nearest(self.non_finite, POLICIES)}')
+        if self.z_loss < 0 or self.max_non_finite < 0:
+            raise ValueError(f'z_loss {self.z_loss} and max_non_finite {self.max_non_finite} must be >= 0')
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, ...]:
@@ -139,12 +144,14 @@ def train_step(forward: Callable, transform: optax.GradientTransformation, rate:
     """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
     every step: as an argument, one compiled program serves all seeds.
 
-    An update whose loss or gradient norm is NaN or Inf changes nothing. After more than `max_skipped` of them the state
-    stays frozen at the failing step, so that the failure can be replayed exactly; metrics['frozen'] says so.
+    An update whose loss or gradient norm is NaN or Inf changes nothing. Unless it is to be skipped the state stays frozen
+    at the failing step, so that the failure can be replayed exactly; metrics['frozen'] says so.
 
     Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
     """
+
+    tolerated = config.max_non_finite if config.non_finite == 'skip' else 0
 
     def step(state, batch, key):
         params, opt, number = state['params'], state['opt'], state['step']
@@ -153,7 +160,7 @@ def train_step(forward: Callable, transform: optax.GradientTransformation, rate:
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         bad = state['bad'] + ~finite
-        frozen = bad > config.max_skipped
+        frozen = bad > tolerated
         ok = finite & ~frozen
         updates, new_opt = transform.update(grads, opt, params)
         keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, old)

@@ -2,7 +2,11 @@
 
 import gc
 import json
+import pathlib
+import pickle
 import resource
+import shutil
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -66,19 +70,32 @@ def damage_flip(path):
     path.write_bytes(raw)
 
 
-@pytest.mark.parametrize(
-    ('hurt', 'message'),
-    [
-        (damage_flip, 'differs from its digest'),
-        (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'differs from its digest'),
-        (lambda path: path.unlink(), 'is missing'),
-    ],
-)
+def a_link(path):
+    """The same bytes, outside the folder."""
+    path.rename(path.parents[4] / 'elsewhere')
+    path.symlink_to(path.parents[4] / 'elsewhere')
+
+
+HURT = {
+    'flip': (damage_flip, 'differs from its digest'),
+    'truncate': (lambda path: path.write_bytes(path.read_bytes()[:-1]), 'differs from its digest'),
+    'zero': (lambda path: path.write_bytes(bytes(path.stat().st_size)), 'differs from its digest'),
+    'delete': (lambda path: path.unlink(), 'is missing'),
+    'add': (lambda path: (path.parent / 'more').write_text('x'), 'more was not there when it was sealed'),
+    'link': (a_link, 'is a link'),
+    'seal lost': (lambda path: (path.parents[2] / checkpoint.SEAL).unlink(), 'has no integrity.json'),
+    'seal flipped': (lambda path: damage_flip(path.parents[2] / checkpoint.SEAL), 'integrity.json (differs|is unread)'),
+    'gone': (lambda path: shutil.rmtree(path.parents[2]), 'is gone'),
+    'renamed': (lambda path: path.parents[2].rename(path.parents[3] / '9'), 'was sealed as step 3'),
+}
+
+
+@pytest.mark.parametrize(('hurt', 'message'), HURT.values(), ids=HURT)
 def test_a_corrupt_checkpoint_is_named_and_the_last_good_one_used_only_if_asked(opened, tiny, tmp_path, hurt, message):
     write(opened, tiny)
-    data = max((p for p in (tmp_path / 'checkpoints/3').rglob('*') if p.is_file()), key=lambda p: p.stat().st_size)
+    data = max((tmp_path / 'checkpoints/3/state/d').iterdir(), key=lambda p: p.stat().st_size)
     hurt(data)
-    with pytest.raises(checkpoint.CheckpointError, match=rf'checkpoint 3 .* corrupt: .*{message}.*last good .* step 2'):
+    with pytest.raises(checkpoint.CheckpointError, match=rf'checkpoint [39] .* corrupt: .*{message}.*last good .* step 2'):
         opened().restore(like(state_of(tiny)))
     ck = opened(fallback=True)
     step, state, _ = ck.restore(like(state_of(tiny)))
@@ -87,7 +104,8 @@ def test_a_corrupt_checkpoint_is_named_and_the_last_good_one_used_only_if_asked(
     ck.save(3, state_of(tiny, 3), {})
     ck.wait()
     assert ck.steps() == [2, 3]
-    assert (tmp_path / 'corrupt/3').is_dir()
+    assert ck.notes[-1].endswith('continuing from step 2')
+    assert len(list((tmp_path / 'checkpoints/corrupt').iterdir())) == (message != 'is gone')
 
 
 def test_no_good_checkpoint_left(opened, tiny, tmp_path):
@@ -99,14 +117,17 @@ def test_no_good_checkpoint_left(opened, tiny, tmp_path):
 
 def test_an_unfinished_checkpoint_is_removed(opened, tiny, tmp_path):
     write(opened, tiny)
-    (tmp_path / 'checkpoints/3' / checkpoint.SEAL).unlink()  # as if killed before the seal
-    (tmp_path / 'checkpoints/7/state').mkdir(parents=True)  # as if killed while writing
+    folder = tmp_path / 'checkpoints'
+    shutil.copytree(folder / '3', folder / '5', ignore=lambda *_: [checkpoint.SEAL])  # as if killed before the seal
+    (folder / '7/state').mkdir(parents=True)  # as if killed while writing
+    (folder / '08').mkdir()  # no step's name, and not ours to remove
     ck = opened()
-    assert ck.restore(like(state_of(tiny)))[0] == 2
-    assert len(ck.notes) == 2
-    ck.save(3, state_of(tiny, 3), {})
+    assert ck.restore(like(state_of(tiny)))[0] == 3
+    assert ck.notes == [f'checkpoint {step} was never finished: removed' for step in (5, 7)]
+    ck.save(5, state_of(tiny, 5), {})
     ck.wait()
-    assert ck.steps() == [2, 3]
+    assert ck.steps() == [3, 5]
+    assert (folder / '08').exists()
 
 
 def test_a_foreign_folder_is_refused(opened, tmp_path):
@@ -171,9 +192,62 @@ def test_seal_covers_every_file(opened, tiny, tmp_path):
     write(opened, tiny, (1,))
     folder = tmp_path / 'checkpoints/1'
     files = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
-    assert set(json.loads((folder / checkpoint.SEAL).read_text())['files']) == files - {checkpoint.SEAL}
+    assert set(json.loads((folder / checkpoint.SEAL).read_text())['seal']['files']) == files - {checkpoint.SEAL}
 
 
 def test_refuses_to_keep_fewer_than_two():
     with pytest.raises(ValueError, match='keep_last must be >= 2'):
         checkpoint.Config(keep_last=1)
+
+
+def test_another_layout_is_refused_unless_asked(opened, tiny, tmp_path):
+    """Its sums are taken in another order, so the run would not be the same to the bit."""
+    make = lambda **change: opened(tmp_path / 'here', **change)
+    ck = make()
+    ck.layout = {'devices': 2}
+    ck.save(1, state_of(tiny), {})
+    ck.wait()
+    ck = make()
+    ck.layout = {'devices': 4}
+    with pytest.raises(checkpoint.CheckpointError, match=r'another layout: devices: saved 2, now 4.*checkpoint.elastic=True'):
+        ck.restore(like(state_of(tiny)))
+    ck = make(elastic=True)
+    ck.layout = {'devices': 4}
+    assert ck.restore(like(state_of(tiny)))[0] == 1
+    assert 'to rounding only' in ck.notes[-1]
+
+
+def test_data_are_refused_before_arrays_are_read(opened, tiny, monkeypatch):
+    write(opened, tiny, (1,))
+    ck = opened()
+    monkeypatch.setattr(ck, '_manager', None)
+
+    def accept(data):
+        raise ValueError(f'not these: {data}')
+
+    with pytest.raises(ValueError, match=r"not these: \{'batches': 1\}"):
+        ck.restore(like(state_of(tiny)), accept)
+
+
+def test_retired_steps_lose_their_seal_first(opened, tiny, monkeypatch):
+    """A kill while a step is removed leaves what was never finished, not what is damaged."""
+    ck = write(opened, tiny, (1, 2))
+    kept = []
+    monkeypatch.setattr(type(ck._path(1)), 'rmtree', lambda self, **_: kept.append(self.name))
+    ck.save(3, state_of(tiny, 3), {})
+    ck.wait()
+    assert kept == ['1']
+    assert ck.steps() == [2, 3]
+    monkeypatch.undo()
+    assert opened().notes == ['checkpoint 1 was never finished: removed']
+
+
+def test_nothing_is_unpickled(opened, tiny):
+    ck, seen = write(opened, tiny, (1,)), []
+    hook = lambda event, _: seen is not None and event == 'pickle.find_class' and seen.append(event)
+    sys.addaudithook(hook)  # for good: Python has no way to take it off
+    assert ck.restore(like(state_of(tiny)))[0] == 1
+    assert not seen
+    pickle.loads(pickle.dumps(pathlib.Path('x')))
+    assert seen  # the hook sees it where it happens
+    seen = None

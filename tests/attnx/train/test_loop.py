@@ -17,7 +17,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from attnx import config as config_lib
-from attnx.train import checkpoint, data, loop, metrics, report
+from attnx.train import checkpoint, data, health, loop, metrics, report
 
 TEXT = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(add(i, i))\n'
 
@@ -131,7 +131,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monk
     assert loop.run(made).status == 'complete'
     jax.tree.map(np.testing.assert_array_equal, state_of(whole, 6), state_of(made.run_dir, 6))
     numbers = lambda run_dir: [
-        {k: v for k, v in e.items() if k not in ('tokens_per_second', 'mfu')} for e in metrics.read(run_dir)
+        {k: v for k, v in e.items() if k not in metrics.TIMES} for e in metrics.read(run_dir)
     ]
     assert numbers(made.run_dir) == numbers(whole)
 
@@ -145,16 +145,111 @@ def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
     found = json.loads(pathlib.Path(made.run_dir, report.FAILURE).read_text())
     assert found['step'] == 4
     assert found['first']['nan'] == 8 * 16
-    assert set(found['activations']) == {'embedding', 'layer_0', 'layer_1', 'logits'}
+    assert {'embedding', 'layer_0', 'layer_1/softmax_attention/query', 'layer_1', 'logits'} <= set(found['activations'])
+    assert found['training_rows'] == data.open(made.data, run_dir=made.run_dir).rows(3)
     assert loop.run(made).status == 'complete'  # the checkpoint before it is good
 
 
 def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
-    made = config(**{'step.max_skipped': 1})
+    made = config(**{'step.non_finite': 'skip', 'step.max_non_finite': 1})
     at_step(monkeypatch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
     assert loop.run(made).status == 'complete'
-    assert 'step 4: loss or gradient is not finite (1 so far)' in capfd.readouterr().err
+    assert 'step 4: loss or gradient is not finite; skipped (1 of 1); training rows ' in capfd.readouterr().err
     assert [e['bad'] for e in metrics.read(made.run_dir) if e['split'] == 'train'] == [0, 0, 0, 1, 1, 1]
+
+
+def rows_of(run_dir, split='train'):
+    return [{k: v for k, v in e.items() if k not in metrics.TIMES} for e in metrics.read(run_dir) if e['split'] == split]
+
+
+@pytest.mark.parametrize('position', [2, 5])
+def test_rewinding_goes_past_the_bad_batch(config, monkeypatch, capfd, position):
+    """Before and after the first checkpoint; killed afterwards and resumed, it is the same run."""
+    change = {'steps': 8, 'eval_every': 0, 'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    made = config(**change, **{'step.non_finite': 'rewind', 'step.max_non_finite': 1})
+    at_step(monkeypatch, position, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
+    assert loop.run(made).status == 'complete'
+    told = capfd.readouterr().err
+    back = 0 if position == 2 else 4
+    assert f'step {position}: loss nan' in told
+    assert f'Rewound to step {back}, past that batch (1 of 1)' in told
+    assert [row['step'] for row in rows_of(made.run_dir)] == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row['step'] for row in rows_of(made.run_dir, 'eval')] == [0, 8]
+    if position == 2:
+        return
+    again = dataclasses.replace(made, run_dir=made.run_dir + '_killed')
+    with monkeypatch.context() as patch:
+        at_step(patch, 8, crash)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(again)
+    assert loop.run(again).status == 'complete'
+    assert rows_of(again.run_dir) == rows_of(made.run_dir)
+    jax.tree.map(np.testing.assert_array_equal, state_of(made.run_dir, 8), state_of(again.run_dir, 8))
+
+
+def test_rewinding_is_bounded(config, monkeypatch):
+    change = {'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    made = config(**change, **{'step.non_finite': 'rewind', 'step.max_non_finite': 1})
+    plain = data.Train.__next__
+    spoilt = lambda batch: batch | {'weights': np.full_like(batch['weights'], np.inf)}
+    monkeypatch.setattr(data.Train, '__next__', lambda self: spoilt(plain(self)) if self.step >= 3 else plain(self))
+    with pytest.raises(report.TrainingFailure, match='step 3: loss'):
+        loop.run(made)
+
+
+def test_lines_of_the_log_are_neither_lost_nor_doubled(config, whole, monkeypatch, tmp_path):
+    """Killed before the first checkpoint, and between the last one and the plot; a torn line in between."""
+    made = config()
+    with monkeypatch.context() as patch:
+        at_step(patch, 2, crash)
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(made)
+    with pathlib.Path(made.run_dir, metrics.FILE).open('a') as stream:
+        stream.write('{"step": 2, "spl')
+    monkeypatch.setattr(report, 'plot', crash)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(made)
+    monkeypatch.undo()
+    result = loop.run(made)
+    assert (result.status, result.evaluation['loss']) == ('complete', rows_of(whole, 'eval')[-1]['loss'])
+    for split in ('train', 'eval'):
+        assert rows_of(made.run_dir, split) == rows_of(whole, split)
+
+
+def test_other_data_are_refused_before_any_array_is_read(config, whole, corpus, tmp_path, monkeypatch):
+    shutil.copytree(whole, tmp_path / 'run')
+    monkeypatch.setattr(ocp.CheckpointManager, 'restore', None)
+    plain = loop.data_lib.open
+
+    def changed(*args, **kwargs):
+        found = plain(*args, **kwargs)
+        found.train._fingerprint = found.train._fingerprint | {'contents': 'else'}
+        return found
+
+    monkeypatch.setattr(loop.data_lib, 'open', changed)
+    with pytest.raises(ValueError, match=r'other data; differing: contents: saved .*, now .else.'):
+        loop.run(config(steps=9, run_dir=str(tmp_path / 'run')))
+
+
+def test_a_full_disk_is_named(config, monkeypatch):
+    def full(self, *args):
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr(metrics.Log, 'open', full)
+    with pytest.raises(ValueError, match='could not be written: the disk is full'):
+        loop.run(config())
+
+
+def test_health_changes_nothing_and_is_written_per_layer_and_head(config, whole):
+    made = config(**{'health.every': 2, 'health.rows': 4})
+    loop.run(made)
+    jax.tree.map(np.testing.assert_array_equal, state_of(whole, 6), state_of(made.run_dir, 6))
+    rows = rows_of(made.run_dir, 'health')
+    assert [row['step'] for row in rows] == [2, 4, 6]
+    assert {len(row['layer_1/softmax_attention/max_logit']) for row in rows} == {4}  # heads
+    assert len(rows[0]['layer_0/gated_linear/half_life']) == len(rows[0]['layer_0/gated_linear/state_norm']) == 4
+    ratios = {name: value for name, value in rows[0].items() if name.startswith('update_ratio/')}
+    assert all(len(value) == 1 and 0 < value[0] < 1 for name, value in ratios.items() if name.endswith('kernel'))
 
 
 @pytest.fixture
@@ -172,10 +267,11 @@ def diagnose(program, params, batch, gradients=None):
     return report.diagnose(
         step=1,
         metrics={'loss': jnp.nan, 'objective': jnp.nan, 'grad_norm': jnp.nan},
-        params=params,
-        batch=batch,
-        trace=lambda: program.trace(params, batch, None),
-        gradients=gradients or (lambda: {}),
+        shapes=params,
+        params=report.censuses(params),
+        batch=report.censuses(batch),
+        trace=lambda: [report.census(*t) for t in health.tensors(program.trace(params, batch, None))],
+        gradients=lambda: report.censuses(gradients or {}),
     )
 
 
@@ -185,6 +281,12 @@ def test_the_first_bad_layer_is_found(made):
     huge = params | {name: params[name].at[1].set(3e38)}  # finite, but it overflows: repeat 1, place 1 is layer 3
     first = diagnose(program, huge, batch)['first']
     assert (first['stage'], first['tensor'], first['layer']) == ('activation', 'layer_3', 3)
+    assert first['rows'] == [0, 1]
+    query = next(n for n in params if '/layers/1/' in n and n.endswith('query/kernel'))
+    width = params[query].shape[-1] // 4
+    huge = params | {query: params[query].at[1, :, 2 * width].set(3e38)}  # head 2 of 4, in the same layer
+    first = diagnose(program, huge, batch)['first']
+    assert (first['tensor'], first['layer'], first['heads']) == ('layer_3/softmax_attention/query', 3, [2])
     bad = params | {name: params[name].at[1, 0, 0].set(jnp.nan)}
     first = diagnose(program, bad, batch)['first']
     assert (first['stage'], first['tensor'], first['layer'], first['nan']) == ('parameter', name, 3, 1)
@@ -195,7 +297,7 @@ def test_bad_gradients_are_ordered_from_the_last_layer(made):
     spoiled = [n for n in params if n.endswith('mlp/down/kernel')] + ['embedding']
     grads = {n: p * jnp.nan if n in spoiled else p for n, p in params.items()}
     grads = {n: g.at[1].set(0.0) if '/layers/1/' in n else g for n, g in grads.items()}
-    bad = diagnose(program, params, batch, lambda: grads)['bad']
+    bad = diagnose(program, params, batch, grads)['bad']
     assert [(e['stage'], e['layer']) for e in bad] == [
         ('loss', None),
         ('gradient', 2),
@@ -289,6 +391,50 @@ def test_the_base_config_names_every_setting():
 def command(*flags):
     root = pathlib.Path(__file__).parents[3]
     return subprocess.run([sys.executable, 'train.py', *flags], cwd=root, capture_output=True, text=True, timeout=120)
+
+
+def test_a_resolved_config_runs_again_from_json_alone(config, tmp_path):
+    change = {'model.overrides': {1: 'm'}, 'model.mixers': {'m': {'kind': 'gqa', 'masks': (('window', 4),)}}, 'steps': 4}
+    made = config(**change)
+    text = config_lib.to_json(made)
+    assert config_lib.from_json(loop.Config, text) == made
+    loop.run(made)
+    written = pathlib.Path(made.run_dir, 'config.json').read_text()
+    again = config_lib.from_json(loop.Config, written.replace(made.run_dir, str(tmp_path / 'again')))
+    assert again.model.max_length == 16  # what the task decided is in it
+    loop.run(again)
+    jax.tree.map(np.testing.assert_array_equal, state_of(made.run_dir, 4), state_of(again.run_dir, 4))
+    for wrong, message in (
+        (text.replace('"model.width"', '"model.widht"'), "unknown key config.model.widht; did you mean 'width'"),
+        ('{"run_dir": "a", "run_dir.b": 1}', "'run_dir' is a value"),
+        ('[1]', 'expected a JSON object'),
+        ('{', 'not JSON'),
+    ):
+        with pytest.raises(ValueError, match=message):
+            config_lib.from_json(loop.Config, wrong)
+
+
+def test_no_config_file_is_executed_for_a_resolved_one(tmp_path):
+    (tmp_path / 'c.json').write_text('{"steps": 0}')
+    watch = "import sys; sys.argv = ['train.py', f'--resolved={sys.argv[1]}']; ran = []\n" + (
+        "sys.addaudithook(lambda event, args: event == 'exec' and ran.append(args[0].co_filename))\n"
+        "import runpy\ntry: runpy.run_path('train.py', run_name='__main__')\n"
+        "finally: print('configs' in ' '.join(ran), 'train.py' in ' '.join(ran))"
+    )
+    root = pathlib.Path(__file__).parents[3]
+    done = subprocess.run(
+        [sys.executable, '-c', watch, str(tmp_path / 'c.json')], cwd=root, capture_output=True, text=True, timeout=120
+    )
+    assert done.stdout.strip() == 'False True'
+    assert 'c.json: config: steps 0 must be >= 1' in done.stderr
+
+
+def test_text_that_is_shown_can_not_steer_a_terminal(capfd):
+    loop.tell(loop.Result(1, 'complete', {}, 'a\tb\n\x1b[2Jc\x9bd', 'done'))
+    metrics.Progress(1, 0).say('x\x1b]0;title\x07')
+    told = capfd.readouterr()
+    assert 'a\tb\n\\x1b[2Jc\\x9bd' in told.out
+    assert told.err == 'x\\x1b]0;title\\x07\n'
 
 
 @pytest.mark.parametrize(

@@ -69,10 +69,10 @@ def test_two_steps(name):
         given.model.encoder.num_layers = 1
     config = config_lib.build(loop.Config, given)
     packed = 'packing' not in catalog.entry(name).limits
-    made = loop.program(config.model, packed=packed, seed=0)
+    made = loop.program(config.model, packed=packed)
     transform, rate = optim.build(config.optim, config.steps, made.axes)
     update = jax.jit(step.train_step(made.forward, transform, rate, config.step, config.seed))
-    before = state = jax.jit(lambda: step.init_state(made.init(), transform))()
+    before = state = jax.jit(lambda: step.init_state(made.init(jax.random.key(0)), transform))()
     for _ in range(2):
         state, metrics = update(state, batch(name, packed))
     assert int(metrics['bad']) == 0 and np.isfinite(float(metrics['loss']))

@@ -87,7 +87,7 @@ def test_a_bad_update_freezes_the_state(tiny):
 def test_tolerated_bad_updates_are_skipped(tiny):
     good, poison = tiny.batch(), tiny.batch(weights=np.full((8, 6), np.inf, np.float32))
     want, _ = run(tiny, step.Config(), [good, good])
-    got, logged = run(tiny, step.Config(max_skipped=1), [good, poison, good])
+    got, logged = run(tiny, step.Config(non_finite='skip', max_non_finite=1), [good, poison, good])
     assert [m['bad'] for m in logged] == [0, 1, 1]
     assert int(got['step']) == 3
     jax.tree.map(np.testing.assert_array_equal, want['params'], got['params'])
