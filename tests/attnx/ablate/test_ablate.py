@@ -89,7 +89,7 @@ def test_generators():
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
         ({'rate': 'transfer', 'base': base(optim={'kind': 'muon', 'learning_rate': 1e-2})}, "optim.kind is 'muon'"),
-        ({'match': Match(what='state', by='model.mlp.hidden')}, "arm 'gqa': (no model.mlp.hidden up to|state can not be matched)"),
+        ({'match': Match(what='state', by='model.mlp.hidden')}, "'gqa': (no model.mlp.hidden up to|state can not be matched)"),
         ({'match': Match(what='flops', to='nobody')}, "unknown arm 'nobody'"),
     ],
 )

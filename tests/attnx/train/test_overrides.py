@@ -71,10 +71,10 @@ def test_two_steps(name):
     packed = 'packing' not in catalog.entry(name).limits
     made = loop.program(config.model, packed=packed)
     transform, rate = optim.build(config.optim, config.steps, made.axes)
-    update = jax.jit(step.train_step(made.forward, transform, rate, config.step, config.seed))
+    update = jax.jit(step.train_step(made.forward, transform, rate, config.step))
     before = state = jax.jit(lambda: step.init_state(made.init(jax.random.key(0)), transform))()
     for _ in range(2):
-        state, metrics = update(state, batch(name, packed))
+        state, metrics = update(state, batch(name, packed), jax.random.key(0))
     assert int(metrics['bad']) == 0 and np.isfinite(float(metrics['loss']))
     moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before['params'], state['params'])
     assert functools.reduce(lambda a, b: a and b, moved.values()), [k for k, v in moved.items() if not v]
