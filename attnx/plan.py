@@ -142,7 +142,7 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
     count = 0
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
-        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
+        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
         count += shapes[name].size if matrix and not looked_up else 0
     groups = [(config.layers(), config.kind != 'encoder')]
     if config.kind == 'encoder_decoder':

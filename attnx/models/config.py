@@ -53,7 +53,7 @@ class ModelConfig(StackConfig):
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
-    tie_embeddings: bool = True  # logits through the token embedding
+    tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
     remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
@@ -74,6 +74,25 @@ class ModelConfig(StackConfig):
             raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
+
+        if self.vocab_size and self.input_dim and self.num_classes:
+            raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
+        if self.tie_embeddings and not self.tied:
+            raise ValueError('tie_embeddings: a classifier or a model of continuous inputs has no embedding to read logits by')
+        used = {*self.pattern, *config_lib.as_dict(self.overrides, 'overrides').values()}
+        if self.kind == 'encoder_decoder':
+            used |= {self.cross, *self.encoder.pattern, *config_lib.as_dict(self.encoder.overrides, 'overrides').values()}
+        for name, given in self.mixers.items():
+            given = config_lib.as_dict(given, f'mixers.{name}')
+            if name not in used and (fields := [k for k, v in given.items() if k != 'kind' and v is not None]):
+                raise ValueError(
+                    f'mixers.{name} sets {", ".join(fields)}, but no layer is a {name!r}; layers are {", ".join(sorted(used))}'
+                )
+
+    @property
+    def tied(self) -> bool:
+        """Whether logits go through the token embedding."""
+        return self.tie_embeddings is not False and not self.num_classes and not self.input_dim
 
     def dims(self, *, causal: bool, num_layers: int) -> Dims:
         return Dims(

@@ -29,6 +29,8 @@ class Config:
             raise ValueError(f'unknown mlp kind {self.kind!r}; {nearest(self.kind, valid)}')
         if self.hidden < 0:
             raise ValueError(f'mlp hidden {self.hidden} is negative')
+        if self.kind == 'none' and (self.hidden or self.bias):
+            raise ValueError(f"mlp kind 'none' has no hidden width and no biases; given hidden {self.hidden}, bias {self.bias}")
 
     def width(self, model_width: int) -> int:
         wanted = self.hidden or (8 * model_width / 3 if self.kind in GATED else 4 * model_width)
