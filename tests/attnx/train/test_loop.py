@@ -295,6 +295,8 @@ def command(*flags):
     [
         ('--config.model.widht=8', 'Did you mean "width"'),
         ("--config.model.pattern=('glaa',)", "did you mean 'gla'?"),
+        ('--config.data.task.path=/nowhere/*.py', "no file in '/nowhere/*.py'"),
+        ('--config.model.mixers.a.num_heads=3', 'num_kv_heads 2 does not divide num_heads 3'),
     ],
 )
 def test_bad_flags_get_one_line_and_exit_code_2(flag, message):
