@@ -25,7 +25,7 @@ PRESETS = {
     'context': {'batch': ('data', 'fsdp'), 'embed': 'fsdp', 'length': 'context'},
 }
 
-_rules = contextvars.ContextVar('rules', default=None)
+_rules: contextvars.ContextVar[dict | None] = contextvars.ContextVar('rules', default=None)
 
 
 def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> jax.sharding.Mesh:

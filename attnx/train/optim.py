@@ -6,6 +6,7 @@ One schedule and one weight decay serve every optimizer: `clip -> direction -> +
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -180,7 +181,8 @@ def build(
     if config.adam_learning_rate is not None and config.adam_learning_rate != config.learning_rate:
         ratio = config.adam_learning_rate / config.learning_rate
         ratios = {name: 1.0 if is_matrix(name, names) else ratio for name, names in axes.items()}
-        steps.append(optax.stateless(lambda updates, _: {name: u * ratios[name] for name, u in updates.items()}))
+        scaled: Callable[..., Any] = lambda updates, _: {name: u * ratios[name] for name, u in updates.items()}
+        steps.append(optax.stateless(scaled))
     return optax.chain(*steps, optax.scale_by_learning_rate(rate)), rate
 
 
