@@ -121,7 +121,10 @@ class ModelConfig(StackConfig):
         for layers, causal in groups:
             of_layers = dims(causal=causal, num_layers=len(layers))
             for layer in {layer.name: layer for layer in layers}.values():
-                jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                try:
+                    jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                except ValueError as error:
+                    raise ValueError(f'config.model: mixer {layer.name!r}: {error}') from None
 
     def check_packing(self, documents: int = 1) -> None:
         """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""
