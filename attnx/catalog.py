@@ -393,7 +393,7 @@ def stale() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(prog='python -m attnx.catalog', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog='python -m attnx.catalog', description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--family', help='only this family')
     parser.add_argument('--has', help='only with this ability: a family, kind of state, op, causal, decode, …')
     parser.add_argument('--paper', help='only this arXiv id, or title with these words')

@@ -50,9 +50,10 @@ def check_names(given: Any) -> None:
     model, task = part(given, 'model'), part(part(given, 'data'), 'task')
     mixers = {name: part(model['mixers'], name) for name in part(model, 'mixers')}
     stacks = [model, part(model, 'encoder')] if model.get('kind') == 'encoder_decoder' else [model]
-    named = [name for stack in stacks for name in (*(stack.get('pattern') or ()), *part(stack, 'overrides').values())]
-    for name in (*named, *mixers):
-        catalog.resolve(name, mixers)
+    for stack in stacks:
+        pattern = stack.get('pattern')  # `build` refuses what is no tuple
+        for name in (*(pattern if isinstance(pattern, tuple | list) else ()), *part(stack, 'overrides').values(), *mixers):
+            catalog.resolve(name, mixers)
     if 'kind' in task:
         tasks.check(task)
 

@@ -51,7 +51,7 @@ class Call(NamedTuple):
         return next(c for c in self.choices if c.reason is None and c.platform in (platform, 'any'))
 
 
-_recorded = contextvars.ContextVar('recorded', default=None)
+_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar('recorded', default=None)
 _spread: contextvars.ContextVar[Spread | None] = contextvars.ContextVar('spread', default=None)
 
 

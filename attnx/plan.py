@@ -229,7 +229,7 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
                 visited[f'{stack}/stacks/{i}/layers/{j}/mlp'] = mlp.top_k / mlp.experts
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
-        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
+        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
         share = visited[name.rsplit('/', 1)[0]] if 'expert' in names else 1
         count += share * shapes[name].size if matrix and not looked_up else 0
     mixing = 0.0

@@ -31,9 +31,9 @@ PRESETS = {
 }
 CONTEXT_METHODS = ('auto', 'gather', 'ring', 'heads')  # of softmax attention over the context axis
 
-_rules = contextvars.ContextVar('rules', default=None)
-_method = contextvars.ContextVar('method', default='auto')
-_recorded = contextvars.ContextVar('recorded', default=None)
+_rules: contextvars.ContextVar[Mapping | None] = contextvars.ContextVar('rules', default=None)
+_method: contextvars.ContextVar[str] = contextvars.ContextVar('method', default='auto')
+_recorded: contextvars.ContextVar[list[tuple] | None] = contextvars.ContextVar('recorded', default=None)
 
 
 @contextlib.contextmanager

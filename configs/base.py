@@ -112,7 +112,7 @@ def model():
     c.norm = 'rmsnorm'
     c.norm_position = 'pre'
     c.positions = 'none'
-    c.tie_embeddings = True
+    c.tie_embeddings = cd.placeholder(bool)  # None: where the model is one of language
     c.logit_softcap = 0.0
     c.dropout = 0.0
     c.remat = 'none'

@@ -56,7 +56,7 @@ class ModelConfig(StackConfig):
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
-    tie_embeddings: bool = True  # logits through the token embedding
+    tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
     remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
@@ -79,6 +79,25 @@ class ModelConfig(StackConfig):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
+
+        if self.vocab_size and self.input_dim and self.num_classes:
+            raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
+        if self.tie_embeddings and not self.tied:
+            raise ValueError('tie_embeddings: a classifier or a model of continuous inputs has no embedding to read logits by')
+        used = {*self.pattern, *config_lib.as_dict(self.overrides, 'overrides').values()}
+        if self.kind == 'encoder_decoder':
+            used |= {self.cross, *self.encoder.pattern, *config_lib.as_dict(self.encoder.overrides, 'overrides').values()}
+        for name, given in self.mixers.items():
+            given = config_lib.as_dict(given, f'mixers.{name}')
+            if name not in used and (fields := [k for k, v in given.items() if k != 'kind' and v is not None]):
+                raise ValueError(
+                    f'mixers.{name} sets {", ".join(fields)}, but no layer is a {name!r}; layers are {", ".join(sorted(used))}'
+                )
+
+    @property
+    def tied(self) -> bool:
+        """Whether logits go through the token embedding."""
+        return self.tie_embeddings is not False and not self.num_classes and not self.input_dim
 
     def dims(self, *, causal: bool, num_layers: int) -> Dims:
         return Dims(
@@ -107,7 +126,10 @@ class ModelConfig(StackConfig):
         for layers, causal in groups:
             of_layers = dims(causal=causal, num_layers=len(layers))
             for layer in {layer.name: layer for layer in layers}.values():
-                jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                try:
+                    jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                except ValueError as error:
+                    raise ValueError(f'config.model: mixer {layer.name!r}: {error}') from None
 
     def check_packing(self, documents: int = 1) -> None:
         """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""

@@ -116,8 +116,7 @@ class Transformer(nnx.Module):
         self.encoder_norm = NORMS[config.norm](dims.width, dims, rngs=rngs) if both else None
         outputs = config.num_classes or config.vocab_size or features
         axes = ('embed', 'features' if config.num_classes else 'vocab')
-        tied = config.tie_embeddings and not config.num_classes and not features
-        self.head = None if tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
+        self.head = None if config.tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
         self.kind, self.classify, self.impl = config.kind, config.num_classes > 0, config.impl
         self.positions, self.softcap, self.rate = config.positions, config.logit_softcap, config.dropout
         self.dtype = DTYPES[config.dtype]

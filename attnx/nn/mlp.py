@@ -45,6 +45,8 @@ class Config:
         ours = {f.name: f.default for f in dataclasses.fields(self)[3:]}
         if self.kind != 'moe' and (set_ := [name for name, default in ours.items() if getattr(self, name) != default]):
             raise ValueError(f'mlp {set_[0]} belongs to kind moe; kind is {self.kind!r}')
+        if self.kind == 'none' and (self.hidden or self.bias):
+            raise ValueError(f"mlp kind 'none' has no hidden width and no biases; given hidden {self.hidden}, bias {self.bias}")
 
     def width(self, model_width: int) -> int:
         if self.kind == 'boom':

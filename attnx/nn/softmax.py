@@ -46,9 +46,9 @@ class Rope:
                 f'grid {self.grid} not negative'
             )
         if self.factor < 1 or (self.factor == 1) != (self.scaling == 'none'):
-            raise ValueError(f'rope: factor {self.factor} of scaling {self.scaling!r}: above 1 with a scaling, 1 without')
+            raise ValueError(f'rope: a scaling needs a factor > 1, and a factor a scaling; given {self.scaling}, {self.factor}')
         if self.original_length != 2048 and self.scaling != 'yarn':
-            raise ValueError(f'rope: original_length is for scaling yarn, not for {self.scaling!r}')
+            raise ValueError(f'rope: original_length {self.original_length} belongs to yarn; scaling is {self.scaling!r}')
         if self.grid and self.scaling != 'none':
             raise ValueError(f'rope: scaling {self.scaling!r} is of positions on a line, not on a grid of {self.grid}')
 
@@ -71,7 +71,7 @@ class Options:
         if self.position not in POSITIONS:
             raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
         if self.position != 'rope' and self.rope != Rope():
-            raise ValueError(f'rope is for position rope, not for {self.position!r}: {self.rope}')
+            raise ValueError(f'rope is set, but position is {self.position!r}: {self.rope}')
         makers = {name: getattr(ops.masks, name) for name in MASKS}
         terms = {name: getattr(ops.scores, name) for name in SCORES} | {'alibi': _alibi, 't5': _t5}
         for what, entries, valid in (('masks', self.masks, makers), ('scores', self.scores, terms)):
@@ -100,8 +100,10 @@ def _t5(num_buckets: int = 32, max_distance: int = 128):
 
 def heads_of(num_heads: int, head_dim: int, width: int) -> int:
     """The head width: `head_dim`, or width / num_heads where it is 0."""
-    if head_dim:
+    if head_dim > 0:
         return head_dim
+    if head_dim < 0:
+        raise ValueError(f'head_dim {head_dim} is negative; 0 is width / num_heads')
     if num_heads < 1 or width % num_heads:
         raise ValueError(f'width {width} does not divide into {num_heads} heads; set head_dim, or heads that divide it')
     return width // num_heads

@@ -5,7 +5,7 @@ a recurrence that goes on in another document starts from zero. Ragged prompts a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnx.spec import Context
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def _dataclass(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 

@@ -6,7 +6,7 @@ skipped (`pallas_kernels.blocks`). No [T, S] array exists at any point, but for 
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,7 +140,7 @@ class _Tile(NamedTuple):
 
     s: jax.Array
     seen: jax.Array | None
-    pull: object
+    pull: Any
     index: Index
 
 
@@ -314,7 +314,7 @@ def _attend_bwd(st, saved, cotangents):
             ds, slices = tile.pull(jnp.where(seen, p * (dp - delta), 0))
             ds = (ds * st.scale).astype(q.dtype).reshape(B, K, G * bq, st.bk)
             weights = weights.astype(v.dtype).reshape(ds.shape)
-            dots = {'preferred_element_type': dtype}
+            dots: Any = {'preferred_element_type': dtype}
             dq += jnp.einsum('bkrs,bksh->bkrh', ds, kj, **dots)
             dk = _add_columns(dk, jnp.einsum('bkrs,bkrh->bksh', ds, q.reshape(B, K, G * bq, H), **dots), st, j)
             dv = _add_columns(dv, jnp.einsum('bkrs,bkrv->bksv', weights, dout, **dots), st, j)

@@ -30,17 +30,17 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int], *, floating: bool = True):
     """Raises ValueError unless `array` has one dimension per letter, equal to `sizes`, which learns the new letters."""
-    shape, letters = jnp.shape(array), tuple(letters.split())
-    layout = f'[{", ".join(letters)}]'
-    if len(shape) != len(letters):
-        raise ValueError(f'{op}: {name} has shape {shape}, expected {len(letters)} dimensions {layout}')
-    wanted = tuple(sizes.get(letter, size) for letter, size in zip(letters, shape))
+    shape, names = jnp.shape(array), letters.split()
+    layout = f'[{", ".join(names)}]'
+    if len(shape) != len(names):
+        raise ValueError(f'{op}: {name} has shape {shape}, expected {len(names)} dimensions {layout}')
+    wanted = tuple(sizes.get(letter, size) for letter, size in zip(names, shape))
     if shape != wanted:
         raise ValueError(f'{op}: {name} has shape {shape}, expected {layout} = {wanted}')
     kind, dtype = ('floating', jnp.floating) if floating else ('integer', jnp.integer)
     if not jnp.issubdtype(jnp.result_type(array), dtype):
         raise ValueError(f'{op}: {name} has dtype {jnp.result_type(array)}, expected a {kind} one')
-    sizes.update(zip(letters, shape))
+    sizes.update(zip(names, shape))
 
 
 def require_range(op: str, name: str, array, low: float, high: float, hint: str):
@@ -208,7 +208,7 @@ def unit_lower_inverse(a):
 @unit_lower_inverse.defjvp
 def _(primals, tangents):
     inverse = unit_lower_inverse(*primals)
-    return inverse, -matmul(inverse, matmul(*tangents, inverse))
+    return inverse, -matmul(inverse, matmul(tangents[0], inverse))
 
 
 @jax.custom_jvp

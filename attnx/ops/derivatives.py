@@ -4,7 +4,6 @@
 can name another way. `with_forward_mode` gives it back.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
@@ -22,8 +21,8 @@ def with_forward_mode(function: Callable, plain: Callable) -> Callable:
 
     The tangent L(dx) is the solution y2 of the linear system y1 = dx, y2 - L(y1) = 0, because
     `jax.lax.custom_linear_solve` is where JAX lets a linear map bring its own transpose with every transformation: the
-    transposed system x2 = c2, x1 = c1 + Lᵀ(c2) takes one backward pass. JAX would read the system's matrix for derivatives
-    of L alone; these exist nowhere, so the identity stands there.
+    transposed system x2 = c2, x1 = c1 + Lᵀ(c2) takes one backward pass, and c1 is zero as nobody reads y1. JAX would
+    read the system's matrix for derivatives of L alone; these exist nowhere, so the identity stands there.
     """
 
     def call(*args):
@@ -48,14 +47,12 @@ def _differentiable(function, plain):
         # Each is one call in the trace: JAX lowers the insides of a solve without the mesh axes that they vary over.
         @jax.jit
         def solve(b):
-            dx, rest = b
-            _, dy = jax.jvp(of_active(plain), tuple(x), tuple(dx))
-            return dx, [a + b for a, b in zip(rest, jax.tree.leaves(dy))]
+            _, dy = jax.jvp(of_active(plain), tuple(x), tuple(b[0]))
+            return b[0], jax.tree.leaves(dy)
 
         @jax.jit
         def transposed(c):
-            rest, dy = c
-            return [a + b for a, b in zip(rest, pull(jax.tree.unflatten(tree, dy)))], dy
+            return list(pull(jax.tree.unflatten(tree, c[1]))), c[1]
 
         solution = lax.custom_linear_solve(
             lambda y: y,
@@ -72,6 +69,6 @@ def _differentiable(function, plain):
 
 def _zeros(like, dx):
     """Zeros that depend on dx for all that JAX can tell: it transposes a solve only if no part of b is known."""
-    first = functools.reduce(jnp.add, [x.ravel()[0].astype(jnp.float32) for x in dx])
-    spread = lambda x: lax.select(jnp.zeros(x.shape, bool), jnp.broadcast_to(first, x.shape).astype(x.dtype), jnp.zeros_like(x))
-    return [spread(x) for x in like]
+    one = min(dx, key=jnp.size).ravel()[0]
+    zeros = lambda x: lax.select(jnp.zeros(x.shape, bool), jnp.broadcast_to(one.astype(x.dtype), x.shape), jnp.zeros_like(x))
+    return [zeros(x) for x in like]

@@ -13,6 +13,8 @@ a query likewise turns its own row. In the blockwise form a row whose output and
 nothing to any gradient, be it NaN.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -166,7 +168,7 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
     dtype = accumulator(query.dtype)
     (q, poison_q), (k, poison_k), (v, poison_v) = clean(query), clean(key), clean(value)
-    dots = {'precision': 'highest', 'preferred_element_type': dtype}
+    dots: Any = {'precision': 'highest', 'preferred_element_type': dtype}
     s = jnp.einsum('btkgh,bskh->bkgts', q.reshape(B, T, K, N // K, -1).astype(dtype), k.astype(dtype), **dots) * scale
     poison = jnp.moveaxis(poison_k + poison_v, 1, 2)[:, :, None, None]
     s = (s + poison).reshape(B, N, T, S) + jnp.moveaxis(poison_q, 1, 2)[..., None]

@@ -97,7 +97,7 @@ class Generated:
         return self.make(np.random.default_rng((self.seed, self.split, int(index))))
 
 
-def generated(make: Callable[[np.random.Generator], Row], config, seed: int) -> dict[str, Generated]:
+def generated(make: Callable[[np.random.Generator], Row], config, seed: int) -> dict[str, Any]:
     """Both sources of a synthetic task, with config.num_train and config.num_eval rows."""
     for name in ('num_train', 'num_eval'):
         require(getattr(config, name) > 0, f'{name} must be positive, got {getattr(config, name)}')

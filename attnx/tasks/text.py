@@ -170,7 +170,6 @@ class BPE:
 
 
 def _tokenizer(config: Config, documents: Documents, run_dir):
-    require(config.tokenizer in ('byte', 'bpe'), expected('tokenizer', config.tokenizer, ('byte', 'bpe')))
     if config.tokenizer == 'byte':
         return Bytes()
     require(config.bpe_vocab_size >= 257, f'text: bpe_vocab_size must be at least 257, got {config.bpe_vocab_size}')
@@ -202,14 +201,24 @@ def _joined(documents: Documents, tokenizer) -> tuple[np.ndarray, np.ndarray]:
 
 
 def check(config: Config) -> None:
+    require(config.packing in ('first_fit', 'off'), expected('packing', config.packing, ('first_fit', 'off')))
+    require(config.tokenizer in ('byte', 'bpe'), expected('tokenizer', config.tokenizer, ('byte', 'bpe')))
+    require(0 < config.validation < 1, f'text: validation must lie in (0, 1), got {config.validation}')
+    for name, idle, why in (
+        ('bpe_vocab_size', config.tokenizer == 'byte', 'belongs to the tokenizer bpe'),
+        ('tests', bool(config.path), 'belongs to the standard library; path is given'),
+        ('key', not config.path, 'belongs to JSONL files; path is not given'),
+        ('validation', bool(config.validation_path), 'is the share held out of path; validation_path is given'),
+    ):
+        given = getattr(config, name)
+        require(not idle or given == Config.__dataclass_fields__[name].default, f'text: {name} = {given!r} {why}')
     for path in filter(None, (config.path, config.validation_path)):
         _named(path)
 
 
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 512
-    require(config.packing in ('first_fit', 'off'), expected('packing', config.packing, ('first_fit', 'off')))
-    require(0 < config.validation < 1, f'text: validation must lie in (0, 1), got {config.validation}')
+    check(config)
     require(config.vocab_multiple >= 1, f'text: vocab_multiple must be positive, got {config.vocab_multiple}')
     root, names = _named(config.path) if config.path else _stdlib(config.tests)
     documents = _read(root, names, config.key)

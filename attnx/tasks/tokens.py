@@ -33,6 +33,8 @@ class Windows:
     vocab_size: int
     separator: int
     length: int
+    bounds: np.ndarray = dataclasses.field(init=False, compare=False)   # rows before each span, and all
+    maps: dict[str, np.memmap] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self):
         counts = [max(0, -(-(end - begin - 1) // self.length)) for _, begin, end in self.spans]

@@ -109,5 +109,7 @@ def completed(model: models.ModelConfig, task) -> models.ModelConfig:
     for name, value in known.items():
         if getattr(model, name) not in (0, value) and not (name == 'vocab_size' and model.vocab_size > value > 0):
             raise ValueError(f'config.model.{name} is {getattr(model, name)}; the task {task.kind!r} has {value}')
+    if 0 < model.max_length < task.length:
+        raise ValueError(f'config.model.max_length is {model.max_length}; rows of the data are longer: {task.length}')
     known['vocab_size'] = model.vocab_size or task.vocab_size
     return dataclasses.replace(model, **known, max_length=model.max_length or task.length)

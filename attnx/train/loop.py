@@ -142,7 +142,8 @@ def run(config: Config, *, until: int | None = None) -> Result:
     if config.distributed:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
-        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in given.items() if v in os.environ})
+        known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
+        jax.distributed.initialize(**known)
     config.model.check(config.data.length)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
