@@ -27,6 +27,7 @@ def test_names_and_filters():
     assert all(catalog.entry(n).state == 'kv' for n in attnx.list(has='kv'))
     assert [e.name for e in catalog.select(paper='2312.06635')] == ['gla']
     assert 'gla' in [e.name for e in catalog.select(search='decays per key channel')]
+    assert not set(attnx.list()) & set(attnx.ops.__all__), 'explain() takes the name of an op or of a mechanism'
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,9 @@ def run(mixer, x, budget_state):
 
 def test_the_pruned_cache_keeps_the_least_hidden():
     x = oracle.inputs()
-    whole = oracle.build('selective_attention', num_heads=2)
+    whole = oracle.build('selective', num_heads=2)
     expected, full = run(whole, x, whole.init_state(2, 12, jnp.float32))
-    roomy, small = (oracle.build('selective_attention', num_heads=2, budget=b) for b in (12, 5))
+    roomy, small = (oracle.build('selective', num_heads=2, budget=b) for b in (12, 5))
     y, _ = run(roomy, x, roomy.init_state(2, 12, jnp.float32))
     close(y, expected, tolerances.FLOAT32)  # nothing is dropped
     y, state = run(small, x, small.init_state(2, 12, jnp.float32))
