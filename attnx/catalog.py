@@ -2,8 +2,8 @@
 
   python -m attnx.catalog                    a table of all mechanisms
   python -m attnx.catalog --family linear    filters; also --has matrix
-  python -m attnx.catalog --paper 2312.06635       also words of a title; finds options too, which are no mechanism:
-  python -m attnx.catalog --search "sliding window"    masks, scores, position codes, feature maps, normalizers, fields
+  python -m attnx.catalog --paper 2312.06635 or words of a title; --search "negative weights": words of descriptions. These find
+                                             options too: masks, scores, feature maps, …, and fields of configs
   python -m attnx.catalog --check            fails where INDEX.md or the golden parameter trees are stale
   python -m attnx.catalog --write            renews them
 

@@ -46,7 +46,9 @@ class Rope:
                 f'grid {self.grid} not negative'
             )
         if self.factor < 1 or (self.factor == 1) != (self.scaling == 'none'):
-            raise ValueError(f'rope: factor {self.factor} of scaling {self.scaling!r}: above 1 with a scaling, 1 without')
+            raise ValueError(
+                f'rope: factor {self.factor} with scaling {self.scaling!r}: one above 1 needs a scaling, and a scaling one above 1'
+            )
         if self.original_length != 2048 and self.scaling != 'yarn':
             raise ValueError(f'rope: original_length is for scaling yarn, not for {self.scaling!r}')
         if self.grid and self.scaling != 'none':
