@@ -325,9 +325,9 @@ def index() -> str:
     lines += ['What is no mechanism of its own: values of `attnx.ops`, and fields of configs that come from papers.', '']
     lines += ['| option | what | paper | use |', '|---' * 4 + '|']
     for o in options():
-        if o.papers or o.name.partition('.')[0] not in VOCABULARY:
+        if o.papers or 'Paper:' in o.text or o.name.partition('.')[0] not in VOCABULARY:
             link = f'[`{o.name}`]({os.path.relpath(o.path, PACKAGE)})'
-            what = re.split(r'(?<=[.:]) (?=[A-Z])', o.text)[0].replace('|', '\\|')
+            what = re.split(r'(?<=[^A-Z][.]) (?=[A-Z])', o.text)[0].replace('|', '\\|')
             lines.append('| ' + ' | '.join([link, what, ', '.join(map(_link, o.papers)), f'`{o.use}`']) + ' |')
     return '\n'.join(lines) + '\n'
 

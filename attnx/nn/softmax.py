@@ -47,7 +47,7 @@ class Rope:
             )
         if self.factor < 1 or (self.factor == 1) != (self.scaling == 'none'):
             raise ValueError(
-                f'rope: factor {self.factor} with scaling {self.scaling!r}: one above 1 needs a scaling, and a scaling one above 1'
+                f'rope: factor {self.factor} with scaling {self.scaling!r}: one above 1 needs a scaling and the reverse'
             )
         if self.original_length != 2048 and self.scaling != 'yarn':
             raise ValueError(f'rope: original_length is for scaling yarn, not for {self.scaling!r}')
