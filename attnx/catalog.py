@@ -2,8 +2,8 @@
 
   python -m attnx.catalog                    a table of all mechanisms
   python -m attnx.catalog --family linear    filters; also --has matrix
-  python -m attnx.catalog --paper 2312.06635       also words of a title; finds options too, which are no mechanism:
-  python -m attnx.catalog --search "sliding window"    masks, scores, position codes, feature maps, normalizers, fields
+  python -m attnx.catalog --paper 2312.06635 or words of a title; --search "negative weights": words of descriptions. These find
+                                             options too: masks, scores, feature maps, …, and fields of configs
   python -m attnx.catalog --check            fails where INDEX.md or the golden parameter trees are stale
   python -m attnx.catalog --write            renews them
 
@@ -362,9 +362,9 @@ def index() -> str:
     lines += ['What is no mechanism of its own: values of `attnx.ops`, and fields of configs that come from papers.', '']
     lines += ['| option | what | paper | use |', '|---' * 4 + '|']
     for o in options():
-        if o.papers or o.name.partition('.')[0] not in VOCABULARY:
+        if o.papers or 'Paper:' in o.text or o.name.partition('.')[0] not in VOCABULARY:
             link = f'[`{o.name}`]({os.path.relpath(o.path, PACKAGE)})'
-            what = re.split(r'(?<=[.:]) (?=[A-Z])', o.text)[0].replace('|', '\\|')
+            what = re.split(r'(?<=[^A-Z][.]) (?=[A-Z])', o.text)[0].replace('|', '\\|')
             lines.append('| ' + ' | '.join([link, what, ', '.join(map(_link, o.papers)), f'`{o.use}`']) + ' |')
     return '\n'.join(lines) + '\n'
 

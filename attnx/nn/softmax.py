@@ -100,11 +100,11 @@ def _t5(num_buckets: int = 32, max_distance: int = 128):
 
 def heads_of(num_heads: int, head_dim: int, width: int) -> int:
     """The head width: `head_dim`, or width / num_heads where it is 0."""
-    if head_dim > 0:
+    if head_dim < 0 or num_heads < 1:
+        raise ValueError(f'head_dim {head_dim} must not be negative, and num_heads {num_heads} be at least 1')
+    if head_dim:
         return head_dim
-    if head_dim < 0:
-        raise ValueError(f'head_dim {head_dim} is negative; 0 is width / num_heads')
-    if num_heads < 1 or width % num_heads:
+    if width % num_heads:
         raise ValueError(f'width {width} does not divide into {num_heads} heads; set head_dim, or heads that divide it')
     return width // num_heads
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnx import dispatch
 from attnx.ops import normalizers
-from attnx.ops.weighted_attention import by_rows, evaluate, index_of, num_rows, products, read
+from attnx.ops.weighted_attention import by_rows, check, evaluate, index_of, num_rows, products, read
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Mask, Operand, as_mask, as_score
 
@@ -51,7 +51,12 @@ def selective_attention(
 
     Returns:
       `Selected`. Memory O(T S / rows) for F between blocks of rows, 256 rows where they fit; all pairs are computed.
+
+    Raises:
+      ValueError: shapes that do not fit.
     """
+    check('selective_attention', query, key, value)
+    drop.check(dropout)
     forms = {'reference': reference, 'xla': xla}
     options = {'slots': slots, 'protected': protected, 'hidden': hidden, 'mask': as_mask(mask), 'score': as_score(score)}
     options |= {'scale': scale, 'weights': weights, 'dropout': dropout}
@@ -64,7 +69,19 @@ def reference(query, key, value, **options) -> Selected:
 
 
 def xla(
-    query, key, value, *, slots, protected, hidden, mask, score, scale, weights, dropout, rows: int | None = None
+    query,
+    key,
+    value,
+    *,
+    slots=None,
+    protected=None,
+    hidden=None,
+    mask=None,
+    score=None,
+    scale=None,
+    weights=normalizers.softmax,
+    dropout=None,
+    rows: int | None = None,
 ) -> Selected:
     """Some rows at a time."""
     (batch, length, num_heads, _), size = query.shape, key.shape[1]

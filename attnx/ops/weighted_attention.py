@@ -9,7 +9,9 @@ from pallas_kernels import dropout as drop
 from pallas_kernels import elementwise
 from pallas_kernels.elementwise import Index, as_mask, as_score
 
-__all__ = ['by_rows', 'evaluate', 'index_of', 'num_rows', 'products', 'read', 'reference', 'weighted_attention', 'xla']
+__all__ = [
+    'by_rows', 'check', 'evaluate', 'index_of', 'num_rows', 'products', 'read', 'reference', 'weighted_attention', 'xla',
+]  # fmt: skip
 
 
 def weighted_attention(
@@ -50,19 +52,24 @@ def weighted_attention(
     Raises:
       ValueError: shapes that do not fit.
     """
-    q, k, v = (jax.tree.leaves(x)[0].shape if jax.tree.leaves(x) else () for x in (query, key, value))
-    if logits is None and not (len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and k[1:3] == v[1:3]):
-        raise ValueError(
-            'weighted_attention: expected query [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], '
-            f'given {q}, {k}, {v}'
-        )
-    if logits is None and (q[3] != k[3] or q[2] % k[2]):
-        raise ValueError(f'weighted_attention: query {q} and key {k} differ in width, or heads do not divide')
+    if logits is None:
+        check('weighted_attention', query, key, value)
     drop.check(dropout)
     drop.check(dropout)
     options = {'weights': weights, 'logits': logits, 'mask': as_mask(mask), 'score': as_score(score), 'scale': scale}
     options |= {'dropout': dropout if dropout is not None and dropout.threshold else None, 'pair_width': pair_width}
     return dispatch.run('weighted_attention', impl, {'reference': reference, 'xla': xla}, (query, key, value), options)
+
+
+def check(op: str, query, key, value) -> None:
+    """Raises ValueError unless query is [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv] and K divides N."""
+    q, k, v = jnp.shape(query), jnp.shape(key), jnp.shape(value)
+    if not (len(q) == len(k) == len(v) == 4 and q[0] == k[0] == v[0] and k[1:3] == v[1:3]):
+        raise ValueError(
+            f'{op}: expected query [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], given {q}, {k}, {v}'
+        )
+    if q[3] != k[3] or q[2] % k[2]:
+        raise ValueError(f'{op}: query {q} and key {k} differ in width, or heads do not divide')
 
 
 def reference(query, key, value, **options):

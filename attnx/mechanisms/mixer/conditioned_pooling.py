@@ -79,6 +79,6 @@ SPEC = Spec(
     ops=('gated_linear',),
     state='vector',
     inputs={'features': 'float32 B T 73'},
-    example=(Config(), Config(condition='tanh_affine'), Config(condition='concat')),
+    example=(Config(), Config(condition='tanh_affine')),
     flops=lambda config, dims, length: 4 * dims.width,
 )

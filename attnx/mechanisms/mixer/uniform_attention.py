@@ -63,6 +63,6 @@ SPEC = Spec(
     paper='2210.08457',
     ops=('gated_linear',),
     state='vector',
-    example=(Config(), Config(form='broadcast'), Config(form='scaled')),
+    example=(Config(), Config(form='scaled')),
     flops=lambda config, dims, length: 4 * dims.width,
 )

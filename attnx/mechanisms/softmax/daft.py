@@ -138,7 +138,8 @@ SPEC = Spec(
     paper='1905.11666',
     ops=('softmax_attention',),
     state='kv',
-    example=Config(num_heads=2, steps=3, report=True),
+    example=Config(num_heads=2, steps=2, report=True),
+    variants={'solver_steps': {'solver': 'rk4'}},
     flops=lambda config, dims, length: softmax.flops(
         config.num_heads * config.steps, dims.width // config.num_heads, dims, length
     ),

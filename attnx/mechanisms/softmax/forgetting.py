@@ -105,5 +105,6 @@ SPEC = Spec(
     state='kv',
     causal='causal',
     example=Config(num_heads=4, num_kv_heads=2, output_gate=True, output_norm=True),
+    variants={'shortest': {'gates': 'fixed', 'shortest': 4.0}, 'longest': {'gates': 'fixed'}},
     flops=attention.flops,
 )

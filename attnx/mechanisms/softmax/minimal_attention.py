@@ -81,10 +81,6 @@ SPEC = Spec(
     paper='2410.13732',
     ops=('softmax_attention',),
     state='kv',
-    example=(
-        Config(),
-        Config(similarity='cholesky', values=True),
-        Config(num_heads=2, similarity='shared', values=True, output=True),
-    ),
+    example=(Config(similarity='cholesky'), Config(num_heads=2, similarity='shared', values=True, output=True)),
     flops=lambda config, dims, length: softmax.flops(1, dims.width, dims, length),
 )

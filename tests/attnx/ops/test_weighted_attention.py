@@ -129,6 +129,24 @@ def test_carry_goes_from_row_to_row():
     assert float(total[0, 0]) == 45
 
 
+def test_logits_in_place_of_products(arrays):
+    """Scores of pairs by a network whose weights get gradients, some rows at a time."""
+    q, k, v, cotangent = arrays
+
+    def loss(weight, form):
+        def logits(query, key, i):
+            pairs = jnp.tanh(jnp.moveaxis(query, 1, 2)[:, :, :, None] + jnp.moveaxis(jnp.repeat(key, 2, 2), 1, 2)[:, :, None])
+            return pairs @ weight - 0.1 * abs(i.q - i.k)
+
+        options = {'weights': normalizers.softmax, 'logits': logits, 'mask': masks.causal()}
+        return jnp.sum(form(q, k, v, **options) * cotangent)
+
+    run = jax.jit(jax.value_and_grad(loss), static_argnums=1)
+    weight = jnp.linspace(-1, 1, H)
+    for a, b in zip(run(weight, ROWS), run(weight, reference)):
+        close(a, b, tolerances.FLOAT32_GRAD)
+
+
 def test_refuses(arrays):
     q, k, v, _ = arrays
     with pytest.raises(ValueError, match='differ in width'):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-import attnx
 from attnx.ops import masks, selective_attention
 from attnx.ops.selective_attention import xla
 from attnx.spec import Context
@@ -38,8 +37,7 @@ def test_is_its_definition_and_rows_at_a_time_are_the_same():
     found = selective_attention(*arrays, mask=masks.causal(), protected=protected)
     out, hidden = definition(q[0], k[0], v[0])
     close(found.out[0], out, tolerances.FLOAT32)
-    options = {'slots': None, 'protected': protected, 'hidden': None, 'mask': masks.causal(), 'score': None, 'scale': None}
-    options |= {'weights': attnx.ops.normalizers.softmax, 'dropout': None}
+    options = {'protected': protected, 'mask': masks.causal()}
     run = lambda arrays, rows: jnp.sum(jnp.sin(xla(*arrays, **options, rows=rows).out))
     for a, b in zip(*(jax.grad(run)(arrays, rows) for rows in (4, 13))):
         close(a, b, tolerances.FLOAT32_GRAD)
@@ -60,9 +58,9 @@ def run(mixer, x, budget_state):
 
 def test_the_pruned_cache_keeps_the_least_hidden():
     x = oracle.inputs()
-    whole = oracle.build('selective_attention', num_heads=2)
+    whole = oracle.build('selective', num_heads=2)
     expected, full = run(whole, x, whole.init_state(2, 12, jnp.float32))
-    roomy, small = (oracle.build('selective_attention', num_heads=2, budget=b) for b in (12, 5))
+    roomy, small = (oracle.build('selective', num_heads=2, budget=b) for b in (12, 5))
     y, _ = run(roomy, x, roomy.init_state(2, 12, jnp.float32))
     close(y, expected, tolerances.FLOAT32)  # nothing is dropped
     y, state = run(small, x, small.init_state(2, 12, jnp.float32))
