@@ -71,6 +71,12 @@ def get_config():
             'aux_weights': cd.placeholder(object),  # "{'balance_loss': 0.01}"
             'accumulate': 1,
             'max_skipped': 0,
+            'distill': 0.0,  # needs a teacher: attnx.train.loop.run(config, teacher=model)
+            'distill_temperature': 1.0,
+            'hard': 1.0,
+            'mask_heads': 0,
+            'mask_heads_by': 'random',
+            'mask_heads_rescale': False,
         }
     )
     c.checkpoint = ConfigDict({'every': 100, 'keep_last': 2, 'keep_best': 1, 'fallback': False})

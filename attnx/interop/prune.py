@@ -21,8 +21,8 @@ __all__ = ['drop_layers', 'head_scores', 'layer_scores', 'prune_heads']
 def _walk(model: Transformer, tokens, segment_ids=None, positions_=None, inputs=None):
     """Yields (index, block, the mixer's input, x, context) of every layer."""
     ctx = model.context(tokens, positions_, segment_ids, None, None, None, None, inputs)
-    x = model.embed(tokens, positions(ctx, tokens.shape[1]))
-    for index, block, x, _, here in model.body.walk(x, ctx):
+    embedded = model.embed(tokens, positions(ctx, tokens.shape[1]))
+    for index, block, x, _, here in model.body.walk(embedded, ctx):
         yield index, block, block.mixer_norm(x) if block.pre else x, x, here
 
 

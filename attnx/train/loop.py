@@ -28,6 +28,7 @@ from attnx import models, plan, sharding, tasks
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
+from attnx.train import heads as heads_lib
 from attnx.train import metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
@@ -53,6 +54,8 @@ class Program(NamedTuple):
     forward: Any  # (params, batch, key, step=None) -> (logits, aux)
     trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
     model: Any  # params -> the module
+    apply: Any  # (module, batch) -> its output, deterministic
+    checked: Any  # a module of this config, or flat parameters -> flat parameters
 
 
 def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
@@ -60,8 +63,7 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
     build = lambda: models.build(config, rngs=nnx.Rngs(seed))
     abstract = jax.eval_shape(build)
 
-    def call(params, batch, key, step, method):
-        model = params_lib.from_flat(abstract, params)
+    def call(model, batch, key=None, step=None, method='__call__'):
         given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
         given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
         inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
@@ -69,16 +71,26 @@ def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
         return getattr(model, method)(inputs, key=key, step=step, inputs=side, **given)
 
     def forward(params, batch, key, step=None):
-        out = call(params, batch, key, step, '__call__')
+        out = call(params_lib.from_flat(abstract, params), batch, key, step)
         return out.logits, out.aux
+
+    def checked(given):
+        flat = params_lib.to_flat(given) if isinstance(given, nnx.Module) else dict(given)
+        params_lib.from_flat(abstract, flat)  # refuses other names
+        for name, wanted in params_lib.to_flat(abstract).items():
+            if flat[name].shape != wanted.shape:
+                raise ValueError(f'initial parameter {name} has shape {flat[name].shape}, the model {wanted.shape}')
+        return flat
 
     return Program(
         axes=params_lib.flat_axes(abstract),
         shapes=params_lib.to_flat(abstract),
         init=lambda: params_lib.to_flat(build()),
         forward=forward,
-        trace=lambda params, batch, key, step=None: call(params, batch, key, step, 'trace'),
+        trace=lambda params, batch, key, step=None: call(params_lib.from_flat(abstract, params), batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
+        apply=call,
+        checked=checked,
     )
 
 
@@ -117,8 +129,12 @@ def locked(run_dir: pathlib.Path):
         yield
 
 
-def run(config: Config) -> Result:
+def run(config: Config, *, teacher: Any = None, initial: Any = None) -> Result:
     """Trains `config`, or resumes it.
+
+    Args:
+      teacher: a model whose logits are learnt from, with weight `config.step.distill`.
+      initial: a model, or its flat parameters, to begin from (of `attnx.interop.convert`, say); the others begin at random.
 
     Raises:
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
@@ -126,6 +142,8 @@ def run(config: Config) -> Result:
     """
     optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
     config.model.layers()
+    if (teacher is None) != (not config.step.distill):
+        raise ValueError('a teacher and its weight step.distill go together: run(config, teacher=model), distill > 0')
     if config.distributed:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
@@ -133,13 +151,13 @@ def run(config: Config) -> Result:
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with locked(run_dir), contextlib.ExitStack() as stack:
-        return _Run(config, run_dir, stack).run()
+        return _Run(config, run_dir, stack, teacher, initial).run()
 
 
 class _Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
-    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack, teacher=None, initial=None):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
         rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
@@ -174,8 +192,11 @@ class _Run:
             'step': single,
             'bad': single,
         }
-        self._init = lambda: step_lib.init_state(made.init(), transform)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, config.seed)
+        self.initial = () if initial is None else (made.checked(initial),)
+        self._init = lambda *given: step_lib.init_state(given[0] if given else made.init(), transform)
+        heads = heads_lib.projections(config.model, made.shapes)
+        update = step_lib.train_step(made.forward, transform, rate, config.step, config.seed, heads)
+        self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
@@ -221,7 +242,7 @@ class _Run:
         if state is None:
             # Random numbers are slow to compile and drawn once: compile them without optimizations.
             cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)()
+            state = jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(*self.initial)
         self.bad = int(state['bad'])
         self.log.open(number)
         self.progress = metrics.Progress(config.steps, number)
@@ -256,6 +277,8 @@ class _Run:
                 profiling = True
             batch = next(self.data.train)
             arrays = self.put(batch)
+            if self.teacher is not None:
+                arrays['teacher_logits'] = self.teach(self.teacher, arrays)
             state, values = self.update(state, arrays)
             number += 1
             # The numbers of a step are read while the next one runs.
