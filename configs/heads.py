@@ -1,7 +1,7 @@
 """One small language model for each way to arrange heads: `python train.py --config=configs/heads.py:moh`.
 
-`VARIANTS` below are the names; each is what it changes of a four-layer byte-level model of width 128, and can be copied as it is
-into `model` of any config. Data, optimiser and all else are those of `configs/base.py`.
+`VARIANTS` below are the names; each is what it changes of a four-layer byte-level model of width 128, and can be copied as it
+is into `model` of any config. Data, optimiser and all else are those of `configs/base.py`; an encoder reads digits.
 """
 
 import importlib.util
@@ -77,4 +77,6 @@ def get_config(variant: str = 'moh') -> ConfigDict:
         c.model.num_layers = 4
         for name, value in VARIANTS[variant].items():
             c.model[name] = ConfigDict(value) if name in ('mixers', 'mlp') else value
+        if c.model.kind == 'encoder':  # it sees the whole sequence: let it classify images
+            c.data.task.kind, c.data.length, c.sample.tokens = 'digits', 0, 0
     return c

@@ -198,6 +198,10 @@ class Core(nnx.Module):
         query, keys, state = self.extend(query, key, (value,), ctx, state)
         return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
 
+    def sinks(self) -> jax.Array | None:
+        """Logits in the denominator, float32 [N]."""
+        return None if self.sink is None else self.sink[...].astype(jnp.float32)
+
     def attend(self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, **extra):
         """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout; `extra` overrides."""
         rate, drop = self.options.dropout, None
@@ -207,7 +211,7 @@ class Core(nnx.Module):
             'mask': mask,
             'score': score,
             'scale': self.options.scale or scale,
-            'sinks': None if self.sink is None else self.sink[...].astype(jnp.float32),
+            'sinks': self.sinks(),
             'dropout': drop,
             'impl': ctx.impl,
         }
