@@ -121,5 +121,5 @@ def test_side_inputs_reach_layers_and_their_absence_is_told(tokens):
     flat = {k: v + 0.1 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in to_flat(model).items()}
     run = jax.jit(lambda f, task: from_flat(model, f)(tokens, inputs={'task': task}).logits)
     assert not np.allclose(run(flat, np.zeros_like(tokens)), run(flat, np.ones_like(tokens)))
-    with pytest.raises(ValueError, match="no side input 'task' .there is: tokens."):
+    with pytest.raises(ValueError, match=r"no side input 'task' .there is: tokens."):
         jax.eval_shape(lambda m: m(tokens).logits, model)

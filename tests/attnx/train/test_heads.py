@@ -57,7 +57,7 @@ def test_masked_heads_are_left_out_and_get_no_gradient(made, by):
         flat = np.concatenate([np.asarray(v).ravel() for v in scores.values()])
         gone = np.concatenate([d.ravel() for d in dead.values()])
         assert flat[gone].min() > flat[~gone].max()
-        name, delta = next(iter(found)), 0.05
+        name, delta = next(iter(found)), 3e-3  # the loss bends much: embeddings are small
         at = lambda sign: {name: jnp.ones((1, 4)).at[0, 1].add(sign * delta)}
         slope = (jax.jit(plain)(heads.masked(params, at(1))) - jax.jit(plain)(heads.masked(params, at(-1)))) / (2 * delta)
         np.testing.assert_allclose(abs(slope), scores[name][0, 1], rtol=2e-2)  # float32 differences of a mean loss
