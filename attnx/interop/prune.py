@@ -2,7 +2,7 @@
 
     scores = layer_scores(model, tokens)                                   # attention-layer drop, arXiv 2406.15786
     smaller, config = drop_layers(model, config, jnp.argsort(scores)[:4])  # attnx.interop.convert; then measure again
-    smaller, config = prune_heads(model, config, tokens, share=0.3)        # AMP, arXiv 2504.21174
+    smaller, config = prune(model, config, tokens, heads=0.3, neurons=0.3) # AMP, arXiv 2504.21174
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from attnx.interop.convert import VALUE, Flat, by_layer, drop_layers, from_layer
 from attnx.models import ModelConfig, Transformer, build
 from attnx.nn import from_flat, positions, to_flat
 
-__all__ = ['drop_layers', 'head_scores', 'layer_scores', 'prune_heads']
+__all__ = ['drop_layers', 'head_scores', 'layer_scores', 'neuron_scores', 'prune']
 
 
 def _walk(model: Transformer, tokens, segment_ids=None, positions_=None, inputs=None):
@@ -67,6 +67,19 @@ def head_scores(model: Transformer, config: ModelConfig, tokens, *, segment_ids=
     return found
 
 
+def neuron_scores(model: Transformer, tokens, *, segment_ids=None, positions=None, inputs=None):
+    """A list with float32 [hidden] for each layer: mean over tokens of |what the MLP's `down` reads|; None: no such MLP."""
+    found = []
+    for _, block, inner, x, ctx in _walk(model, tokens, segment_ids, positions, inputs):
+        if block.mlp is None or block.mlp.down is None:
+            found.append(None)
+            continue
+        x = x + block.mixer(inner, ctx).y.astype(x.dtype)
+        hidden = block.mlp.hidden(block.mlp_norm(x) if block.pre else block.mixer_norm(x))
+        found.append(_mean(jnp.abs(hidden.astype(jnp.float32)), segment_ids))
+    return found
+
+
 def keep_heads(parameters: Flat, config, keep: jax.Array, width: int) -> Flat:
     """Parameters of mha or gqa with the key/value heads `keep` and the query heads that read them.
 
@@ -90,10 +103,13 @@ def keep_heads(parameters: Flat, config, keep: jax.Array, width: int) -> Flat:
     return found
 
 
-def prune_heads(model: Transformer, config: ModelConfig, tokens, *, share: float, **context):
-    """The model without the `share` of each layer's heads that score lowest (of key/value heads with all that read them).
+def prune(model: Transformer, config: ModelConfig, tokens, *, heads: float = 0.0, neurons: float = 0.0, **context):
+    """The model without those heads and MLP neurons of each layer that score lowest. Train on a little afterwards.
 
-    Layers of mha and gqa are pruned, the others kept. Train on a little afterwards.
+    Args:
+      tokens: int [B, T], calibration data; context: segment_ids, positions, inputs that go with them.
+      heads: share of each layer's heads that goes, of key/value heads with all that read them; layers of mha and gqa.
+      neurons: share of each MLP's hidden units that goes.
 
     Returns:
       (model, its config)
@@ -101,29 +117,42 @@ def prune_heads(model: Transformer, config: ModelConfig, tokens, *, share: float
     Raises:
       ValueError: a share outside [0, 1), or nothing to prune.
     """
-    if not 0 <= share < 1:
-        raise ValueError(f'share {share} is not in [0, 1)')
-    scores, old = head_scores(model, config, tokens, **context), config.layers()
-    rest, layers = by_layer(config, to_flat(model))
-    mixers, pruned = dict(config.mixers), []
-    for index, layer in enumerate(old):
-        if kind(layer) not in ('mha', 'gqa'):
-            continue
-        pruned.append(index)
-        given, n = layer.config, layer.config.num_heads
-        k = getattr(given, 'num_kv_heads', 0) or n
-        left = k - int(share * k)
-        keep = jnp.sort(jnp.argsort(-scores[index].reshape(k, n // k).sum(axis=1))[:left])
-        mixer = {name[6:]: v for name, v in layers[index].items() if name.startswith('mixer/')}
-        new = keep_heads(mixer, given, keep, config.width)
-        layers[index] = {**{m: v for m, v in layers[index].items() if not m.startswith('mixer/')},
-                         **{f'mixer/{name}': v for name, v in new.items()}}  # fmt: skip
-        fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
-        fields |= {'num_heads': left * n // k, 'head_dim': given.head_dim or config.width // n}
-        fields |= {'num_kv_heads': left} if kind(layer) == 'gqa' else {}
-        mixers[layer.name] = {'kind': kind(layer), **fields}
-    if not pruned:
+    for name, share in (('heads', heads), ('neurons', neurons)):
+        if not 0 <= share < 1:
+            raise ValueError(f'{name} {share} is not in [0, 1)')
+    old, (rest, layers) = config.layers(), by_layer(config, to_flat(model))
+    mixers, mlp = dict(config.mixers), config.mlp
+    if heads and not any(kind(layer) in ('mha', 'gqa') for layer in old):
         raise ValueError(f'no layer of mha or gqa to prune; there is: {", ".join(sorted({kind(layer) for layer in old}))}')
-    target = dataclasses.replace(config, mixers=mixers)
+    if heads:
+        for index, scores in enumerate(head_scores(model, config, tokens, **context)):
+            layer = old[index]
+            if kind(layer) not in ('mha', 'gqa'):
+                continue
+            given, n = layer.config, layer.config.num_heads
+            k = getattr(given, 'num_kv_heads', 0) or n
+            left = k - int(heads * k)
+            keep = jnp.sort(jnp.argsort(-scores.reshape(k, n // k).sum(axis=1))[:left])
+            _change(layers[index], 'mixer/', lambda m, given=given, keep=keep: keep_heads(m, given, keep, config.width))
+            fields = {f.name: getattr(given, f.name) for f in dataclasses.fields(given)}
+            fields |= {'num_heads': left * n // k, 'head_dim': given.head_dim or config.width // n}
+            fields |= {'num_kv_heads': left} if kind(layer) == 'gqa' else {}
+            mixers[layer.name] = {'kind': kind(layer), **fields}
+    if neurons:
+        for index, scores in enumerate(neuron_scores(model, tokens, **context)):
+            if scores is None:
+                raise ValueError(f'mlp of kind {config.mlp.kind!r} has no hidden units of its own to prune')
+            keep = jnp.sort(jnp.argsort(-scores)[: scores.size - int(neurons * scores.size)])
+            _change(layers[index], 'mlp/', lambda m, keep=keep: {
+                name: v[keep] if name == 'down/kernel' else v if name == 'down/bias' else v[..., keep] for name, v in m.items()
+            })  # fmt: skip
+            mlp = dataclasses.replace(config.mlp, hidden=int(keep.size))
+    target = dataclasses.replace(config, mixers=mixers, mlp=mlp)
     abstract = jax.eval_shape(lambda: build(target, rngs=nnx.Rngs(0)))
     return from_flat(abstract, from_layers(target, rest, layers)), target
+
+
+def _change(layer: Flat, prefix: str, function) -> None:
+    """Replaces the parameters below `prefix` in place."""
+    part = {name.removeprefix(prefix): layer.pop(name) for name in [n for n in layer if n.startswith(prefix)]}
+    layer.update({prefix + name: v for name, v in function(part).items()})

@@ -50,9 +50,21 @@ def test_heads_score_what_they_add(source):
 def test_pruning_mute_heads_changes_nothing(source):
     config, model = source
     half = edit(model, lambda v: v.at[:, :16].set(0))  # half of the heads: of gqa, those that read the first key head
-    smaller, target = prune.prune_heads(half, config, TOKENS, share=0.5)
+    smaller, target = prune.prune(half, config, TOKENS, heads=0.5)
     close(run(smaller), run(half), tolerances.FLOAT32)
     layer = target.layers()[0].config
     assert (layer.num_heads, layer.head_dim) == (2, 8)
-    with pytest.raises(ValueError, match=r'share 1.0 is not in \[0, 1\)'):
-        prune.prune_heads(half, config, TOKENS, share=1.0)
+    with pytest.raises(ValueError, match=r'heads 1.0 is not in \[0, 1\)'):
+        prune.prune(half, config, TOKENS, heads=1.0)
+
+
+def test_pruning_mute_neurons_changes_nothing(source):
+    """Six hidden units that read nothing: their gate and value are 0."""
+    config, model = source
+    mute = {k: v.at[..., :6].set(0) if '/mlp/up/' in k else v for k, v in to_flat(model).items()}
+    mute = from_flat(model, mute)
+    scores = jax.jit(lambda m: prune.neuron_scores(m, TOKENS)[1])(mute)
+    assert (np.asarray(scores) == 0).tolist() == [True] * 6 + [False] * 10
+    smaller, target = prune.prune(mute, config, TOKENS, neurons=0.375)
+    assert target.mlp.hidden == 10
+    close(run(smaller), run(mute), tolerances.FLOAT32)
