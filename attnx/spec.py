@@ -62,8 +62,8 @@ class Context:
 
 
 def side_input(kind: str, batch: int, length: int) -> jax.ShapeDtypeStruct:
-    """What `Spec.inputs` declares: 'int32 B T' or 'float32 B T 2' -> shape and dtype."""
-    dtype, *letters = kind.split()
+    """What `Spec.inputs` declares: 'int32 B T', 'float32 B T 2' or 'int32 B T ?' -> shape and dtype."""
+    dtype, *letters = kind.removesuffix('?').split()
     return jax.ShapeDtypeStruct([{'B': batch, 'T': length}.get(c) or int(c) for c in letters], jnp.dtype(dtype))
 
 
@@ -138,7 +138,8 @@ class Spec:
     state: str = 'none'  # what decoding keeps: kv, window, latent, matrix, vector, memory, empty; none: it can't
     causal: str = 'both'  # 'both', 'causal' or 'bidirectional': which Dims.causal it accepts
     needs: tuple[str, ...] = ()  # of 'memory', 'fixed_length'
-    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)  # side input -> dtype and shape: 'int32 B T'
+    inputs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    # ^ side input -> dtype and shape: 'int32 B T'; 'int32 B T ?' may be absent, for some configs
     publishes: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names of Output.shared
     reads: Callable[[Any], tuple[str, ...]] = lambda config: ()  # config -> names it takes from Context.shared
     documents: Callable[[Any], int | None] = lambda config: None  # config -> most documents of a packed row; None: any

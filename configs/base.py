@@ -73,6 +73,12 @@ def get_config():
             'accumulate': 1,
             'non_finite': 'stop',
             'max_non_finite': 10,
+            'distill': 0.0,  # needs a teacher: attnx.train.loop.run(config, teacher=model)
+            'distill_temperature': 1.0,
+            'hard': 1.0,
+            'mask_heads': 0,
+            'mask_heads_by': 'random',
+            'mask_heads_rescale': False,
         }
     )
     c.checkpoint = ConfigDict(

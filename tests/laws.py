@@ -89,7 +89,7 @@ def side_input(kind: str, name: str, x):
 
     Integers lie in [0, 4); of two T's, entry [i, j] is a distance of tokens i and j.
     """
-    dtype, *letters = kind.split()
+    dtype, *letters = kind.removesuffix('?').split()
     x = jax.lax.stop_gradient(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))  # the same, whatever the dtype of x
     width = int(np.prod([int(n) for n in letters if n.isdigit()], initial=1))
     mix = np.random.default_rng(sum(map(ord, name))).standard_normal((x.shape[-1], width)).astype(np.float32)

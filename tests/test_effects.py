@@ -156,7 +156,7 @@ def test_optimizers(kind, schedule):
 @pytest.fixture
 def tiny_model():
     params = {'embedding': jnp.ones((5, 4))}
-    forward = lambda p, b, key: (p['embedding'][b['tokens']] @ p['embedding'].T, {'balance_loss': p['embedding'].sum()})
+    forward = lambda p, b, key, step=None: (p['embedding'][b['tokens']] @ p['embedding'].T, {'balance_loss': p['embedding'].sum()})
     tokens = jnp.zeros((8, 6), jnp.int32)
     return forward, params, {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones((8, 6))}
 
@@ -166,7 +166,7 @@ def test_steps(tiny_model):
 
     def trace(config):
         transform, rate = optim.build(optim.Config(), 1000, {'embedding': ('vocab', 'embed')})
-        update = step.train_step(forward, transform, rate, config, 0)
-        return program(update, step.init_state(params, transform), batch)
+        update = step.train_step(forward, transform, rate, config)
+        return program(update, step.init_state(params, transform), batch, jax.random.key(0))
 
     assert not without_effect(step.Config(), trace)

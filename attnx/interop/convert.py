@@ -106,10 +106,9 @@ def heads(config: Any) -> tuple[int, int]:
 def mean_pool(parameters: Flat, old, new, width: int) -> Flat:
     """Key/value heads become means of neighbours: K of them -> K', which divides K."""
     (n, k), (new_n, new_k) = heads(old), heads(new)
-    h = old.head_dim or width // n
-    if n != new_n or h != (new.head_dim or width // new_n) or k % new_k:
-        wanted = f'{new_n} over {new_k} of {new.head_dim or width // new_n}'
-        raise ValueError(f'{n} heads over {k} of width {h} can not become {wanted}')
+    h, new_h = old.head_dim or width // n, new.head_dim or width // new_n
+    if n != new_n or h != new_h or k % new_k:
+        raise ValueError(f'{n} heads over {k} of width {h} can not become {new_n} over {new_k} of width {new_h}')
     pool = lambda w: w.reshape(*w.shape[:-1], new_k, k // new_k, h).mean(axis=-2).reshape(*w.shape[:-1], new_k * h)
     return {name: pool(w) if name in (VALUE, 'key/kernel', 'key/bias', 'bias') else w for name, w in parameters.items()}
 

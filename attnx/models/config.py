@@ -153,7 +153,7 @@ class ModelConfig(StackConfig):
         known = {*given, *(() if self.input_dim else ('tokens',))}
         for index, layer in enumerate((*self.layers(), *encoder)):
             for name, shape in layer.spec.inputs.items():
-                if name not in known:
+                if name not in known and not shape.endswith('?'):
                     raise ValueError(
                         f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
                         f'have; it has: {", ".join(sorted(known)) or "none"}'

@@ -80,18 +80,23 @@ class Stack(nnx.Module):
             first += repeats * length
         return x, (None if state is None else tuple(states)), total
 
-    def trace(self, x, ctx: Context):
-        """Yields (layer index, x after it), one layer after another, without scan: for finding where a NaN is born."""
+    def walk(self, x, ctx: Context):
+        """Yields (layer index, its block, x before it, x after it, its context), without scan: for a look inside."""
         index, shared = 0, {'embedding': x, **ctx.shared}
         for stacked, repeats in zip(self.stacks, self.repeats):
             for repeat in range(repeats):
                 inside = shared
-                for layer in jax.tree.map(lambda v, r=repeat: v[r], stacked).layers:
-                    x, _, _, more = layer(x, dataclasses.replace(ctx, layer=index, shared=inside))
-                    inside = {**inside, **more}
-                    yield index, x
-                    index += 1
+                for block in jax.tree.map(lambda v, r=repeat: v[r], stacked).layers:
+                    here = dataclasses.replace(ctx, layer=index, shared=inside)
+                    y, _, _, more = block(x, here)
+                    yield index, block, x, y, here
+                    x, inside, index = y, {**inside, **more}, index + 1
             shared = inside if repeats == 1 else shared
+
+    def trace(self, x, ctx: Context):
+        """Yields (layer index, x after it), one layer after another: for finding where a NaN is born."""
+        for index, _, _, y, _ in self.walk(x, ctx):
+            yield index, y
 
 
 class Transformer(nnx.Module):

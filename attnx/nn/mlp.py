@@ -13,7 +13,7 @@ from attnx.sharding import constrain
 from attnx.spec import Dims
 
 GATED = {'swiglu': jax.nn.silu, 'geglu': jax.nn.gelu}
-PLAIN = {'gelu': jax.nn.gelu, 'relu2': lambda x: jnp.square(jax.nn.relu(x)), 'relu': jax.nn.relu}
+PLAIN = {'gelu': jax.nn.gelu, 'boom': jax.nn.gelu, 'relu2': lambda x: jnp.square(jax.nn.relu(x)), 'relu': jax.nn.relu}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,7 +31,7 @@ class Config:
     balance: float = 1e-2  # moe: weight of the load-balance loss
 
     def __post_init__(self):
-        valid = (*GATED, *PLAIN, 'boom', 'moe', 'none')
+        valid = (*GATED, *PLAIN, 'moe', 'none')
         if self.kind not in valid:
             raise ValueError(f'unknown mlp kind {self.kind!r}; {nearest(self.kind, valid)}')
         if self.expert not in (*GATED, *PLAIN):
@@ -72,13 +72,17 @@ class MLP(nnx.Module):
         self.down = None if config.kind == 'boom' else down()
         self.kind = config.kind
 
+    def hidden(self, x: jax.Array) -> jax.Array:
+        """x [B, T, M] -> [B, T, hidden], what `down` reads."""
+        up = self.up(x)
+        hidden = PLAIN[self.kind](up) if self.gate is None else GATED[self.kind](self.gate(x)) * up
+        return constrain(hidden, ('batch', 'length', 'mlp'))
+
     def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids=None):
         """x [B, T, M] -> (y [B, T, M], {}): nothing auxiliary, and documents are all the same to it."""
-        up = self.up(x)
+        hidden = self.hidden(x)
         if self.down is None:
-            return dropout(jax.nn.gelu(up).reshape(*x.shape[:-1], -1, x.shape[-1]).sum(axis=-2), rate, key), {}
-        hidden = PLAIN[self.kind](up) if self.gate is None else GATED[self.kind](self.gate(x)) * up
-        hidden = constrain(hidden, ('batch', 'length', 'mlp'))
+            return dropout(hidden.reshape(*x.shape[:-1], -1, x.shape[-1]).sum(axis=-2), rate, key), {}
         return dropout(self.down(hidden), rate, key), {}
 
 

@@ -215,6 +215,12 @@ class Core(nnx.Module):
         query, keys, state = self.extend(query, key, (value,), ctx, state)
         return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
 
+    def sinks(self) -> jax.Array | None:
+        """Logits in the denominator, float32 [N]."""
+        if self.options.off_by_one:
+            return jnp.zeros((self.num_heads,), jnp.float32)
+        return None if self.sink is None else self.sink[...].astype(jnp.float32)
+
     def dropout(self, ctx: Context) -> Dropout | None:
         """The options' dropout of weights, in a call with a key."""
         if not self.options.dropout or ctx.key is None:
@@ -233,10 +239,7 @@ class Core(nnx.Module):
         options |= {'impl': ctx.impl}
         if weights is not None:
             return ops.weighted_attention(query, key, value, weights=weights, **options | extra)
-        options['sinks'] = None if self.sink is None else self.sink[...].astype(jnp.float32)
-        if self.options.off_by_one:
-            options['sinks'] = jnp.zeros((self.num_heads,), jnp.float32)
-        return ops.softmax_attention(query, key, value, **options | extra)
+        return ops.softmax_attention(query, key, value, **{**options, 'sinks': self.sinks(), **extra})
 
 
 def flops(num_heads: int, head_dim: int, dims: Dims, length: int, value_dim: int = 0) -> float:

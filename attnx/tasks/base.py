@@ -11,6 +11,7 @@ Row = Mapping[str, np.ndarray]
 # Fields of a row that training reads; what else a row holds is a side input of the model (attnx.spec.Spec.inputs).
 FIELDS = (
     'tokens', 'inputs', 'targets', 'label', 'weights', 'positions', 'segment_ids', 'source', 'source_mask',
+    'teacher_logits',
 )  # fmt: skip
 
 

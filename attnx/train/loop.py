@@ -30,6 +30,7 @@ from attnx import models, plan, sharding, tasks
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
+from attnx.train import heads as heads_lib
 from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
@@ -55,6 +56,8 @@ class Program(NamedTuple):
     forward: Any  # (params, batch, key, step=None) -> (logits, aux)
     trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
     model: Any  # params -> the module
+    apply: Any  # (module, batch) -> its output, deterministic
+    checked: Any  # a module of this config, or flat parameters -> flat parameters
 
 
 def program(config: models.ModelConfig, *, packed: bool) -> Program:
@@ -62,8 +65,7 @@ def program(config: models.ModelConfig, *, packed: bool) -> Program:
     build = lambda key: models.build(config, rngs=nnx.Rngs(key))
     abstract = jax.eval_shape(build, jax.random.key(0))
 
-    def call(params, batch, key, step, method):
-        model = params_lib.from_flat(abstract, params)
+    def call(model, batch, key=None, step=None, method='__call__'):
         given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
         given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
         inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
@@ -71,16 +73,26 @@ def program(config: models.ModelConfig, *, packed: bool) -> Program:
         return getattr(model, method)(inputs, key=key, step=step, inputs=side, **given)
 
     def forward(params, batch, key, step=None):
-        out = call(params, batch, key, step, '__call__')
+        out = call(params_lib.from_flat(abstract, params), batch, key, step)
         return out.logits, out.aux
+
+    def checked(given):
+        flat = params_lib.to_flat(given) if isinstance(given, nnx.Module) else dict(given)
+        params_lib.from_flat(abstract, flat)  # refuses other names
+        for name, wanted in params_lib.to_flat(abstract).items():
+            if flat[name].shape != wanted.shape:
+                raise ValueError(f'initial parameter {name} has shape {flat[name].shape}, the model {wanted.shape}')
+        return flat
 
     return Program(
         axes=params_lib.flat_axes(abstract),
         shapes=params_lib.to_flat(abstract),
         init=lambda key: params_lib.to_flat(build(key)),
         forward=forward,
-        trace=lambda params, batch, key, step=None: call(params, batch, key, step, 'trace'),
+        trace=lambda params, batch, key, step=None: call(params_lib.from_flat(abstract, params), batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
+        apply=call,
+        checked=checked,
     )
 
 
@@ -128,10 +140,13 @@ def locked(run_dir: pathlib.Path):
         yield
 
 
-def run(config: Config, *, until: int | None = None) -> Result:
+def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int | None = None) -> Result:
     """Trains `config`, or resumes it.
 
-    until: a step at which to evaluate, save and return as 'stopped'; a later call goes on as if there had been no pause.
+    Args:
+      teacher: a model whose logits are learnt from, with weight `config.step.distill`.
+      initial: a model, or its flat parameters, to begin from (of `attnx.interop.convert`, say); the others begin at random.
+      until: a step at which to evaluate, save and return as 'stopped'; a later call goes on as if there had been no pause.
 
     Raises:
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
@@ -139,6 +154,8 @@ def run(config: Config, *, until: int | None = None) -> Result:
     """
     optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
     config.model.layers()
+    if (teacher is None) != (not config.step.distill):
+        raise ValueError('a teacher and its weight step.distill go together: run(config, teacher=model), distill > 0')
     if config.distributed:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
@@ -148,7 +165,7 @@ def run(config: Config, *, until: int | None = None) -> Result:
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with _writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
-        return _Run(config, run_dir, stack).run(until)
+        return _Run(config, run_dir, stack, teacher, initial).run(until)
 
 
 @contextlib.contextmanager
@@ -182,7 +199,7 @@ def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
 class _Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
-    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack, teacher=None, initial=None):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
         self.rules = sharding.rules(config.sharding)
@@ -226,8 +243,11 @@ class _Run:
             'bad': single,
         }
         self.key = jax.random.key(config.seed)
-        self._init = lambda key: step_lib.init_state(made.init(key), transform)
-        update = step_lib.train_step(made.forward, transform, rate, config.step)
+        self.initial = None if initial is None else made.checked(initial)
+        self._init = lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform)
+        heads = heads_lib.projections(config.model, made.shapes)
+        update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
+        self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
@@ -250,7 +270,7 @@ class _Run:
 
     def restore(self) -> tuple[int, Any]:
         """(step, state) of the newest checkpoint, with the data put where it stood; (0, None) without any."""
-        shapes = jax.eval_shape(self._init, self.key)
+        shapes = jax.eval_shape(self._init, self.key, self.initial)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.where)
         found = self.checkpoints.restore(like, lambda saved: self.data.train.set_state(saved['data']))
         if found is None:
@@ -262,7 +282,7 @@ class _Run:
     def init(self):
         # Random numbers are slow to compile and drawn once: compile them without optimizations.
         cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-        return jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key)
+        return jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key, self.initial)
 
     def evaluate(self, params, data: data_lib.Data | None = None) -> dict[str, float]:
         batches = (data or self.data).evaluation()
@@ -329,6 +349,8 @@ class _Run:
                 jax.profiler.start_trace(str(self.run_dir / 'profile'))
                 profiling = True
             arrays = self.put(next(self.data.train))
+            if self.teacher is not None:
+                arrays['teacher_logits'] = self.teach(self.teacher, arrays)
             watched = config.health.every and (number + 1) % config.health.every == 0
             before = jax.tree.map(jnp.copy, state['params']) if watched else None
             state, values = self.update(state, arrays, self.key)

@@ -13,12 +13,11 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from attnx.nn import Linear, attend_to, merge_heads, softmax, split_heads
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
-_OF_SOURCE = ('position', 'rope', 'masks', 'scores', 'qk_norm', 'sinks')
+_OWN = ('dropout', 'scale')  # options of a copying layer; the others are its source's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +32,8 @@ class Config(softmax.Options):
         super().__post_init__()
         softmax.check_groups(self.num_heads, self.num_kv_heads)
         softmax.check_choice('source', self.source, ('own', 'shared'))
-        default = softmax.Options()
-        changed = [f for f in _OF_SOURCE if getattr(self, f) != getattr(default, f)]
+        fields = [f for f in dataclasses.fields(softmax.Options) if f.name not in _OWN]
+        changed = [f.name for f in fields if getattr(self, f.name) != f.default]
         if self.source == 'shared' and changed:
             raise ValueError(f"{', '.join(changed)}: a layer that copies weights takes them from its source; set them there")
 
@@ -72,8 +71,7 @@ class EchoAttention(Mixer):
             key = split_heads(self.key(x), self.num_kv_heads)
             query, keys, state = self.core.extend(query, key, (value,), ctx, state)
             key, value = keys.arrays
-            sinks = None if self.core.sink is None else self.core.sink[...].astype(jnp.float32)
-            made = Weights(query, key, self.core.mask(keys), self.core.score(keys), sinks)
+            made = Weights(query, key, self.core.mask(keys), self.core.score(keys), self.core.sinks())
         else:
             made = ctx.published(name)
             self.check(made)

@@ -81,7 +81,7 @@ class TalkingHeadsAttention(Mixer):
         out = talking_heads(
             query, key, value, self.before[...], self.after[...],
             mask=self.core.mask(keys), score=self.core.score(keys), scale=self.config.scale or self.head_dim**-0.5,
-            sinks=None if self.core.sink is None else self.core.sink[...], rate=self.config.dropout, drop=ctx.key,
+            sinks=self.core.sinks(), rate=self.config.dropout, drop=ctx.key,
         )  # fmt: skip
         return Output(self.out(merge_heads(out)), state)
 

@@ -23,7 +23,7 @@ from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(softmax.Options):
-    num_tasks: int = 1  # the side input `task` is in [0, num_tasks)
+    num_tasks: int = 1  # the side input `task` is in [0, num_tasks); of one it may be absent
     num_experts: int = 12  # E
     top_k: int = 6  # K: experts of a token
     sample_top_k: int = 0  # how many of the K are drawn from p in training
@@ -61,7 +61,9 @@ class TaskExperts(Mixer):
         return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        x, task = x.astype(self.dtype), ctx.side('task')
+        x = x.astype(self.dtype)
+        alone = self.config.num_tasks == 1 and 'task' not in ctx.inputs
+        task = jnp.zeros(x.shape[:2], jnp.int32) if alone else ctx.side('task')
         probs = self.probabilities(x, task)
         chosen = self.choose(probs, ctx.key)
         gates = jnp.take_along_axis(probs, chosen, axis=-1)
@@ -129,7 +131,7 @@ SPEC = Spec(
     paper='2306.17165',
     ops=('softmax_attention',),
     state='kv',
-    inputs={'task': 'int32 B T'},
+    inputs={'task': 'int32 B T ?'},
     example=Config(num_tasks=4, num_experts=4, top_k=2, head_dim=8, visible=(4, 2, 4, 3)),
     flops=_flops,
 )

@@ -10,7 +10,7 @@ import attnx
 from attnx import config as config_lib
 from attnx import plan
 from attnx.models import ModelConfig, build
-from attnx.nn import to_flat
+from attnx.nn import from_flat, to_flat
 from tests import tolerances
 from tests.laws import close
 
@@ -106,3 +106,20 @@ def test_what_is_not_published_is_refused(fields, error):
         config.layers()
         tokens = jax.ShapeDtypeStruct((1, 4), jnp.int32)
         jax.eval_shape(lambda t: build(config, rngs=nnx.Rngs(0))(t).logits, tokens)
+
+
+def test_side_inputs_reach_layers_and_their_absence_is_told(tokens):
+    config = config_of(pattern=('guided_heads',), num_layers=1, vocab_size=0, input_dim=4)
+    with pytest.raises(ValueError, match=r"layer 0 \(guided_heads\) needs the side input 'tokens' \(int32 B T\).*it has: none"):
+        config.check_inputs(())
+    config.check_inputs(('tokens',))
+    mixers = {'t': {'kind': 'task_experts', 'num_tasks': 2, 'num_experts': 4, 'top_k': 2}}
+    config = config_of(pattern=('t',), num_layers=2, mixers=mixers)
+    config.check_inputs(())  # 'int32 B T ?': one task needs none
+    model = jax.jit(lambda: build(config, rngs=nnx.Rngs(0)))()
+    rng = np.random.default_rng(0)
+    flat = {k: v + 0.1 * rng.standard_normal(v.shape).astype(v.dtype) for k, v in to_flat(model).items()}
+    run = jax.jit(lambda f, task: from_flat(model, f)(tokens, inputs={'task': task}).logits)
+    assert not np.allclose(run(flat, np.zeros_like(tokens)), run(flat, np.ones_like(tokens)))
+    with pytest.raises(ValueError, match=r"no side input 'task' .there is: tokens."):
+        jax.eval_shape(lambda m: m(tokens).logits, model)
