@@ -116,3 +116,11 @@ def test_no_device_ever_holds_the_whole_model():
     whole = plan.size(jax.eval_shape(init))
     assert memory.output_size_in_bytes < whole / 7
     assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
+
+
+def test_the_plan_of_a_mesh():
+    found = plan.plan(model(), length=32, batch=8, packed=False, mesh={'data': -1, 'context': 4}, preset='context')
+    assert not found.refused
+    assert found.layers[0].calls[0].spread.how.startswith('tokens over context (4): gather, zigzag')
+    found = plan.plan(model(), length=30, batch=8, packed=False, mesh={'context': 4}, preset='context')
+    assert 'mesh: length 30: it does not divide' in found.refused[0]
