@@ -247,3 +247,19 @@ def test_states_and_caches_on_a_mesh():
     expected = jax.jit(run)(model, tokens)
     with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context'):
         close(jax.jit(lambda *a: run(*a))(model, tokens), expected, tolerances.FLOAT32_GRAD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['gather', 'ring'])
+def test_kernels_take_the_parts(method):
+    """Lowered for a GPU that is not here: masks at shifted indices are nothing that the kernel refuses."""
+    array = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+
+    def loss(query, key, value, ids):
+        mask = masks.causal() & masks.segments(ids)
+        return ops.softmax_attention(query, key, value, mask=mask, impl='mosaic_gpu').astype(jnp.float32).sum()
+
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', method), dispatch.target('cuda'):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(array, array, array, ids)
+        assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
