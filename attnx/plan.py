@@ -3,6 +3,7 @@
   python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -163,11 +164,15 @@ def plan(
     documents: int = 1,
     optimizer: Callable[[dict], Any] = lambda axes: optax.adamw(1e-3),
     accumulate: int = 1,
+    mesh: Mapping[str, int] | None = None,
+    preset: str = 'ddp',
+    context: str = 'auto',
 ) -> Plan:
     """The plan of training `config` on `batch` rows of `length` tokens.
 
     documents: most documents of a packed row.
     optimizer: axes of the flat parameters -> the optax transformation, whose state is counted.
+    mesh, preset, context: how it is spread over devices; a size of -1 counts as 1.
     """
     config = dataclasses.replace(config, max_length=config.max_length or length)
     refused, planned = [], {}
@@ -181,6 +186,12 @@ def plan(
 
     if packed:
         attempt('packing', lambda: config.check_packing(documents))
+    on_mesh = contextlib.nullcontext
+    sizes = {name: max(n, 1) for name, n in (mesh or {}).items()}
+    if math.prod(sizes.values()) > 1:
+        rows = {'length': length, 'batch': max(batch // accumulate, 1), 'packed': packed}
+        if attempt('mesh', lambda: check_sharding(config, sizes, preset, context, **rows) or True):
+            on_mesh = lambda: sharding.use(sharding.abstract_mesh(sizes), preset, context)
     layers = []
     for what, members, is_causal in groups(config):
         dims, shared = config.dims(causal=is_causal, num_layers=len(members)), {}
@@ -189,7 +200,8 @@ def plan(
             if key not in planned:
                 options = {'packed': packed, 'impl': config.impl, 'shared': shared}
                 make = lambda i=index, l=layer, d=dims, o=options: plan_layer(i, l, d, length, batch, **o)
-                planned[key] = attempt(f'{what} {index} ({layer.name})', make)
+                with on_mesh():
+                    planned[key] = attempt(f'{what} {index} ({layer.name})', make)
             if planned[key] is not None:
                 layers.append(dataclasses.replace(planned[key], index=index))
     model = attempt('model', lambda: jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
@@ -316,6 +328,9 @@ def main(argv) -> int:
         documents=task.documents,
         optimizer=lambda axes: optim.build(run.optim, run.steps, axes)[0],
         accumulate=run.step.accumulate,
+        mesh=run.mesh,
+        preset=run.sharding,
+        context=run.context,
     )
     report(found, flags.FLAGS.platform, Console(width=max(Console().width, 110)))
     return 1 if found.refused else 0

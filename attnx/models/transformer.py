@@ -137,9 +137,10 @@ class Transformer(nnx.Module):
         else:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(f'tokens must be integers [B, T], were given {inputs.dtype}{list(inputs.shape)}')
-            x = self.embedding[...].astype(self.dtype)[inputs]
+            # Looked up in whole rows: a table cut along M would give the tokens' vectors cut the same way.
+            x = constrain(self.embedding[...].astype(self.dtype), ('vocab', None))[inputs]
         if self.table is not None:
-            x = x + self.table[...].astype(x.dtype)[positions]
+            x = x + constrain(self.table[...].astype(x.dtype), ('features', None))[positions]
         elif self.positions == 'sinusoidal':
             x = x + ops.positions.sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         x = dropout(x, self.rate, None if key is None else jax.random.fold_in(key, 2**20))

@@ -4,7 +4,8 @@
 
 w is p over the chosen, made to sum to 1; with one expert a token w is p itself (Switch), else the router would learn nothing.
 
-Two losses keep the router in shape; both come back as auxiliary losses, already weighted:
+Two losses keep the router in shape; both come back as auxiliary losses, already weighted (and are summed over layers, as is
+`expert_load`, the largest share of choices times E):
 
     router_z_loss   mean over tokens of logsumexp(x W_r)²                          (ST-MoE, arXiv:2202.08906)
     balance_loss    E Σ_e f_e mean_t p_te, f_e the share of choices that e got; 1 when even   (Switch, arXiv:2101.03961)

@@ -119,40 +119,44 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
 
 
 def choose(where: Layout, query, key, value, mask, dense: list[Operand]) -> Choice:
-    """The way over the context axis: the one that was asked for, or the best by mask and shape."""
-    asked = sharding.active()[2]
+    """The way over the context axis: the one that was asked for, or the best by mask and shape.
+
+    dense: operands of the mask and the score that are indexed by query and key.
+    """
     (B, T, N, _), (_, S, K, H), size = query.shape, key.shape, where.size
-    refused = {}
-    across = where.parts(where.heads) * size
-    if not shared_heads(N, K, across):
-        refused['heads'] = f'{N} heads over {K} key heads do not divide among {across} devices'
+    asked, tensor, refused = sharding.active()[2], where.parts(where.heads), {}
+    if not shared_heads(N, K, tensor * size):
+        refused['heads'] = f'{N} heads over {K} key heads do not divide among {tensor * size} devices'
     if S % size:
-        why = f'{S} keys do not divide among {size} devices'
-        refused |= {'ring': why, 'heads': why}
+        refused = dict.fromkeys(('ring', 'heads'), f'{S} keys do not divide among {size} devices')
     if asked in refused:
         raise ValueError(f'softmax_attention: context method {asked!r} can not serve this call: {refused[asked]}; use "auto"')
-    classes = blocks.possible(mask, B, N, T, S, T // size, -(-S // size))
+
     zigzag, pairs = T == S and T % (2 * size) == 0 and not dense, ((0, 0),)
     if zigzag:
         halves = blocks.possible(mask, B, N, T, S, T // size // 2, T // size // 2)
         zigzag, pairs = _uneven(halves), _pairs(halves)
-    needed = sorted({(i - j) % size for i, j in zip(*np.nonzero(classes))}) or [0]
-    start, steps = _arc(needed, size)
-    moved = B * S * K * (H + value.shape[-1]) * key.dtype.itemsize // where.parts(where.rows) // where.parts(where.heads)
-    near = size > 2 and 2 * steps <= size and 'ring' not in refused
-    if asked == 'ring' or (asked == 'auto' and near):
-        why = f'the mask reaches {steps} of {size} parts' if near else 'as asked'
-        # A window is balanced as it lies, and zigzag would send it round the whole ring.
-        return Choice('ring', why, True, 0, size, pairs) if zigzag and not near else Choice('ring', why, False, start, steps)
-    share = across // where.parts(where.heads)
-    own = K * where.repeat // max(where.parts(where.heads), 1)
-    spread = any('h' not in o.index and o.array.size > 1 for o in dense)  # each device would need all of such an array
-    if asked == 'heads' or (asked == 'auto' and 'heads' not in refused and own % share == 0 and not spread):
-        return Choice('heads', f'{own} key heads divide among {size} devices' if asked == 'auto' else 'as asked')
-    if asked == 'gather' or moved <= GATHER_LIMIT or 'ring' in refused:
-        return Choice('gather', f'keys and values take {moved:,} bytes' if asked == 'auto' else 'as asked', zigzag)
-    why = f'gathered keys and values would take {moved:,} bytes'
-    return Choice('ring', why, True, 0, size, pairs) if zigzag else Choice('ring', why, False, start, steps)
+    classes = blocks.possible(mask, B, N, T, S, T // size, -(-S // size))
+    start, steps = _arc(sorted({int(i - j) % size for i, j in zip(*np.nonzero(classes))}) or [0], size)
+    near = size > 2 and 2 * steps <= size  # balanced as it lies; zigzag would send it round the whole ring
+    round_ = (True, 0, size, pairs) if zigzag and not near else (False, start, steps)
+    key_heads = K * where.repeat // tensor
+    moved = B // where.parts(where.rows) * S * key_heads * (H + value.shape[-1]) * key.dtype.itemsize
+    everywhere = any('h' not in o.index and o.array.size > 1 for o in dense)  # each device would hold all of such an array
+
+    if asked == 'heads':
+        return Choice('heads', 'as asked')
+    if asked == 'gather':
+        return Choice('gather', 'as asked', zigzag)
+    if asked == 'ring':
+        return Choice('ring', f'as asked, {steps} of {size} parts', *round_)
+    if near and 'ring' not in refused:
+        return Choice('ring', f'the mask reaches {steps} of {size} parts', *round_)
+    if key_heads % size == 0 and 'heads' not in refused and not everywhere:
+        return Choice('heads', f'{key_heads} key heads divide among {size} devices')
+    if moved <= GATHER_LIMIT or 'ring' in refused:
+        return Choice('gather', f'keys and values take {moved:,} bytes', zigzag)
+    return Choice('ring', f'gathered keys and values would take {moved:,} bytes', *round_)
 
 
 def _arc(needed: list[int], size: int) -> tuple[int, int]:

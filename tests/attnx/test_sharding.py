@@ -10,6 +10,7 @@ import attnx
 from attnx import catalog, plan, sharding
 from attnx import config as config_lib
 from attnx.models import ModelConfig
+from attnx.train import loop, optim
 
 
 @pytest.mark.parametrize(
@@ -96,3 +97,30 @@ def test_explain_says_how_a_layer_is_spread():
     assert 'spread: tokens over context (4): ring: the mask reaches 2 of 4 parts' in said
     said = attnx.explain('gla', width=64, length=30, mesh={'context': 4}, preset='context')
     assert 'not cut: 30 tokens are not divisible over the 4 devices of context' in said
+
+
+def test_no_device_ever_holds_the_whole_model():
+    """Parameters and optimizer states are made where they lie."""
+    given = model(width=128, vocab_size=1024, pattern=('mha',), num_layers=1)
+    made = loop.program(dataclasses.replace(given, max_length=8), packed=False, seed=0)
+    transform, _ = optim.build(optim.Config(), 200, made.axes)
+    mesh = sharding.make_mesh({'fsdp': 8})
+    where = sharding.param_shardings(mesh, 'fsdp', made.axes, {name: s.shape for name, s in made.shapes.items()})
+    where = {'params': where, 'opt': optim.state_shardings(transform, made.shapes, where, mesh)}
+
+    def init():
+        params = made.init()
+        return {'params': params, 'opt': transform.init(params)}
+
+    memory = jax.jit(init, out_shardings=where).lower().compile().memory_analysis()
+    whole = plan.size(jax.eval_shape(init))
+    assert memory.output_size_in_bytes < whole / 7
+    assert memory.output_size_in_bytes + memory.temp_size_in_bytes < whole / 2
+
+
+def test_the_plan_of_a_mesh():
+    found = plan.plan(model(), length=32, batch=8, packed=False, mesh={'data': -1, 'context': 4}, preset='context')
+    assert not found.refused
+    assert found.layers[0].calls[0].spread.how.startswith('tokens over context (4): gather, zigzag')
+    found = plan.plan(model(), length=30, batch=8, packed=False, mesh={'context': 4}, preset='context')
+    assert 'mesh: length 30: it does not divide' in found.refused[0]

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from attnx import dispatch, ops, sharding
+from attnx import dispatch, models, ops, sharding
 from attnx.ops import masks, scores
 from attnx.ops.context_attention import _arc
 from tests import tolerances
@@ -225,3 +226,40 @@ def test_what_does_not_divide_is_done_whole_and_said():
         'every device does all of it',
         ('3 rows are not divisible over the 2 devices of data', '30 tokens are not divisible over the 4 devices of context'),
     )
+
+
+@pytest.mark.slow
+def test_states_and_caches_on_a_mesh():
+    """Prefill of a prompt that is cut, then single tokens, which are not."""
+    mixers = {'local': {'kind': 'sliding_window', 'window': 6}, 'delta': {'kind': 'gated_deltanet', 'num_heads': 2}}
+    pattern = ('delta', 'gqa', 'local')
+    config = models.ModelConfig(vocab_size=31, width=32, num_layers=3, pattern=pattern, mixers=mixers)
+    model = models.build(config, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(3).integers(0, 31, (2, 20)).astype(np.int32)
+
+    def run(model, tokens):
+        state, found = model.init_state(2, 24), []
+        for part in (tokens[:, :16], tokens[:, 16:17], tokens[:, 17:18], tokens[:, 18:]):
+            out = model(part, state=state)
+            state, found = out.state, [*found, out.logits]
+        return jnp.concatenate(found, axis=1)
+
+    expected = jax.jit(run)(model, tokens)
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context'):
+        close(jax.jit(lambda *a: run(*a))(model, tokens), expected, tolerances.FLOAT32_GRAD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['gather', 'ring'])
+def test_kernels_take_the_parts(method):
+    """Lowered for a GPU that is not here: masks at shifted indices are nothing that the kernel refuses."""
+    array = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+
+    def loss(query, key, value, ids):
+        mask = masks.causal() & masks.segments(ids)
+        return ops.softmax_attention(query, key, value, mask=mask, impl='mosaic_gpu').astype(jnp.float32).sum()
+
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', method), dispatch.target('cuda'):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(array, array, array, ids)
+        assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
