@@ -251,3 +251,32 @@ def test_nothing_is_unpickled(opened, tiny):
     pickle.loads(pickle.dumps(pathlib.Path('x')))
     assert seen  # the hook sees it where it happens
     seen = None
+
+
+def crc32c(raw: bytes) -> int:
+    value = 0xFFFFFFFF
+    for byte in raw:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def test_names_inside_can_not_lead_out(tmp_path):
+    """What orbax reads arrays with names its data files itself, so a forged manifest may hold any path."""
+    import tensorstore
+
+    base = {'driver': 'file', 'path': f'{tmp_path}/in/'}
+    plain = {'compression': None, 'max_inline_value_bytes': 0}
+    tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base, 'config': plain}).result().write(b'x', b'y' * 99).result()
+    (file,) = (tmp_path / 'in/d').iterdir()
+    forged = f'../out/{file.name}'[: len(file.name) + 2].encode()
+    raw = (tmp_path / 'in/manifest.ocdbt').read_bytes()
+    assert crc32c(raw[:-4]).to_bytes(4, 'little') == raw[-4:]
+    raw = raw[:-4].replace(f'd/{file.name}'.encode(), forged)
+    (tmp_path / 'in/manifest.ocdbt').write_bytes(raw + crc32c(raw).to_bytes(4, 'little'))
+    (tmp_path / 'out').mkdir()
+    file.rename(tmp_path / 'in' / forged.decode())
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}, context=tensorstore.Context()).result()
+    with pytest.raises(ValueError, match='Invalid key'):
+        store.read(b'x').result()
