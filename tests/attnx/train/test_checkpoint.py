@@ -1,6 +1,7 @@
 """What is restored is what was written: damage, foreign folders, other settings and failed writes are named."""
 
 import gc
+import importlib.util
 import json
 import pathlib
 import pickle
@@ -193,6 +194,19 @@ def test_seal_covers_every_file(opened, tiny, tmp_path):
     folder = tmp_path / 'checkpoints/1'
     files = {str(p.relative_to(folder)) for p in folder.rglob('*') if p.is_file()}
     assert set(json.loads((folder / checkpoint.SEAL).read_text())['seal']['files']) == files - {checkpoint.SEAL}
+
+
+def test_folders(opened, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ck = opened('relative/folder')
+    ck.save(1, state_of(tiny), {})
+    ck.wait()
+    assert (tmp_path / 'relative/folder/1' / checkpoint.SEAL).exists()
+    with pytest.raises(ValueError, match="folder 'memory://x': expected a local one, or gs:// or s3://"):
+        checkpoint.Config(folder='memory://x')
+    if importlib.util.find_spec('gcsfs') is None:
+        with pytest.raises(checkpoint.CheckpointError, match=r'can not be opened: .*gcsfs'):
+            opened('gs://bucket/run')
 
 
 def test_refuses_to_keep_fewer_than_two():
