@@ -35,14 +35,14 @@ def parse(argv):
         return app.parse_flags_with_usage(argv)
 
 
-def resolved():
+def resolved(path):
     from attnx import config
     from attnx.train import loop
 
     try:
-        return config.from_json(loop.Config, pathlib.Path(RESOLVED.value).read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f'--resolved={RESOLVED.value}: {error}') from None
+        return config.from_json(loop.Config, pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--resolved={path}: {error}') from None
 
 
 def main(argv):
@@ -54,7 +54,7 @@ def main(argv):
     try:
         if argv[1:]:
             raise ValueError(f'unexpected arguments {argv[1:]}; settings look like --config.steps=2000')
-        made = resolved() if RESOLVED.value else config.build(loop.Config, CONFIG.value)
+        made = resolved(RESOLVED.value) if RESOLVED.value else config.build(loop.Config, CONFIG.value)
     except ValueError as error:
         if TRACEBACK.value:
             raise

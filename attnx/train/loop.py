@@ -416,20 +416,23 @@ class _Run:
         whole = dataclasses.replace(config.step, accumulate=1)
         single = NamedSharding(self.mesh, PartitionSpec())
         jit = lambda function: jax.jit(function, out_shardings=single)
+        given = state['params'], failed.batch, key
 
-        def activations(params):
-            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(made.trace(params, failed.batch, key))]
+        def activations(params, batch, key):
+            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(made.trace(params, batch, key))]
             return [one for one in found if one is not None]
 
-        grad = lambda params: report.censuses(step_lib.gradients(made.forward, params, failed.batch, key, whole)[1])
+        def gradients(params, batch, key):
+            return report.censuses(step_lib.gradients(made.forward, params, batch, key, whole)[1])
+
         return report.diagnose(
             step=failed.number,
             metrics=failed.values,
             shapes=made.shapes,
             params=jit(report.censuses)(state['params']),
             batch=jit(report.censuses)(failed.batch),
-            trace=lambda: jit(activations)(state['params']),
-            gradients=lambda: jit(grad)(state['params']),
+            trace=lambda: jit(activations)(*given),
+            gradients=lambda: jit(gradients)(*given),
             rows=self.data.rows(failed.position - 1),
         )
 
