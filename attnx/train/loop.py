@@ -321,8 +321,6 @@ class _Run:
                 pending, evaluation = None, self.evaluated(number)
                 clock, since = time.monotonic(), number
                 continue
-            if watched:
-                self.log.write(number, 'health', self.health(before, state['params']))
             if logs:
                 numbers = {name: float(value) for name, value in values.items() if name != 'frozen'}
                 numbers |= self.speed((number - since) * config.data.batch_size, time.monotonic() - clock)
@@ -331,6 +329,8 @@ class _Run:
                 self.log.write(number, 'train', numbers)
                 shown = {'eval_loss': evaluation['loss']} if evaluation else {}
                 self.progress.update(number, numbers | shown)
+            if watched:
+                self.log.write(number, 'health', self.health(before, state['params']))
             if evaluates or saves or stops:
                 evaluation = self.checkpoint_or_evaluate(number, state, evaluates, saves or stops) or evaluation
             if evaluates or saves or logs or watched or number == since + 1:
