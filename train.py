@@ -40,14 +40,14 @@ def parse(argv):
         return app.parse_flags_with_usage(argv)
 
 
-def resolved():
+def resolved(path):
     from attnx import config
     from attnx.train import loop
 
     try:
-        return config.from_json(loop.Config, pathlib.Path(RESOLVED.value).read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise ValueError(f'--resolved={RESOLVED.value}: {error}') from None
+        return config.from_json(loop.Config, pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'--resolved={path}: {error}') from None
 
 
 def main(argv):
@@ -63,7 +63,7 @@ def main(argv):
 
         from attnx.train import loop  # seconds: what names alone show is refused before
 
-        made = resolved() if RESOLVED.value else config.build(loop.Config, CONFIG.value)
+        made = resolved(RESOLVED.value) if RESOLVED.value else config.build(loop.Config, CONFIG.value)
     sys.exit(loop.command(made, traceback=TRACEBACK.value))
 
 

@@ -48,7 +48,7 @@ jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_CACHE', str(
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 STEPS, EVERY = 12, 3  # of a run; between its checkpoints
-LIMIT = 150  # seconds for one trainer
+LIMIT = 300  # seconds for one trainer
 STATE = 'state.digest'  # what a finished trainer leaves: a digest of all its arrays
 
 

@@ -10,6 +10,8 @@ from jax import lax
 from pallas_kernels import elementwise
 from pallas_kernels.elementwise import Index
 
+PAIRS = 2**24  # logits that are held at a time
+
 
 def softmax(query, key, *, mask=None, score=None, scale=1.0, sinks=None) -> dict[str, jax.Array]:
     """Figures of softmax attention: with X its logits (score and scale included) over the keys that a row may see,
@@ -27,7 +29,7 @@ def softmax(query, key, *, mask=None, score=None, scale=1.0, sinks=None) -> dict
       'max_logit', 'entropy', 'sink_mass': float32 [N]. Memory: O(S) a query of a block.
     """
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
-    block = max(1, min(T, 2**24 // (B * N * S)))
+    block = max(1, min(T, PAIRS // (B * N * S)))
     count = -(-T // block)
     query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, count * block - T), (0, 0), (0, 0)))
     key = key.astype(jnp.float32)

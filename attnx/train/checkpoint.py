@@ -30,6 +30,7 @@ SEAL = 'integrity.json'
 MARK = 'attnx.json'
 COMMIT = 'commit_success.txt'
 FORMAT = 2
+REMOTE = ('gs://', 's3://')
 THREADS = 4  # that read files for their digests
 
 
@@ -46,7 +47,7 @@ class Config:
     keep_best: int = 1  # best kept by validation loss, beside the newest
     fallback: bool = False  # True: where the newest is corrupt, continue from the last good one
     elastic: bool = False  # True: continue on other devices or another mesh, equal to rounding only
-    folder: str = ''  # where they are written, a path that etils.epath and orbax serve; '': run_dir/checkpoints
+    folder: str = ''  # where they are written: a folder, gs://… or s3://…; '': run_dir/checkpoints
 
     def __post_init__(self):
         if self.keep_last < 2 or self.keep_best < 0 or self.every < 0:
@@ -54,6 +55,8 @@ class Config:
                 f'keep_last must be >= 2, keep_best and every >= 0; were given {self.keep_last}, '
                 f'{self.keep_best}, {self.every}'
             )
+        if '://' in self.folder and not self.folder.startswith(REMOTE):
+            raise ValueError(f'folder {self.folder!r}: expected a local one, or {" or ".join(REMOTE)}')
 
 
 def digest(folder: epath.Path) -> dict[str, str]:
@@ -191,7 +194,9 @@ class Checkpoints:
         free: Callable[[str], bool] = lambda name: False,
         layout: Mapping[str, Any] | None = None,
     ):
-        self.folder, self.config, self.settings, self.free = epath.Path(folder), config, dict(settings), free
+        remote = str(folder).startswith(REMOTE)
+        self.folder = epath.Path(folder if remote else os.path.abspath(folder))
+        self.config, self.settings, self.free = config, dict(settings), free
         self.layout = dict(layout or {})
         self.notes: list[str] = []  # what was done on opening and restoring, for the log
         self.stalled = 0.0  # seconds that saving has held up its caller so far
@@ -229,7 +234,7 @@ class Checkpoints:
                     self._path(step).rmtree()
                     self.notes.append(f'checkpoint {step} was never finished: removed')
             self._mark()
-        except OSError as error:
+        except (OSError, ImportError) as error:  # fsspec names the package that a remote path needs
             return f'checkpoints in {self.folder} can not be opened: {error}'
         return None
 

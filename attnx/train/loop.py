@@ -375,8 +375,6 @@ class _Run:
                 pending, evaluation = None, self.evaluated(number)
                 clock, since = time.monotonic(), number
                 continue
-            if watched:
-                self.log.write(number, 'health', self.health(before, state['params']))
             if logs:
                 numbers = {name: float(value) for name, value in values.items() if name != 'frozen'}
                 numbers |= self.speed((number - since) * config.data.batch_size, time.monotonic() - clock)
@@ -385,6 +383,8 @@ class _Run:
                 self.log.write(number, 'train', numbers)
                 shown = {'eval_loss': evaluation['loss']} if evaluation else {}
                 self.progress.update(number, numbers | shown)
+            if watched:
+                self.log.write(number, 'health', self.health(before, state['params']))
             if evaluates or saves or stops:
                 evaluation = self.checkpoint_or_evaluate(number, state, evaluates, saves or stops) or evaluation
             if evaluates or saves or logs or watched or number == since + 1:
@@ -470,22 +470,26 @@ class _Run:
         whole = dataclasses.replace(config.step, accumulate=1)
         single = NamedSharding(self.mesh, PartitionSpec())
         jit = lambda function: jax.jit(function, out_shardings=single)
+        given = state['params'], failed.batch, key
 
-        def activations(params):
-            traced = made.trace(params, failed.batch, key, state['step'])
+        def activations(params, batch, key):
+            traced = made.trace(params, batch, key, state['step'])
             found = [report.census(t.name, t.value, t.heads) for t in health.tensors(traced)]
             return [one for one in found if one is not None]
 
         forward = functools.partial(made.forward, step=state['step'])
-        grad = lambda params: report.censuses(step_lib.gradients(forward, params, failed.batch, key, whole)[1])
+
+        def gradients(params, batch, key):
+            return report.censuses(step_lib.gradients(forward, params, batch, key, whole)[1])
+
         return report.diagnose(
             step=failed.number,
             metrics=failed.values,
             shapes=made.shapes,
             params=jit(report.censuses)(state['params']),
             batch=jit(report.censuses)(failed.batch),
-            trace=lambda: jit(activations)(state['params']),
-            gradients=lambda: jit(grad)(state['params']),
+            trace=lambda: jit(activations)(*given),
+            gradients=lambda: jit(gradients)(*given),
             rows=self.data.rows(failed.position - 1),
         )
 

@@ -1,6 +1,7 @@
 """What is restored is what was written: damage, foreign folders, other settings and failed writes are named."""
 
 import gc
+import importlib.util
 import json
 import pathlib
 import pickle
@@ -195,6 +196,19 @@ def test_seal_covers_every_file(opened, tiny, tmp_path):
     assert set(json.loads((folder / checkpoint.SEAL).read_text())['seal']['files']) == files - {checkpoint.SEAL}
 
 
+def test_folders(opened, tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ck = opened('relative/folder')
+    ck.save(1, state_of(tiny), {})
+    ck.wait()
+    assert (tmp_path / 'relative/folder/1' / checkpoint.SEAL).exists()
+    with pytest.raises(ValueError, match="folder 'memory://x': expected a local one, or gs:// or s3://"):
+        checkpoint.Config(folder='memory://x')
+    if importlib.util.find_spec('gcsfs') is None:
+        with pytest.raises(checkpoint.CheckpointError, match=r'can not be opened: .*gcsfs'):
+            opened('gs://bucket/run')
+
+
 def test_refuses_to_keep_fewer_than_two():
     with pytest.raises(ValueError, match='keep_last must be >= 2'):
         checkpoint.Config(keep_last=1)
@@ -251,3 +265,32 @@ def test_nothing_is_unpickled(opened, tiny):
     pickle.loads(pickle.dumps(pathlib.Path('x')))
     assert seen  # the hook sees it where it happens
     seen = None
+
+
+def crc32c(raw: bytes) -> int:
+    value = 0xFFFFFFFF
+    for byte in raw:
+        value ^= byte
+        for _ in range(8):
+            value = (value >> 1) ^ (0x82F63B78 if value & 1 else 0)
+    return value ^ 0xFFFFFFFF
+
+
+def test_names_inside_can_not_lead_out(tmp_path):
+    """What orbax reads arrays with names its data files itself, so a forged manifest may hold any path."""
+    import tensorstore
+
+    base = {'driver': 'file', 'path': f'{tmp_path}/in/'}
+    plain = {'compression': None, 'max_inline_value_bytes': 0}
+    tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base, 'config': plain}).result().write(b'x', b'y' * 99).result()
+    (file,) = (tmp_path / 'in/d').iterdir()
+    forged = f'../out/{file.name}'[: len(file.name) + 2].encode()
+    raw = (tmp_path / 'in/manifest.ocdbt').read_bytes()
+    assert crc32c(raw[:-4]).to_bytes(4, 'little') == raw[-4:]
+    raw = raw[:-4].replace(f'd/{file.name}'.encode(), forged)
+    (tmp_path / 'in/manifest.ocdbt').write_bytes(raw + crc32c(raw).to_bytes(4, 'little'))
+    (tmp_path / 'out').mkdir()
+    file.rename(tmp_path / 'in' / forged.decode())
+    store = tensorstore.KvStore.open({'driver': 'ocdbt', 'base': base}, context=tensorstore.Context()).result()
+    with pytest.raises(ValueError, match='Invalid key'):
+        store.read(b'x').result()
