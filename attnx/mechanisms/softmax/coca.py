@@ -1,6 +1,7 @@
 """Collinear constrained attention: a key lies along its query in every rotary plane, so that distance alone turns it away.
 
-Equation: t = W_t x, tau = relu((t_1 + t_2) / 2) of its halves;  s_ij = scale sum_n tau_jn (q_in² + q_{i,n+H/2}²) cos((i - j) w_n);
+Equation: t = W_t x, tau = relu((t_1 + t_2) / 2) of its halves;
+    s_ij = scale sum_n tau_jn (q_in² + q_{i,n+H/2}²) cos((i - j) w_n);
     o_i = sum_j softmax_j(s_ij) v_j, with w_n the frequencies of rotary positions.
 Paper: CoCA: fusing position embedding with collinear constrained attention, 2023, arXiv 2309.08646.
 Differs: the released code mixes rotated and unrotated queries and does not equal this formula, the paper's. It is computed
