@@ -3,8 +3,8 @@
 Equation: q, k, v <- conv_3(W x) + bias, depthwise and causal, the same H kernels in all heads;  s_ij = scale ((q_i + u) . k_j +
     q_i . e_{j-i} + b_{j-i}), e, b, u a head's own;  o_i = sum_j softmax_j(s_ij) v_j.
 Paper: RCMHA: relative convolutional multi-head attention for natural language modelling, 2023, arXiv 2308.03429.
-Differs: convolutions begin as the identity and the tables at small random values; no bias in the projection of v beside the
-    convolution's. Tables reach `max_distance` tokens back, and ahead in a bidirectional model; farther pairs have no term.
+Differs: convolutions begin as the identity and the tables at small random values; one bias of v instead of two, none of k,
+    which the softmax cancels. Tables reach `max_distance` tokens back, and ahead in a bidirectional model; farther pairs have no term.
 Cost: train O(T²) time, masked pairs too, O(T) memory and some rows of pairs at a time (`weighted_attention`, XLA). Decode keeps
     2 K H numbers a token, and two inputs of each convolution.
 """
@@ -44,7 +44,8 @@ class RelativeConvolutionalAttention(attention.Attention):
         identity = jnp.zeros((taps, h), dims.param_dtype).at[-1].set(1)
         for name in ('query', 'key', 'value'):
             setattr(self, f'{name}_conv', param(identity, ('conv', 'head_dim')))
-            setattr(self, f'{name}_bias', param(jnp.zeros((h,), dims.param_dtype), ('head_dim',)))
+        bias = lambda: param(jnp.zeros((h,), dims.param_dtype), ('head_dim',))
+        self.query_bias, self.key_bias, self.value_bias = bias(), None, bias()
 
     def init_state(self, batch, capacity, dtype=None):
         counts = self.config.num_heads, self.num_kv_heads, self.num_kv_heads
@@ -58,7 +59,8 @@ class RelativeConvolutionalAttention(attention.Attention):
         for name, heads, window in zip(('query', 'key', 'value'), self.project(x), past):
             kernel = jnp.tile(getattr(self, f'{name}_conv')[...].astype(x.dtype), (1, heads.shape[2]))
             y, last = ops.short_conv(merge_heads(heads), kernel, initial_state=window, segment_ids=ids, impl=ctx.impl)
-            parts.append(y.reshape(heads.shape) + getattr(self, f'{name}_bias')[...].astype(y.dtype))
+            bias = getattr(self, f'{name}_bias')
+            parts.append(y.reshape(heads.shape) + (0 if bias is None else bias[...].astype(y.dtype)))
             windows.append(last)
         query, key, value = parts
         query, keys, cache = self.core.extend(query, key, (value,), ctx, cache)
