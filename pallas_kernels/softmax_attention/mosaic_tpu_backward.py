@@ -53,7 +53,9 @@ def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_
 
         @pl.when(t == 0)
         def _():
-            dq_ref[...] = jnp.zeros_like(dq_ref)
+            @pl.loop(0, span[1])
+            def _(i):
+                dq_ref[pl.ds(pl.multiple_of(i * bq, bq), bq)] = jnp.zeros((bq, H), jnp.float32)
 
         @pl.when(step.first)
         def _():
