@@ -48,9 +48,16 @@ def words(classes):
     place = np.arange(rows, dtype=np.int32)[:, None] + (np.arange(columns, dtype=np.int32) << _FIELD)
     word = place + sum(x.astype(np.int32) << at for x, at in zip((classes, *ends), (2 * _FIELD, 28, 29)))
     visited, word = (x.reshape(*x.shape[:-2], -1) for x in (visited, word))
-    order = xp.argsort(~visited, axis=-1, stable=True)
     count = visited.sum(-1, dtype=np.int32)[..., None]
-    word = xp.take_along_axis(word, order, -1)
+    size = word.shape[-1]
+    position = xp.where(visited, xp.cumsum(visited, -1) - 1, size)  # a scatter: sorting compiles slowly
+    if xp is np:
+        placed = np.zeros((*word.shape[:-1], size + 1), np.int32)
+        np.put_along_axis(placed, position, np.broadcast_to(word, visited.shape), -1)
+        word = placed[..., :size]
+    else:
+        place = lambda position, word: jnp.zeros(size + 1, jnp.int32).at[position].set(word)[:size]
+        word = jnp.vectorize(place, signature='(n),(n)->(n)')(position, word)
     # Beyond the count, the last tile again, as an empty one: nothing moves, nothing is done.
     end = xp.take_along_axis(word, count - 1, -1) & (2 ** (2 * _FIELD) - 1)
     word = xp.where(np.arange(word.shape[-1]) < count, word, end).astype(np.int32)
