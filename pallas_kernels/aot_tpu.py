@@ -12,6 +12,7 @@ static count can't see, so each kernel is compiled with tiles of one class only,
 """
 
 import dataclasses
+import functools
 import glob
 import importlib
 import importlib.util
@@ -147,7 +148,9 @@ class Case:
         }
 
 
-def _attention(name, T, N=2, K=1, H=128, Hv=None, S=None, build=lambda: {}, extra=(), dtype=bf16, sides=None, largest=None, **case):
+def _attention(
+    name, T, N=2, K=1, H=128, Hv=None, S=None, build=dict, extra=(), dtype=bf16, sides=None, largest=None, **case
+):
     S = S or T
     q, k, v = (((1, *x), dtype) for x in ((T, N, H), (S, K, H), (S, K, Hv or H)))
     call = lambda q, k, v, *more: softmax.attend(q, k, v, sides=sides, **build(*more))
@@ -168,7 +171,7 @@ def _recurrence(op, decay, T, N=4, K=2, H=128, V=128, dtype=bf16, **case):
 def cases() -> list[Case]:
     documents = lambda ids: {'mask': window(1024) & ew.Mask(same, (ew.Operand(ids, 'bq'), ew.Operand(ids, 'bk')))}
     plain = lambda: {'mask': causal}
-    score = lambda fn, index, *params: lambda x: {'mask': causal, 'score': ew.Score((ew.Term(fn, (ew.Operand(x, index),), params),))}
+    score = lambda fn, index: lambda x: {'mask': causal, 'score': ew.Score((ew.Term(fn, (ew.Operand(x, index),)),))}
     capped = lambda sinks: {
         'mask': causal, 'score': ew.Score((ew.Term(_softcap, (), (30.0,)),)), 'sinks': sinks, 'dropout': Dropout(0.1, 3)
     }  # fmt: skip
@@ -180,7 +183,8 @@ def cases() -> list[Case]:
     return [
         _attention('attention causal', 8192, build=plain),
         _attention('attention causal, 32768 tokens', 32768, build=plain, N=1),
-        _attention('attention window and documents, 32768 tokens', 32768, N=8, K=2, build=documents, extra=[((1, 32768), jnp.int32)]),
+        _attention('attention window and documents, 32768 tokens', 32768, N=8, K=2, build=documents,
+                   extra=[((1, 32768), jnp.int32)]),
         _attention('attention small tiles, strip, documents, dropout', 4096, build=strip, sides=small, slow=False,
                    extra=[((2, 8191), f32), ((1, 4096), jnp.int32)]),
         _attention('attention full', 4096),
@@ -193,7 +197,8 @@ def cases() -> list[Case]:
         _attention('attention bias', 2048, build=score(_added, 'hqk'), extra=[((2, 2048, 2048), bf16)], largest=2**24),
         _attention('attention row and head bias', 2048, build=score(_added, 'hq'), extra=[((2, 2048), f32)]),
         _attention('attention float32', 2048, build=plain, dtype=f32),
-        *(_recurrence(op, decay, 8192, slow=decay != 'token') for op in (linear, delta) for decay in ('none', 'head', 'token', 'channel')),
+        *(_recurrence(op, decay, 8192, slow=decay != 'token')
+          for op in (linear, delta) for decay in ('none', 'head', 'token', 'channel')),
         _recurrence(linear, 'token', 32768, H=256, V=256, N=1, K=1),
         _recurrence(delta, 'token', 2048, dtype=f32, H=64, V=64),
     ]  # fmt: skip
@@ -204,7 +209,8 @@ def cases() -> list[Case]:
 
 def unit_use(path: str) -> tuple[int, dict[str, int]]:
     """Bundles, and how often each unit is used, of a dumped per-bundle table."""
-    lines = open(path).read().splitlines()
+    with open(path) as file:
+        lines = file.read().splitlines()
     names = [x.strip() for x in lines[1].split(',')]
     rows = [[int(x) for x in r.split()] for r in lines[4:] if r.strip()[:1].isdigit()]
     return len(rows), {n: sum(r[i] for r in rows) for i, n in enumerate(names)}
@@ -225,6 +231,10 @@ def _count(function, args, topology, folder, names) -> dict[str, tuple[int, int]
 
 def _gradients(call):
     return lambda q, k, v, w: jax.grad(lambda q, k, v: (call(q, k, v).astype(f32) * w).sum(), (0, 1, 2))(q, k, v)
+
+
+def _first(q, k, v, **options):
+    return softmax.attend(q, k, v, **options)[0]
 
 
 def _splash(T, size, side):
@@ -264,7 +274,7 @@ def bundles(topology: str, T: int = 8192, H: int = 128):
                         continue
                     forced = lambda *_, kind=kind, shape=classes.shape: np.full(shape, kind, np.int8)
                     with mock.patch.object(blocks, 'classify', forced):
-                        call = lambda q, k, v: softmax.attend(q, k, v, mask=mask, sides=(side, side, part))[0]
+                        call = functools.partial(_first, mask=mask, sides=(side, side, part))
                         found = _count(_gradients(call), args, topology, folder, ('attention_forward', 'attention_backward'))
                     for pass_, cost in found.items():
                         ours[pass_] = np.add(ours.get(pass_, (0, 0)), np.multiply(amount, cost))

@@ -19,6 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu
+
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
@@ -42,7 +44,7 @@ def refuse(query, key, value, log_decay, scale, chunk) -> str | None:
         return f'it works in chunks of 16, 32, 64 or 128, given chunk={chunk}; leave it out, or use impl="xla"'
     if isinstance(scale, jax.Array):
         return 'scale must be a Python number; multiply the query instead'
-    return None
+    return tpu.partitioned()
 
 
 # One chunk
@@ -69,7 +71,7 @@ class Chunk:
     """
 
     def __init__(self, key, log_decay, count, precision):
-        self.key, self.precision, (C, H) = key, precision, key.shape
+        self.key, self.precision, C = key, precision, key.shape[0]
         i, j = _iota((C, C), 0), _iota((C, C), 1)
         self.visible, self.levels, self.within = j <= i, None, None
         if log_decay is None:
@@ -279,7 +281,7 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
             last_ref[...] = state
 
     whole = pl.BlockSpec((None, None, H, V), lambda b, n, t: (b, n, 0, 0))
-    shape = jax.ShapeDtypeStruct
+    shape = functools.partial(tpu.out_type, like=value)
     outs = [(shape((B, N, T, V), value.dtype), _specs(static, query, value, [value], lambda t: t)[0])]
     outs += [(shape((B, N, H, V), jnp.float32), whole)]
     if save:
@@ -299,7 +301,7 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
 
 
 def _backward(static, saved, cotangents):
-    (query, key, value, beta, log_decay, state, resets), states = saved
+    (query, key, value, beta, log_decay, _, resets), states = saved
     dout, dlast = cotangents
     (B, N, T, V), H, C = value.shape, query.shape[3], static.chunk
     chunks = T // C
@@ -337,7 +339,8 @@ def _backward(static, saved, cotangents):
     begin = pl.BlockSpec((None, None, None, H, V), lambda b, n, t: (b, n, place(t), 0, 0))
     specs = functools.partial(_specs, static, query, value, place=place)
     # Gradients of shared heads come per value head, in float32, and are summed outside.
-    wide = lambda x: x if x is None else jax.ShapeDtypeStruct((B, N, *x.shape[2:]), x.dtype if x.shape[1] == N else jnp.float32)
+    shape = functools.partial(tpu.out_type, like=value)
+    wide = lambda x: shape((B, N, *x.shape[2:]), x.dtype if x.shape[1] == N else jnp.float32)
     outs = [wide(x) for x in arrays[:5] if x is not None]
     *grads, dfirst = pl.pallas_call(
         kernel,
@@ -345,7 +348,7 @@ def _backward(static, saved, cotangents):
         grid=(B, N, chunks),
         in_specs=[*specs(arrays=arrays), begin, *specs(arrays=[dout]), whole],
         out_specs=[*specs(arrays=outs), whole],
-        out_shape=[*outs, jax.ShapeDtypeStruct((B, N, H, V), jnp.float32)],
+        out_shape=[*outs, shape((B, N, H, V), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((H, V), jnp.float32)],
         compiler_params=_PARAMETERS,
     )(*(x for x in arrays if x is not None), states, dout, dlast)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import blocks
+from pallas_kernels import blocks, tpu
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import functions, mosaic_gpu, operand_gradients
@@ -49,6 +49,8 @@ def unsupported(
         return 'an empty dimension; use impl="xla"'
     if -(-T // SIDES[0]) * -(-S // SIDES[0]) > tiles.MOST_WORDS or max(T, S) > tiles.MOST_BLOCKS * SIDES[-1]:
         return f'the table of tiles of {T} queries and {S} keys exceeds the scalar memory; use impl="xla"'
+    if reason := tpu.partitioned():
+        return reason
     for name, f in (('mask', ew.as_mask(mask)), ('score', mosaic_gpu._with_bias(score, bias))):
         reason = f and mosaic_gpu._refuse(name, f, T, S)
         if reason:
@@ -120,7 +122,7 @@ def _forward(static, q, k, v, mask, score, sinks, dropout):
 def _backward(static, saved, cotangents):
     q, k, v, mask, score, sinks, dropout, out, lse2 = saved
     do, dlse = cotangents
-    (B, T, N, H), (S, K), f32 = q.shape, k.shape[1:3], jnp.float32
+    (_, T, N, H), (S, K), f32 = q.shape, k.shape[1:3], jnp.float32
     sizes, classes = _tiling(static, q, k, mask)
     # Zeros in place of what is not finite: the rows that it concerns have a NaN lse, or get one here. A row that sees
     # nothing, or whose output and lse have no cotangent, adds nothing, were it NaN.

@@ -5,14 +5,13 @@ delta, one number a query, lie along lanes, and P^T dO and dS^T Q need no transp
 memory in float32, where a step adds to the rows of its queries; steps run in order, so the sums have one order.
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import blocks
+from pallas_kernels import blocks, tpu
 from pallas_kernels.softmax_attention import mosaic_tpu_tiles as tiles
 from pallas_kernels.softmax_attention.mosaic_tpu_tiles import LOG2E, Step
 
@@ -33,7 +32,7 @@ def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_
     Returns:
       dq float32 [B, N, count tiles, H] without the factor `scale`; dk [B, N, S', H] and dv [B, N, S', Hv], per query head.
     """
-    (B, N, T, H), (K, S, Hv), dtype = q.shape, v.shape[1:], q.dtype
+    (B, N, _, H), (K, S, Hv), dtype = q.shape, v.shape[1:], q.dtype
     bq, bk, part, group = sizes.queries, sizes.keys, sizes.part, N // K
     at = np.arange(classes.shape[-2])[:, None] - span[0]
     xp = np if isinstance(classes, np.ndarray) else jnp
@@ -127,9 +126,9 @@ def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_
             scratch_shapes=[pltpu.VMEM((bk, H), f32), pltpu.VMEM((bk, Hv), f32), *operands.scratch],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, N, span[1] * bq, H), f32),
-            jax.ShapeDtypeStruct((B, N, S, H), out_dtype),
-            jax.ShapeDtypeStruct((B, N, S, Hv), out_dtype),
+            tpu.out_type((B, N, span[1] * bq, H), f32, q),
+            tpu.out_type((B, N, S, H), out_dtype, q),
+            tpu.out_type((B, N, S, Hv), out_dtype, q),
         ],
         compiler_params=tiles.parameters(tiles.resident(span[1] * bq, H)),
         cost_estimate=tiles.cost(B, N, classes, sizes, H, Hv, 5, (q, k, v, do)),

@@ -6,12 +6,12 @@ lanes (FlashAttention's recurrence, arXiv:2205.14135, in base 2); keys are taken
 unit's work on one part hides behind the products of the next.
 """
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels import tpu
 from pallas_kernels.softmax_attention import mosaic_tpu_tiles as tiles
 from pallas_kernels.softmax_attention.mosaic_tpu_tiles import LANES, LOG2E, Step, wide
 
@@ -31,7 +31,7 @@ def forward(q, k, v, sinks, classes, *, spec, sizes, scale):
     Returns:
       out [B, N, T', Hv] and the base-2 log-sum-exp [B, N, 1, T'] in float32; 0 and -inf where a row sees nothing.
     """
-    (B, N, T, H), (K, S, Hv), dtype = q.shape, v.shape[1:], q.dtype
+    (B, N, T, H), (K, _, Hv), dtype = q.shape, v.shape[1:], q.dtype
     bq, bk, part, group = sizes.queries, sizes.keys, sizes.part, N // K
     table, steps = tiles.words(classes)
     lead, present = table.shape[:2], tiles.kinds(classes)
@@ -119,8 +119,8 @@ def forward(q, k, v, sinks, classes, *, spec, sizes, scale):
             ],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((B, N, T, Hv), dtype),
-            jax.ShapeDtypeStruct((B, N, 1, T), jnp.float32),
+            tpu.out_type((B, N, T, Hv), dtype, q),
+            tpu.out_type((B, N, 1, T), jnp.float32, q),
         ],
         compiler_params=tiles.parameters(),
         cost_estimate=tiles.cost(B, N, classes, sizes, H, Hv, 2, (q, k, v)),

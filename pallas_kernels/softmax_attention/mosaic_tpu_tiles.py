@@ -8,7 +8,6 @@ when a kernel enters a row of tiles and kept in scratch memory. A strip by diffe
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -132,7 +131,8 @@ class Operands:
         order = [c for c in 'bhqkd' if c in o.index]
         x = jnp.asarray(o.array).transpose([o.index.index(c) for c in order])
         x = _wide(x, dense=set('qk') <= set(order))
-        x = x.reshape([x.shape[order.index(c)] if c in order else 1 for c in 'bh'] + [n for c, n in zip(order, x.shape) if c not in 'bh'])
+        size = dict(zip(order, x.shape))
+        x = x.reshape([size.pop(c, 1) for c in 'bh'] + list(size.values()))
         at = lambda b, h: (b if x.shape[0] > 1 else 0, h if x.shape[1] > 1 else 0)
         slot = None
         if kind == '':
@@ -155,12 +155,9 @@ class Operands:
         else:
             size, room = (sizes.queries, sizes.T) if 'q' in order else (sizes.keys, sizes.S)
             x = jnp.pad(x, [(0, 0), (0, 0), (0, room - x.shape[2])])[:, :, None]
-            self.specs.append(
-                pl.BlockSpec(
-                    (None, None, 1, size),
-                    lambda b, h, t, w: (*at(b, h), 0, getattr(Step(w, lead, b, h, t), 'row' if kind == 'r' else 'column')),
-                )
-            )
+            place = 'row' if kind == 'r' else 'column'
+            vector = lambda b, h, t, w: (*at(b, h), 0, getattr(Step(w, lead, b, h, t), place))
+            self.specs.append(pl.BlockSpec((None, None, 1, size), vector))
             if kind == 'r':
                 slot = len(self.scratch)
                 self.scratch.append(pltpu.VMEM((size, LANES), x.dtype))
@@ -239,16 +236,13 @@ class Place(functions.Place):
             start = self.q0 - self.k0 - M + sizes.S if t else self.k0 - self.q0 - M + sizes.T
             strip = ref[:, pl.ds(pl.multiple_of(start, LANES), M + N)]
             return pltpu.roll(jnp.broadcast_to(strip, (M, M + N)), N, 1, stride=1, stride_axis=0)[:, :N]
-        x = ref[:, keys]
-        if x.dtype.itemsize < 4:
-            x = x.astype(jnp.float32 if jnp.issubdtype(x.dtype, jnp.floating) else jnp.int32)
+        x = ref[:, keys].astype(_loaded(ref.dtype))
         return x.T if t else x
 
     def _values(self, first: int, operands):
-        return [
-            (lambda n=n, o=o: self._load(n, o), _loaded(self.inputs.refs[n].dtype), functions.kind(o.index, self.inputs.transposed))
-            for n, o in enumerate(operands, first)
-        ]
+        kind = lambda o: functions.kind(o.index, self.inputs.transposed)
+        dtype = lambda n: _loaded(self.inputs.refs[n].dtype)
+        return [(lambda n=n, o=o: self._load(n, o), dtype(n), kind(o)) for n, o in enumerate(operands, first)]
 
     def _eval(self, fun, operands, first=0):
         small = range(first, first + 4) if max(*self.inputs.padded) < 2**22 else ()
@@ -266,7 +260,10 @@ class Place(functions.Place):
 
 
 def _loaded(dtype):
-    return jnp.dtype(dtype) if jnp.dtype(dtype).itemsize == 4 else jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
+    """The type in which an operand of `dtype` is computed with."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return jnp.dtype(dtype)
+    return jnp.dtype(jnp.float32 if jnp.issubdtype(dtype, jnp.floating) else jnp.int32)
 
 
 def wide(x, n: int):
