@@ -39,6 +39,7 @@ from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
 from pallas_kernels.softmax_attention import mosaic_tpu as softmax
+from pallas_kernels.softmax_attention import paged_tpu
 
 TOPOLOGIES = ('v5e:1x1', 'v5p:1x1x1', 'v6e:1x1')
 bf16, f32 = jnp.bfloat16, jnp.float32
@@ -114,13 +115,14 @@ def window(size: int) -> ew.Mask:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One op call, compiled with its gradients by all floating arrays: `call(*arrays) -> (output, more outputs)`."""
+    """A call, compiled with its gradients by all floating arrays if it has any: `call(*arrays) -> outputs`."""
 
     name: str
     call: Callable
     arrays: tuple[Any, ...]  # (shape, dtype)
     largest: int  # elements that no array of the program may reach
     slow: bool = True
+    differentiable: bool = True
 
     def compile(self, topology: str) -> dict:
         arrays = [jax.ShapeDtypeStruct(*a) for a in self.arrays]
@@ -134,13 +136,15 @@ class Case:
 
         weights = [jax.ShapeDtypeStruct(o.shape, f32) for o in outs]
         start = time.process_time()
-        program = compiled(jax.value_and_grad(loss, floating), [*arrays, *weights], topology)
+        function = jax.value_and_grad(loss, floating) if self.differentiable else loss
+        program = compiled(function, [*arrays, *weights], topology)
         text = program.as_text()
         sizes = [math.prod(map(int, s.split(','))) for s in re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', text)]
         return {
             'case': self.name,
             'topology': topology,
             'kernels': text.count('custom_call_target="tpu_custom_call"'),
+            'expected': 1 + self.differentiable,
             'largest': max(sizes),
             'allowed': self.largest,
             'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
@@ -166,6 +170,13 @@ def _recurrence(op, decay, T, N=4, K=2, H=128, V=128, dtype=bf16, **case):
     run = op.delta_rule if op is delta else op.gated_linear
     call = lambda *a: run(*a[:-2], initial_state=a[-2], segment_ids=a[-1])
     return Case(f'{run.__name__} {decay}', call, tuple(arrays), T * T, **case)
+
+
+def _paged(T, window):
+    call = functools.partial(paged_tpu.paged_attention, window=window)
+    pool = ((2, 4096, 64, 128), bf16)
+    arrays = ((8, T, 16, 128), bf16), pool, pool, ((8, 512), jnp.int32), ((8,), jnp.int32)
+    return Case(f'paged attention, {T} new tokens', call, arrays, 2**27, slow=T > 1, differentiable=False)
 
 
 def cases() -> list[Case]:
@@ -199,6 +210,8 @@ def cases() -> list[Case]:
         _attention('attention float32', 2048, build=plain, dtype=f32),
         *(_recurrence(op, decay, 8192, slow=decay != 'token')
           for op in (linear, delta) for decay in ('none', 'head', 'token', 'channel')),
+        _paged(1, None),
+        _paged(4, 1024),
         _recurrence(linear, 'token', 32768, H=256, V=256, N=1, K=1),
         _recurrence(delta, 'token', 2048, dtype=f32, H=64, V=64),
     ]  # fmt: skip
@@ -314,7 +327,7 @@ def main(argv: list[str]) -> int:
         for name in [topology] if topology else TOPOLOGIES:
             try:
                 result = case.compile(name)
-                good = result['kernels'] == 2 and result['largest'] < result['allowed']
+                good = result['kernels'] >= result['expected'] and result['largest'] < result['allowed']
             except Exception as error:
                 result, good = {'case': case.name, 'topology': name, 'error': str(error)[:2000]}, False
             failed += not good

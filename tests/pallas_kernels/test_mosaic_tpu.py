@@ -18,7 +18,7 @@ from pallas_kernels import aot_tpu, blocks
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
-from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles
+from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles, paged_tpu
 from tests.attnx.ops import recurrences
 from tests.tolerances import FLOAT32, FLOAT32_GRAD
 
@@ -176,7 +176,28 @@ def test_recurrences(interpreted, name, decay, nats, chunk):
     close(got[1], want[1], FLOAT32_GRAD)
 
 
+@pytest.mark.parametrize('T', [1, 3])
+def test_paged_attention(interpreted, T):
+    """Ragged lengths down to 0, pages in any order, NaN in unused slots and pages, window, softcap, sinks, grouped heads."""
+    r = np.random.default_rng(0)
+    B, N, K, H, size, count = 4, 4, 2, 16, 16, 6
+    lengths = np.array([0, 5, 40, 96], np.int32)
+    pages = r.permutation(B * count).reshape(B, count).astype(np.int32)
+    k, v = (np.full((K, B * count, size, H), np.nan, np.float32) for _ in range(2))
+    dense = r.normal(size=(2, B, count * size, K, H)).astype(np.float32)
+    for b, t in ((b, t) for b in range(B) for t in range(lengths[b])):
+        k[:, pages[b, t // size], t % size], v[:, pages[b, t // size], t % size] = dense[0, b, t], dense[1, b, t]
+    q, sinks = draw(B, T, N, H), jnp.array([0.5, -1.0, 0.0, 2.0])
+    out, lse = paged_tpu.paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks)
+    queries = lengths[:, None] - T + np.arange(T)
+    mask = masks.causal(queries, np.tile(np.arange(count * size), (B, 1)))
+    mask = mask & masks.window(50, queries, np.tile(np.arange(count * size), (B, 1)))
+    options = {'mask': mask, 'score': scores.softcap(2.0), 'sinks': sinks, 'impl': 'reference', 'return_lse': True}
+    close((out, lse), softmax_attention(q, *dense, **options), FLOAT32)
+
+
 BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
+LONG = [jax.ShapeDtypeStruct((1, 2**21, 1, 8), jnp.bfloat16)] * 3
 
 
 @pytest.mark.parametrize(
@@ -185,7 +206,7 @@ BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
         ('bfloat16 and float32, given float16', lambda: mosaic_tpu.unsupported(*[jnp.zeros((1, 8, 1, 8), jnp.float16)] * 3)),
         ('up to 256, given 512', lambda: mosaic_tpu.unsupported(*[jnp.zeros((1, 8, 1, 512), jnp.bfloat16)] * 3)),
         ("primitive 'lgamma'", lambda: mosaic_tpu.unsupported(*BF16, score=lambda s, i: jax.lax.lgamma(s))),
-        ('exceeds the scalar memory', lambda: mosaic_tpu.unsupported(*[jax.ShapeDtypeStruct((1, 2**21, 1, 8), jnp.bfloat16)] * 3)),
+        ('exceeds the scalar memory', lambda: mosaic_tpu.unsupported(*LONG)),
         ('one token at a time', lambda: linear.unsupported(*[jnp.zeros((1, 1, 1, 8))] * 3)),
         ('given chunk=256', lambda: linear.unsupported(*BF16, chunk=256)),
         ('must all be bfloat16 or float32', lambda: delta.unsupported(*[jnp.zeros((1, 2, 1, 8), jnp.float16)] * 3, None)),
