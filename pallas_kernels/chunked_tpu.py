@@ -5,6 +5,8 @@ walks the chunks in order with the state in the chip's memory; the backward kern
 cotangent, recomputes the body from the state that the chunk began with, and pulls back through it (`jax.vjp` inside the
 kernel). So every decay, reset and gradient is the body's own, and memory is O(T): one state a chunk.
 
+A grid step takes several heads, whose independent work the compiler interleaves. One token at a time is a chunk with idle ones.
+
 Decays are sums of terms of one sign, never differences of cumulative sums, so that no size of decay loses digits or
 overflows: see `Chunk`. Arrays of a chunk are 2-D; numbers per token come as a row (1, C), `column` turns them.
 """
@@ -33,9 +35,7 @@ def refuse(query, key, value, log_decay, scale, chunk) -> str | None:
     dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
     if dtypes not in (['bfloat16'], ['float32']):
         return f'query, key and value must all be bfloat16 or float32, given {", ".join(dtypes)}; cast, or use impl="xla"'
-    (_, T, heads, H), (N, V) = query.shape, value.shape[2:]
-    if T == 1:
-        return 'one token at a time is one fused step of impl="xla"; the kernel takes 2 tokens or more'
+    (heads, H), (N, V) = query.shape[2:], value.shape[2:]
     if N % heads:
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(H, V) > WIDEST:
@@ -174,6 +174,7 @@ class Static(NamedTuple):
     body: Callable
     chunk: int
     scale: float
+    heads: int  # of value, a grid step
 
 
 def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
@@ -182,7 +183,8 @@ def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, sc
     body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32.
     """
     (B, T, _, H), (N, V) = query.shape, value.shape[2:]
-    C = chunk or (64 if log_decay is not None and log_decay.ndim == 4 else 128)
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    C = chunk or min(64 if per_channel else 128, max(16, 1 << (T - 1).bit_length()))
     count = -(-T // C)
     fit = lambda x: jnp.pad(x, [(0, 0), (0, count * C - T)] + [(0, 0)] * (x.ndim - 2))
     heads_first = lambda x: jnp.moveaxis(fit(x), 2, 1)  # idle tokens at the end: they write and decay nothing
@@ -199,7 +201,7 @@ def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, sc
         resets = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1).astype(jnp.int32)
         resets = jnp.cumsum(fit(resets).reshape(B, 1, count, 1, C), -1).astype(jnp.float32)
     state = jnp.zeros((B, N, H, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    static = Static(body, C, 1.0 if scale is None else float(scale))
+    static = Static(body, C, 1.0 if scale is None else float(scale), _together(N, N // query.shape[2], H * V))
     arrays = *(heads_first(x) for x in (query, key, value)), beta, log_decay
     out, last = _recurrence(static, *arrays, state, resets)
     return jnp.moveaxis(out, 1, 2)[:, :T], last
@@ -215,26 +217,41 @@ def _differentiable(static, *args):
     return (out, last), (args, states)
 
 
-def _specs(static, query, value, arrays, place):
-    """Block specs of a chunk of each array, absent ones left out: heads of [B, heads, T, width], or rows a chunk."""
-    N = value.shape[1]
+def _together(N, group, state) -> int:
+    """Heads a grid step: as many as share their query and key heads evenly, and whose states are not too large."""
+    fits = lambda n: N % n == 0 and (n % group == 0 or group % n == 0) and n * state <= 2**17
+    return next((n for n in (4, 2) if fits(n)), 1)
+
+
+def _shared(x, N, heads):
+    """How many value heads have one head of x in common, and the heads of x in a grid step."""
+    group = N // x.shape[1]
+    return group, max(1, heads // group)
+
+
+def _specs(static, N, arrays, place):
+    """Block specs of a chunk of each array, absent ones left out: of [B, heads, T, width], or rows [B, heads, chunks, 1, C]."""
 
     def spec(x):
-        group = N // x.shape[1] if x.shape[1] else 1
+        group, width = _shared(x, N, static.heads)
+        head = lambda n: n * static.heads // group // width
         if x.ndim == 5:
-            batch = lambda b: b if x.shape[0] > 1 else 0
-            return pl.BlockSpec((None, None, None, 1, static.chunk), lambda b, n, t: (batch(b), n // group, place(t), 0, 0))
-        return pl.BlockSpec((None, None, static.chunk, x.shape[3]), lambda b, n, t: (b, n // group, place(t), 0))
+            return pl.BlockSpec((None, width, None, 1, static.chunk), lambda b, n, t: (b, head(n), place(t), 0, 0))
+        return pl.BlockSpec((None, width, static.chunk, x.shape[3]), lambda b, n, t: (b, head(n), place(t), 0))
 
     return [spec(x) for x in arrays if x is not None]
 
 
-def _reader(present):
-    """Gives each array that is there its reference: (refs) -> values in order, None for absent ones; and the rest."""
+def _reader(static, N, arrays):
+    """(refs) -> a function that reads a head's values, None for absent arrays; and the other references."""
+    present = [x is not None for x in arrays]
+    groups = [None if x is None else _shared(x, N, static.heads) for x in arrays]
 
     def read(refs):
-        refs = list(refs)
-        return [refs.pop(0)[...] if here else None for here in present], refs
+        mine, rest = list(refs[: sum(present)]), refs[sum(present) :]
+        mine = [mine.pop(0) if here else None for here in present]
+        at = lambda i, group, width: i // group if width > 1 else 0
+        return lambda i: [None if r is None else r[at(i, *g)] for r, g in zip(mine, groups)], rest
 
     return read
 
@@ -257,10 +274,10 @@ _PARAMETERS = pltpu.CompilerParams(
 
 
 def _forward(static, query, key, value, beta, log_decay, state, resets, save):
-    (B, N, T, V), H, C = value.shape, query.shape[3], static.chunk
+    (B, N, T, V), H, C, heads = value.shape, query.shape[3], static.chunk, static.heads
     chunks = T // C
     arrays = query, key, value, beta, log_decay, resets
-    read, call = _reader([x is not None for x in arrays]), _call(static, _precision(value.dtype))
+    read, call = _reader(static, N, arrays), _call(static, _precision(value.dtype))
 
     def kernel(*refs):
         values, (first_ref, out_ref, last_ref, *saved, state_ref) = read(refs)
@@ -272,29 +289,30 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
 
         if saved:
             saved[0][...] = state_ref[...]
-        state, out = call(state_ref[...], *values)
-        out_ref[...] = out.astype(out_ref.dtype)
-        state_ref[...] = state
+        for i in range(heads):
+            state, out = call(state_ref[i], *values(i))
+            out_ref[i] = out.astype(out_ref.dtype)
+            state_ref[i] = state
 
         @pl.when(t == chunks - 1)
         def _():
-            last_ref[...] = state
+            last_ref[...] = state_ref[...]
 
-    whole = pl.BlockSpec((None, None, H, V), lambda b, n, t: (b, n, 0, 0))
+    whole = pl.BlockSpec((None, heads, H, V), lambda b, n, t: (b, n, 0, 0))
     shape = functools.partial(tpu.out_type, like=value)
-    outs = [(shape((B, N, T, V), value.dtype), _specs(static, query, value, [value], lambda t: t)[0])]
+    outs = [(shape((B, N, T, V), value.dtype), _specs(static, N, [value], lambda t: t)[0])]
     outs += [(shape((B, N, H, V), jnp.float32), whole)]
     if save:
-        spec = pl.BlockSpec((None, None, None, H, V), lambda b, n, t: (b, n, t, 0, 0))
+        spec = pl.BlockSpec((None, heads, None, H, V), lambda b, n, t: (b, n, t, 0, 0))
         outs += [(shape((B, N, chunks, H, V), jnp.float32), spec)]
     out, last, *states = pl.pallas_call(
         kernel,
         name=f'{static.body.__name__}_forward',
-        grid=(B, N, chunks),
-        in_specs=[*_specs(static, query, value, arrays, lambda t: t), whole],
+        grid=(B, N // heads, chunks),
+        in_specs=[*_specs(static, N, arrays, lambda t: t), whole],
         out_specs=[spec for _, spec in outs],
         out_shape=[shape for shape, _ in outs],
-        scratch_shapes=[pltpu.VMEM((H, V), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((heads, H, V), jnp.float32)],
         compiler_params=_PARAMETERS,
     )(*(x for x in arrays if x is not None), state)
     return out, last, states[0] if states else None
@@ -303,41 +321,35 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
 def _backward(static, saved, cotangents):
     (query, key, value, beta, log_decay, _, resets), states = saved
     dout, dlast = cotangents
-    (B, N, T, V), H, C = value.shape, query.shape[3], static.chunk
+    (B, N, T, V), H, C, heads = value.shape, query.shape[3], static.chunk, static.heads
     chunks = T // C
     arrays = query, key, value, beta, log_decay, resets
-    read, call = _reader([x is not None for x in arrays]), _call(static, _precision(value.dtype))
+    read, call = _reader(static, N, arrays), _call(static, _precision(value.dtype))
 
     def kernel(*refs):
-        (*values, count), (begin_ref, dout_ref, dlast_ref, *outs, dfirst_ref, dstate_ref) = read(refs)
+        values, (begin_ref, dout_ref, dlast_ref, *outs, dfirst_ref, dstate_ref) = read(refs)
         t = pl.program_id(2)
 
         @pl.when(t == 0)
         def _():
             dstate_ref[...] = dlast_ref[...]
 
-        at = [n for n, x in enumerate(values) if x is not None]
-
-        def function(state, *given):
-            full = [None] * len(values)
-            for n, x in zip(at, given):
-                full[n] = x
-            return call(state, *full, count)
-
-        _, pull = jax.vjp(function, begin_ref[...], *(values[n] for n in at))
-        dstate, *grads = pull((dstate_ref[...], dout_ref[...].astype(jnp.float32)))
-        for ref, grad in zip(outs, grads):
-            ref[...] = grad.astype(ref.dtype)
-        dstate_ref[...] = dstate
+        for i in range(heads):
+            *given, count = values(i)
+            _, pull = jax.vjp(lambda *a, count=count: call(*a, count), begin_ref[i], *given)
+            dstate, *grads = pull((dstate_ref[i], dout_ref[i].astype(jnp.float32)))
+            for ref, grad in zip(outs, [x for x in grads if x is not None]):
+                ref[i] = grad.astype(ref.dtype)
+            dstate_ref[i] = dstate
 
         @pl.when(t == chunks - 1)
         def _():
-            dfirst_ref[...] = dstate
+            dfirst_ref[...] = dstate_ref[...]
 
     place = lambda t: chunks - 1 - t
-    whole = pl.BlockSpec((None, None, H, V), lambda b, n, t: (b, n, 0, 0))
-    begin = pl.BlockSpec((None, None, None, H, V), lambda b, n, t: (b, n, place(t), 0, 0))
-    specs = functools.partial(_specs, static, query, value, place=place)
+    whole = pl.BlockSpec((None, heads, H, V), lambda b, n, t: (b, n, 0, 0))
+    begin = pl.BlockSpec((None, heads, None, H, V), lambda b, n, t: (b, n, place(t), 0, 0))
+    specs = functools.partial(_specs, static, N, place=place)
     # Gradients of shared heads come per value head, in float32, and are summed outside.
     shape = functools.partial(tpu.out_type, like=value)
     wide = lambda x: shape((B, N, *x.shape[2:]), x.dtype if x.shape[1] == N else jnp.float32)
@@ -345,11 +357,11 @@ def _backward(static, saved, cotangents):
     *grads, dfirst = pl.pallas_call(
         kernel,
         name=f'{static.body.__name__}_backward',
-        grid=(B, N, chunks),
+        grid=(B, N // heads, chunks),
         in_specs=[*specs(arrays=arrays), begin, *specs(arrays=[dout]), whole],
         out_specs=[*specs(arrays=outs), whole],
         out_shape=[*outs, shape((B, N, H, V), jnp.float32)],
-        scratch_shapes=[pltpu.VMEM((H, V), jnp.float32)],
+        scratch_shapes=[pltpu.VMEM((heads, H, V), jnp.float32)],
         compiler_params=_PARAMETERS,
     )(*(x for x in arrays if x is not None), states, dout, dlast)
     found, grads = [], list(grads)

@@ -23,7 +23,7 @@ def delta_rule(query, key, value, beta, log_decay=None, *, initial_state=None, s
     """The (gated) delta rule.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, V], all bfloat16 or float32, N a multiple of K, T >= 2.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, V], all bfloat16 or float32, N a multiple of K.
       beta: [B, T, N].
       log_decay: None, [N], [B, T, N] or [B, T, N, H], natural log.
       initial_state: [B, N, H, V] or None.

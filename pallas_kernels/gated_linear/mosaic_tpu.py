@@ -20,7 +20,7 @@ def gated_linear(query, key, value, log_decay=None, *, initial_state=None, segme
     """Linear attention with decay.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, V], all bfloat16 or float32, N a multiple of K, T >= 2.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, V], all bfloat16 or float32, N a multiple of K.
       log_decay: None, [N], [B, T, N] or [B, T, N, H], natural log.
       initial_state: [B, N, H, V] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.

@@ -25,7 +25,7 @@ def unsupported(
     if query.ndim != 4 or key_pages.ndim != 4 or value_pages.ndim != 4 or key_pages.shape[:3] != value_pages.shape[:3]:
         return f'expected query [B, T, N, H], key_pages [K, P, size, H], value_pages [K, P, size, Hv]; {given}'
     (B, T, N, H), (K, _, size, width) = query.shape, key_pages.shape
-    if N % K or H != width:
+    if N % K or width != H:
         return f'query and key_pages disagree in H, or K does not divide N; {given}'
     dtypes = sorted({str(x.dtype) for x in (query, key_pages, value_pages)})
     if len(dtypes) > 1 or dtypes[0] not in ('bfloat16', 'float32'):

@@ -160,7 +160,8 @@ def test_the_tile_follows_the_mask():
 )
 def test_recurrences(interpreted, name, decay, nats, chunk):
     """Outputs, states and gradients; resets, a first state, grouped heads, a ragged end, decays that erase."""
-    arrays = recurrences.inputs(name, B=1, T=40, H=16, Hv=8, decay=decay, nats=nats, dtype=np.float32)
+    N, K = (8, 4) if decay == 'head' else (2, 1)
+    arrays = recurrences.inputs(name, B=1, T=40, N=N, K=K, H=16, Hv=8, decay=decay, nats=nats, dtype=np.float32)
     if decay == 'token':
         arrays['log_decay'] = arrays['log_decay'].at[0, 7].set(-jnp.inf)
     ids = recurrences.segments(0, B=1, T=40) if decay in ('token', 'channel') else None
@@ -185,7 +186,7 @@ def test_paged_attention(interpreted, T):
     pages = r.permutation(B * count).reshape(B, count).astype(np.int32)
     k, v = (np.full((K, B * count, size, H), np.nan, np.float32) for _ in range(2))
     dense = r.normal(size=(2, B, count * size, K, H)).astype(np.float32)
-    for b, t in ((b, t) for b in range(B) for t in range(lengths[b])):
+    for b, t in np.argwhere(np.arange(count * size) < lengths[:, None]):
         k[:, pages[b, t // size], t % size], v[:, pages[b, t // size], t % size] = dense[0, b, t], dense[1, b, t]
     q, sinks = draw(B, T, N, H), jnp.array([0.5, -1.0, 0.0, 2.0])
     out, lse = paged_tpu.paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks)
@@ -194,6 +195,14 @@ def test_paged_attention(interpreted, T):
     mask = mask & masks.window(50, queries, np.tile(np.arange(count * size), (B, 1)))
     options = {'mask': mask, 'score': scores.softcap(2.0), 'sinks': sinks, 'impl': 'reference', 'return_lse': True}
     close((out, lse), softmax_attention(q, *dense, **options), FLOAT32)
+
+
+@pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
+def test_a_recurrent_step(interpreted, name):
+    """One token, from a state to the next."""
+    arrays = recurrences.inputs(name, T=1, N=4, K=4, H=16, Hv=8, dtype=np.float32)
+    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
+    close(op(**arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
 
 
 BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
@@ -207,7 +216,6 @@ LONG = [jax.ShapeDtypeStruct((1, 2**21, 1, 8), jnp.bfloat16)] * 3
         ('up to 256, given 512', lambda: mosaic_tpu.unsupported(*[jnp.zeros((1, 8, 1, 512), jnp.bfloat16)] * 3)),
         ("primitive 'lgamma'", lambda: mosaic_tpu.unsupported(*BF16, score=lambda s, i: jax.lax.lgamma(s))),
         ('exceeds the scalar memory', lambda: mosaic_tpu.unsupported(*LONG)),
-        ('one token at a time', lambda: linear.unsupported(*[jnp.zeros((1, 1, 1, 8))] * 3)),
         ('given chunk=256', lambda: linear.unsupported(*BF16, chunk=256)),
         ('must all be bfloat16 or float32', lambda: delta.unsupported(*[jnp.zeros((1, 2, 1, 8), jnp.float16)] * 3, None)),
     ],
