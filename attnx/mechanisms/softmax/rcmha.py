@@ -4,7 +4,7 @@ Equation: q, k, v <- conv_3(W x) + bias, depthwise and causal, the same H kernel
     q_i . e_{j-i} + b_{j-i}), e, b, u a head's own;  o_i = sum_j softmax_j(s_ij) v_j.
 Paper: RCMHA: relative convolutional multi-head attention for natural language modelling, 2023, arXiv 2308.03429.
 Differs: convolutions begin as the identity and the tables at small random values; one bias of v instead of two, none of k,
-    which the softmax cancels. Tables reach `max_distance` tokens back, and ahead in a bidirectional model; farther pairs have no term.
+    which the softmax cancels. Tables reach `max_distance` tokens back; farther pairs have no term.
 Cost: train O(T²) time, masked pairs too, O(T) memory and some rows of pairs at a time (`weighted_attention`, XLA). Decode keeps
     2 K H numbers a token, and two inputs of each convolution.
 """
@@ -37,7 +37,7 @@ class RelativeConvolutionalAttention(attention.Attention):
         super().__init__(config, dims, rngs=rngs)
         n, h, taps = config.num_heads, self.head_dim, config.conv_taps
         self.reach = config.max_distance or dims.max_length
-        size = self.reach if dims.causal else 2 * self.reach - 1  # of distances j - i from -(L - 1) to 0, or to L - 1
+        size = self.reach  # of distances j - i from -(L - 1) to 0
         self.far = param(normal(rngs, (size, n, h), 0.02, dims.param_dtype), (None, 'heads', 'head_dim'))
         self.far_bias = param(normal(rngs, (size, n, 1), 0.02, dims.param_dtype), (None, 'heads', None))
         self.content_bias = param(normal(rngs, (n, h), 0.02, dims.param_dtype), ('heads', 'head_dim'))
