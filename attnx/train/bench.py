@@ -217,7 +217,7 @@ def peer(row: Row, steps: int) -> dict[str, Any]:
             self.table = None if rotary else nn.Embedding(row.length, width)
             self.blocks = nn.ModuleList([Block() for _ in range(given.num_layers)])
             self.norm, self.head = norm(), nn.Linear(width, given.vocab_size, bias=False)
-            if given.tie_embeddings:
+            if given.tied:
                 self.head.weight = self.embedding.weight
             for p in self.parameters():
                 if p.ndim > 1:
