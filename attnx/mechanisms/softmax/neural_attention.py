@@ -4,7 +4,8 @@ Equation: o_t = sum_s softmax_s(f([q'_t ; k'_s])) v_s per head, q' = W_a q + b_a
     f = a linear map 2d -> d, ReLU, d -> d/2, ReLU, d/2 -> 1, the same in all heads.
 Paper: Neural attention: a novel mechanism for enhanced expressive power in transformer models, 2025, arXiv 2502.17206.
 Differs: the last bias, which the softmax cancels, is left out. The first map is split, W_1 [q' ; k'] = W_q q' + W_k k', so
-    that a pair is a sum. No position code by default; rope turns q and k before they are narrowed.
+    that a pair is a sum. d is at least 8 unless set, where the paper allows 2, at which all ReLUs may be dead from the start.
+    No position code by default; rope turns q and k before they are narrowed.
 Cost: train O(T² d²) time a head, masked pairs too; memory of d numbers for each pair of some rows at a time, forward and
     backward (`weighted_attention`, XLA; no fused kernel); decode keeps K (d + H) numbers a token.
 """
@@ -23,7 +24,7 @@ from attnx.spec import Context, Dims, Output, Spec
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config(attention.Options):
     position: str = 'none'  # rope, none
-    pair_width: int = 0  # d: width of narrowed queries and keys, even; 0: a 32nd of the head width, at least 2
+    pair_width: int = 0  # d: width of narrowed queries and keys, even; 0: a 32nd of the head width, at least 8
 
     def __post_init__(self):
         super().__post_init__()
@@ -36,7 +37,7 @@ class Config(attention.Options):
 class NeuralAttention(attention.Attention):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         super().__init__(config, dims, rngs=rngs)
-        self.pair = d = config.pair_width or max(2, self.head_dim // 32 // 2 * 2)
+        self.pair = d = config.pair_width or max(8, self.head_dim // 32 // 2 * 2)
         into = ('head_dim', None)
         self.narrow_query = Linear(self.head_dim, d, into, dims, rngs=rngs, bias=True)
         self.narrow_key = Linear(self.head_dim, d, into, dims, rngs=rngs, bias=True)
@@ -74,7 +75,7 @@ class NeuralAttention(attention.Attention):
 
 def _flops(config, dims, length):
     h = config.head_dim or dims.width // config.num_heads
-    d = config.pair_width or max(2, h // 32 // 2 * 2)
+    d = config.pair_width or max(8, h // 32 // 2 * 2)
     return length * config.num_heads * (d * d + 4 * d + 2 * h)
 
 

@@ -1,7 +1,5 @@
 """Every mechanism trains from configs/base.py with one line changed: `--config.model.pattern="('<name>',)"`."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +14,8 @@ from configs import base
 ROWS, LENGTH, VOCAB = 2, 32, 64
 # All run in CI; by hand, and in `make quick`, these few.
 QUICK = ('gqa', 'kv_shifting')
+# A mixer that reads token ids alone gives the norm before it no gradient.
+STILL = {'decoupled_embeddings': ['body/stacks/0/layers/0/mixer_norm/scale']}
 
 
 def override(name: str) -> dict:
@@ -68,7 +68,8 @@ def test_two_steps(name):
     if change.get('kind') == 'encoder_decoder':
         given.model.encoder.num_layers = 1
     config = config_lib.build(loop.Config, given)
-    packed = 'packing' not in catalog.entry(name).limits
+    # By default agent attention has room for one document a row.
+    packed = 'packing' not in catalog.entry(name).limits and name != 'agent'
     made = loop.program(config.model, packed=packed)
     transform, rate = optim.build(config.optim, config.steps, made.axes)
     update = jax.jit(step.train_step(made.forward, transform, rate, config.step))
@@ -76,5 +77,5 @@ def test_two_steps(name):
     for _ in range(2):
         state, metrics = update(state, batch(name, packed), jax.random.key(0))
     assert int(metrics['bad']) == 0 and np.isfinite(float(metrics['loss']))
-    moved = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), before['params'], state['params'])
-    assert functools.reduce(lambda a, b: a and b, moved.values()), [k for k, v in moved.items() if not v]
+    still = [k for k, v in state['params'].items() if bool(jnp.all(v == before['params'][k]))]
+    assert still == STILL.get(name, [])
