@@ -6,6 +6,7 @@ from JSON alone. Short on purpose: flags -> config -> attnx.train.loop.command, 
 """
 
 import contextlib
+import functools
 import pathlib
 import sys
 
@@ -14,15 +15,19 @@ from ml_collections import config_flags
 
 
 @contextlib.contextmanager
-def known_keys():
+def refusals(kind, text='{}', traceback=lambda: False):
+    """Within: errors of `kind` end the process with one line instead of a traceback."""
     try:
         yield
-    except AttributeError as error:  # ml_collections on a key that the config file does not have
-        text = str(error.args[0]).replace('\n', ' ')
-        print(f'error: unknown config key {text} (valid: the keys of the config file)', file=sys.stderr)
+    except kind as error:
+        if traceback():
+            raise
+        print('error:', text.format(str(error.args[0]).replace('\\n', ' ').replace("\\'", '')), file=sys.stderr)
         sys.exit(2)
 
 
+# What ml_collections raises for a key that the config file does not have.
+known_keys = functools.partial(refusals, AttributeError, 'unknown config key {} (valid: the keys of the config file)')
 RESOLVED = flags.DEFINE_string('resolved', None, "a run's config.json to run again, in its run_dir, in place of --config")
 if not any(argument.lstrip('-').startswith('resolved') for argument in sys.argv[1:]):  # else no config file is executed
     with known_keys():
@@ -47,19 +52,18 @@ def resolved(path):
 
 def main(argv):
     from attnx import config
-    from attnx.train import loop
 
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
-    try:
+    with refusals(ValueError, traceback=lambda: TRACEBACK.value):
         if argv[1:]:
             raise ValueError(f'unexpected arguments {argv[1:]}; settings look like --config.steps=2000')
+        if not RESOLVED.value:
+            config.check_names(CONFIG.value)
+
+        from attnx.train import loop  # seconds: what names alone show is refused before
+
         made = resolved(RESOLVED.value) if RESOLVED.value else config.build(loop.Config, CONFIG.value)
-    except ValueError as error:
-        if TRACEBACK.value:
-            raise
-        print(f'error: {error}', file=sys.stderr)
-        sys.exit(2)
     sys.exit(loop.command(made, traceback=TRACEBACK.value))
 
 

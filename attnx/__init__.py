@@ -24,7 +24,9 @@ _PUBLIC = {
     'build_model': 'attnx.models.build',
     'generate': 'attnx.models.generate',
 }
-_MODULES = ('ops', 'nn', 'models', 'mechanisms', 'tasks', 'train', 'catalog', 'config', 'dispatch', 'sharding', 'spec')
+_MODULES = (
+    'ablate', 'catalog', 'config', 'dispatch', 'mechanisms', 'models', 'nn', 'ops', 'sharding', 'spec', 'tasks', 'train',
+)  # fmt: skip
 
 __all__ = [*_PUBLIC, *_MODULES]
 

@@ -1,7 +1,9 @@
 """Finds mechanisms by file name: `attnx/mechanisms/<family>/<name>.py` is mechanism `<name>`.
 
   python -m attnx.catalog                    a table of all mechanisms
-  python -m attnx.catalog --family linear    filters; also --has matrix, --paper 2312.06635, --search "gated recurrence"
+  python -m attnx.catalog --family linear    filters; also --has matrix
+  python -m attnx.catalog --paper 2312.06635 or words of a title; --search "negative weights": words of descriptions. These find
+                                             options too: masks, scores, feature maps, …, and fields of configs
   python -m attnx.catalog --check            fails where INDEX.md or the golden parameter trees are stale
   python -m attnx.catalog --write            renews them
 
@@ -18,6 +20,9 @@ import os
 import pathlib
 import re
 import sys
+from collections.abc import Mapping
+
+from attnx.names import nearest
 
 PACKAGE = pathlib.Path(__file__).parent / 'mechanisms'
 FAMILIES = {
@@ -50,12 +55,92 @@ class Entry:
     state: str
     causal: str
     needs: tuple
+    inputs: dict
     limits: dict
+    snippet: str  # an entry of `model.mixers`: "{'kind': 'gla', 'num_heads': 4}"
+
+    def cites(self, paper: str) -> bool:
+        """Is `paper` its arXiv id, one that its docstring names, or words of a title there?"""
+        return _cites(f'{self.paper} {self.sections.get("Paper", "")}', paper)
+
+    def holds(self, words: str) -> bool:
+        """Are all words in its name or docstring?"""
+        return _holds(f'{self.name} {self.summary} {" ".join(self.sections.values())}', words)
 
     def abilities(self) -> set[str]:
         causal = {'causal', 'bidirectional'} if self.causal == 'both' else {self.causal}
         decode = {'decode'} if self.state != 'none' else set()
-        return {self.family, self.state, *self.ops, *self.needs, *causal, *decode}
+        return {self.family, self.state, *self.ops, *self.needs, *self.inputs, *causal, *decode}
+
+
+def _cites(text: str, paper: str) -> bool:
+    return paper in text if re.fullmatch(r'\d{4}\.\d{4,5}', paper) else _holds(text, paper)
+
+
+def _holds(text: str, words: str) -> bool:
+    return all(word in text.lower() for word in words.lower().replace('_', ' ').split())
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Option:
+    """What is no mechanism but an option of many: a function of `attnx.ops`, or a field of a config that cites a paper."""
+
+    name: str  # 'masks.window', 'softmax.Options.qk_norm'
+    path: pathlib.Path
+    text: str  # what it is
+    use: str  # how it is written
+
+    @property
+    def papers(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(re.findall(r'\b\d{4}\.\d{4,5}\b', self.text)))
+
+    def cites(self, paper: str) -> bool:
+        return _cites(self.text, paper)
+
+    def holds(self, words: str) -> bool:
+        return _holds(f'{self.name.replace("_", " ")} {self.name} {self.text}', words)
+
+
+VOCABULARY = ('masks', 'scores', 'positions', 'feature_maps', 'normalizers')  # modules of attnx.ops that hold options
+
+
+@functools.cache
+def options() -> tuple[Option, ...]:
+    """Every option, read from the sources."""
+    source = PACKAGE.parent
+    found = []
+    entries = {}  # masks and scores that `softmax.Options` takes by name
+    for node in ast.parse((source / 'nn' / 'softmax.py').read_text()).body:
+        if isinstance(node, ast.Assign) and _target(node) in ('MASKS', 'SCORES'):
+            entries[_target(node).lower()] = ast.literal_eval(node.value)
+    for kind in VOCABULARY:
+        path = source / 'ops' / f'{kind}.py'
+        for node in ast.parse(path.read_text()).body:
+            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if doc is None or node.name.startswith('_'):
+                continue
+            needed = [a.arg for a in node.args.args[: len(node.args.args) - len(node.args.defaults)]]
+            use = f'ops.{kind}.{node.name}' + ('' if needed[:1] == ['s'] else f'({", ".join(needed)})')
+            if node.name in entries.get(kind, ()):
+                own = [] if node.name in ('alibi', 't5') else needed  # the tables and slopes of these are the model's
+                use = f"{kind} = (({', '.join([repr(node.name), *own])}{'' if own else ','}),)"
+            elif kind == 'feature_maps' and needed == ['x']:
+                use = f'feature_map = {node.name!r}'
+            found.append(Option(name=f'{kind}.{node.name}', path=path, text=' '.join(doc.split()), use=use))
+    for path in sorted((*(source / 'nn').glob('*.py'), *(source / 'models').glob('*.py'), *PACKAGE.glob('*/*.py'))):
+        where = ''
+        for line in path.read_text().splitlines():
+            if begins := re.match(r'class (\w+)', line):
+                where = begins[1]
+            field = re.match(r'    (\w+): [^=#]+ = (.*?)  # (.*)', line)
+            if field and where and re.search(r'\b(\d{4}\.\d{4,5}|, (19|20)\d\d\)?)', field[3]):
+                name = f'{path.stem}.{where}.{field[1]}' if path.parent.name in ('nn', 'models') else f'{path.stem}.{field[1]}'
+                found.append(Option(name=name, path=path, text=field[3], use=f'{field[1]} = {_other(field[2])}'))
+    return tuple(found)
+
+
+def _other(default: str) -> str:
+    return {'False': 'True'}.get(default, '…')
 
 
 def roots() -> list[pathlib.Path]:
@@ -106,15 +191,25 @@ def _read(file: str, stamp: int) -> Entry:
             'state': literal('state', 'none'),
             'causal': literal('causal', 'both'),
             'needs': literal('needs', ()),
+            'inputs': literal('inputs', {}),
             'limits': literal('limits', {}),
+            'snippet': _snippet(path.stem, given.get('example')),
         }
     except ValueError as error:
-        raise ValueError(f'{path}: paper, ops, state, causal, needs and limits of SPEC are literals ({error})') from None
+        raise ValueError(f'{path}: SPEC is literal but for module, config, example and functions ({error})') from None
     sections = dict(re.findall(r'^(Paper|Differs|Cost|Equation):\s*(.*?)(?=^\S+:|\n\n|\Z)', doc, re.M | re.S))
     sections = {k: ' '.join(v.split()) for k, v in sections.items()}
     return Entry(
         name=path.stem, family=path.parent.name, path=path, summary=doc.splitlines()[0], sections=sections, **fields
     )
+
+
+def _snippet(name: str, example: ast.expr | None) -> str:
+    """The entry of `model.mixers` that makes the (first) example config."""
+    if isinstance(example, ast.Tuple):
+        example = example.elts[0]
+    given = [f'{k.arg!r}: {ast.unparse(k.value)}' for k in example.keywords] if isinstance(example, ast.Call) else []
+    return '{' + ', '.join([f"'kind': {name!r}", *given]) + '}'
 
 
 def _target(node: ast.Assign) -> str:
@@ -135,9 +230,28 @@ def entry(name: str) -> Entry:
 
 
 def _unknown(what: str, name: str, valid) -> ValueError:
-    from attnx.dispatch import nearest  # imports jax, which the table does without
-
     return ValueError(f'{what} {name!r}; {nearest(name, valid)}')
+
+
+def resolve(name: str, mixers: Mapping) -> tuple[str, dict]:
+    """What a name of a layer pattern stands for: (mechanism, fields of its Config). Imports no mechanism.
+
+    mixers: name -> {'kind': mechanism, …}; any other name is a mechanism with its default config.
+
+    Raises:
+      ValueError: there is no such name, or its `kind` is missing or unknown.
+    """
+    if name not in mixers:
+        if name not in scan():
+            raise ValueError(
+                f'pattern names {name!r}, which is neither in model.mixers nor a mechanism; '
+                + nearest(name, [*mixers, *scan()])
+            )
+        return name, {}
+    fields = dict(mixers[name])
+    if 'kind' not in fields:
+        raise ValueError(f"config.model.mixers.{name} has no 'kind'; valid: {', '.join(scan())}")
+    return entry(fields.pop('kind')).name, fields
 
 
 def get(name: str):
@@ -163,24 +277,26 @@ def select(*, family: str | None = None, has: str | None = None, paper: str | No
     """Entries that fit every filter that is given.
 
     family: a family's name. has: an ability: a family, a kind of state, an op, 'causal', 'bidirectional', 'decode', 'memory'.
-    paper: an arXiv id. search: words that the summary or docstring holds.
+    paper: an arXiv id, or words of the title. search: words that the name, summary or docstring holds.
     """
     entries = list(scan().values())
     if family is not None and family not in FAMILIES:
         raise _unknown('unknown family', family, FAMILIES)
     if has is not None and has not in (valid := set().union(*(e.abilities() for e in entries))):
         raise _unknown('no mechanism has', has, valid)
+    return [
+        e
+        for e in entries
+        if (family is None or e.family == family)
+        and (has is None or has in e.abilities())
+        and (paper is None or e.cites(paper))
+        and (search is None or e.holds(search))
+    ]
 
-    def fits(e: Entry) -> bool:
-        text = f'{e.name} {e.summary} {" ".join(e.sections.values())}'.lower()
-        return (
-            (family is None or e.family == family)
-            and (has is None or has in e.abilities())
-            and (paper is None or paper == e.paper or paper in e.sections.get('Paper', ''))
-            and (search is None or all(word in text for word in search.lower().split()))
-        )
 
-    return [e for e in entries if fits(e)]
+def find_options(*, paper: str | None = None, search: str | None = None) -> list[Option]:
+    """Options that fit every filter that is given, as in `select`."""
+    return [o for o in options() if (paper is None or o.cites(paper)) and (search is None or o.holds(search))]
 
 
 def names(*, family: str | None = None, has: str | None = None) -> tuple[str, ...]:
@@ -201,10 +317,25 @@ def golden(name: str) -> str:
 
     spec = get(name)
     dims = Dims(width=32, causal=spec.causal != 'bidirectional', num_layers=2, max_length=64)
-    built = jax.eval_shape(lambda: spec.build(spec.example, dims, rngs=nnx.Rngs(0)))
+    built = jax.eval_shape(lambda: spec.build_example(dims, rngs=nnx.Rngs(0)))
     axes = flat_axes(built)
     lines = [f'{k}  {v.dtype}[{", ".join(map(str, v.shape))}]  {axes[k]}' for k, v in to_flat(built).items()]
-    return '\n'.join([f'{name} {spec.example}', *lines]) + '\n'
+    return '\n'.join([*(f'{name} {example}' for example in spec.examples), *lines]) + '\n'
+
+
+def sharding_golden(preset: str) -> str:
+    """Where everything of a small model lies under a preset, every mesh axis that it uses having size 2."""
+    from attnx import plan, sharding
+    from attnx.models import ModelConfig
+
+    mapping = sharding.rules(preset)
+    used = {axis for name in mapping for axis in sharding.axes_of(mapping, name)}
+    moe = {1: {'kind': 'moe', 'experts': 4}}
+    config = ModelConfig(
+        vocab_size=64, width=32, num_layers=2, max_length=16, pattern=('gated_deltanet', 'gqa'), mlp_overrides=moe,
+        mixers={'gated_deltanet': {'kind': 'gated_deltanet', 'num_heads': 2}},
+    )  # fmt: skip
+    return plan.shardings(config, dict.fromkeys(used, 2), preset, length=16, batch=16)
 
 
 def index() -> str:
@@ -221,21 +352,36 @@ def index() -> str:
         if not members:
             continue
         lines += ['', f'## {family}: {meaning}', '']
-        lines += ['| mechanism | what | paper | causal | state | cost | laws not held |', '|---|---|---|---|---|---|---|']
+        lines += ['| mechanism | what | paper | causal | state | cost | config | laws not held |', '|---' * 8 + '|']
         for e in members:
-            link = f'[{e.paper}](https://arxiv.org/abs/{e.paper})' if re.fullmatch(r'\d{4}\.\d{4,5}', e.paper) else e.paper
+            link = _link(e.paper) if re.fullmatch(r'\d{4}\.\d{4,5}', e.paper) else e.paper
             excused = '; '.join(f'{law}: {why}' for law, why in e.limits.items()) or 'none'
             cells = [f'[`{e.name}`]({family}/{e.name}.py)', e.summary.rstrip('.'), link, e.causal, e.state]
-            lines.append('| ' + ' | '.join([*cells, e.sections.get('Cost', ''), excused]) + ' |')
+            lines.append('| ' + ' | '.join([*cells, e.sections.get('Cost', ''), f'`{e.snippet}`', excused]) + ' |')
+    lines += ['', '## Options', '']
+    lines += ['What is no mechanism of its own: values of `attnx.ops`, and fields of configs that come from papers.', '']
+    lines += ['| option | what | paper | use |', '|---' * 4 + '|']
+    for o in options():
+        if o.papers or 'Paper:' in o.text or o.name.partition('.')[0] not in VOCABULARY:
+            link = f'[`{o.name}`]({os.path.relpath(o.path, PACKAGE)})'
+            what = re.split(r'(?<=[^A-Z][.]) (?=[A-Z])', o.text)[0].replace('|', '\\|')
+            lines.append('| ' + ' | '.join([link, what, ', '.join(map(_link, o.papers)), f'`{o.use}`']) + ' |')
     return '\n'.join(lines) + '\n'
+
+
+def _link(paper: str) -> str:
+    return f'[{paper}](https://arxiv.org/abs/{paper})'
 
 
 def generated() -> dict[pathlib.Path, str]:
     """Path -> text of every generated file. Golden files live beside the tests, in a checkout."""
+    from attnx import sharding
+
     files = {PACKAGE / 'INDEX.md': index()}
     folder = PACKAGE.parent.parent / 'tests' / 'golden'
     if folder.parent.is_dir():
         files |= {folder / f'{e.name}.txt': golden(e.name) for e in scan().values() if e.path.is_relative_to(PACKAGE)}
+        files |= {folder / 'shardings' / f'{preset}.txt': sharding_golden(preset) for preset in sharding.PRESETS}
     return files
 
 
@@ -247,40 +393,51 @@ def stale() -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     import argparse
 
-    parser = argparse.ArgumentParser(prog='python -m attnx.catalog', description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog='python -m attnx.catalog', description=(__doc__ or '').splitlines()[0])
     parser.add_argument('--family', help='only this family')
     parser.add_argument('--has', help='only with this ability: a family, kind of state, op, causal, decode, …')
-    parser.add_argument('--paper', help='only this arXiv id')
+    parser.add_argument('--paper', help='only this arXiv id, or title with these words')
     parser.add_argument('--search', help='only those whose description holds all these words')
     parser.add_argument('--check', action='store_true', help='fail if generated files are stale')
     parser.add_argument('--write', action='store_true', help='renew generated files')
-    options = parser.parse_args(argv)
-    if options.write:
+    given = parser.parse_args(argv)
+    if given.write:
         for path, text in generated().items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text)
-    if options.write or options.check:
+    if given.write or given.check:
         left = stale()
         for path in left:
             print(f'stale: {path}; renew with python -m attnx.catalog --write', file=sys.stderr)
         return 1 if left else 0
     try:
-        chosen = select(family=options.family, has=options.has, paper=options.paper, search=options.search)
+        chosen = select(family=given.family, has=given.has, paper=given.paper, search=given.search)
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    if not chosen:
-        print('no mechanism fits', file=sys.stderr)
+    asked = given.family is None and given.has is None and (given.paper, given.search) != (None, None)
+    others = find_options(paper=given.paper, search=given.search) if asked else []
+    if not chosen and not others:
+        print('no mechanism and no option fits', file=sys.stderr)
         return 1
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(box=None, pad_edge=False)
-    for column in ('mechanism', 'family', 'paper', 'causal', 'state', 'what'):
-        table.add_column(column, overflow='fold', no_wrap=column == 'mechanism')
-    for e in chosen:
-        table.add_row(e.name, e.family, e.paper, e.causal, e.state, e.summary.rstrip('.'))
-    Console(width=None if sys.stdout.isatty() else 140).print(table)
+    console = Console(width=None if sys.stdout.isatty() else 140)
+
+    def show(columns, rows):
+        table = Table(box=None, pad_edge=False)
+        for column in columns:
+            table.add_column(column, overflow='fold', no_wrap=column in ('mechanism', 'option'))
+        for row in rows:
+            table.add_row(*row)
+        console.print(table, markup=False)
+
+    if chosen:
+        rows = [(e.name, e.family, e.paper, e.causal, e.state, e.summary.rstrip('.')) for e in chosen]
+        show(('mechanism', 'family', 'paper', 'causal', 'state', 'what'), rows)
+    if others:
+        show(('option', 'use', 'what'), [(o.name, o.use, o.text[:300]) for o in others])
     return 0
 
 

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from attnx.dispatch import nearest
+from attnx.names import nearest
 
 
 def build(cls: type, given: Any, path: str = 'config') -> Any:
@@ -36,6 +36,26 @@ def build(cls: type, given: Any, path: str = 'config') -> Any:
         raise ValueError(f'{path}: {error}') from None
     except ValueError as error:
         raise error if str(error).startswith('config') else ValueError(f'{path}: {error}') from None
+
+
+def check_names(given: Any) -> None:
+    """Refuses a run's config for a name that exists nowhere, before anything slow is imported; `build` checks the rest.
+
+    Raises:
+      ValueError: a mechanism, a name of a layer pattern, a task, a field of it, or files that are not there.
+    """
+    from attnx import catalog, tasks
+
+    part = lambda whole, key: as_dict(as_dict(whole, 'config').get(key), f'config.{key}')
+    model, task = part(given, 'model'), part(part(given, 'data'), 'task')
+    mixers = {name: part(model['mixers'], name) for name in part(model, 'mixers')}
+    stacks = [model, part(model, 'encoder')] if model.get('kind') == 'encoder_decoder' else [model]
+    for stack in stacks:
+        pattern = stack.get('pattern')  # `build` refuses what is no tuple
+        for name in (*(pattern if isinstance(pattern, tuple | list) else ()), *part(stack, 'overrides').values(), *mixers):
+            catalog.resolve(name, mixers)
+    if 'kind' in task:
+        tasks.check(task)
 
 
 def convert(kind: Any, value: Any, path: str) -> Any:

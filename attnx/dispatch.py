@@ -7,7 +7,6 @@ platform and those of `target`, the first kernel without a reason against it, el
 
 import contextlib
 import contextvars
-import difflib
 import importlib
 import inspect
 from collections.abc import Callable, Mapping
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from attnx.names import nearest
 from pallas_kernels import table
 
 FORMS = ('reference', 'xla')
@@ -29,12 +29,20 @@ class Choice(NamedTuple):
     function: Callable | None = None
 
 
+class Spread(NamedTuple):
+    """How an op is spread over the devices of a mesh."""
+
+    how: str  # what each device does and what is sent
+    whole: tuple[str, ...] = ()  # what could not be cut, so that every device does all of it, and why
+
+
 class Call(NamedTuple):
     """One op call as `record` saw it."""
 
     op: str
     impl: str  # as asked for
     choices: tuple[Choice, ...]
+    spread: Spread | None = None  # None: one device
 
     def chosen(self, platform: str) -> Choice:
         """What runs on `platform`: 'cpu', 'cuda' or 'tpu'."""
@@ -43,7 +51,18 @@ class Call(NamedTuple):
         return next(c for c in self.choices if c.reason is None and c.platform in (platform, 'any'))
 
 
-_recorded = contextvars.ContextVar('recorded', default=None)
+_recorded: contextvars.ContextVar[list[Call] | None] = contextvars.ContextVar('recorded', default=None)
+_spread: contextvars.ContextVar[Spread | None] = contextvars.ContextVar('spread', default=None)
+
+
+@contextlib.contextmanager
+def spread(how: Spread):
+    """Within: recorded calls are said to run on parts cut like this."""
+    token = _spread.set(how)
+    try:
+        yield
+    finally:
+        _spread.reset(token)
 
 
 @contextlib.contextmanager
@@ -77,14 +96,6 @@ def observe():
         yield seen
     finally:
         _observed.reset(token)
-
-
-def nearest(name: str, valid) -> str:
-    """The phrase that ends an error: the nearest valid name, and all of them."""
-    valid = sorted(map(str, valid))
-    close = difflib.get_close_matches(str(name), valid, n=1)
-    hint = f'did you mean {close[0]!r}? ' if close else ''
-    return f'{hint}valid: {", ".join(valid) or "none"}'
 
 
 def kernels(op: str) -> tuple[table.Kernel, ...]:
@@ -127,7 +138,7 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
     if (calls := _recorded.get()) is not None:
-        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows))))
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows)), _spread.get()))
     if impl in forms:
         return forms[impl](*args, **kwargs)
     if impl == 'auto':

@@ -3,6 +3,7 @@
   python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
 """
 
+import contextlib
 import dataclasses
 import math
 import sys
@@ -15,11 +16,11 @@ import optax
 from absl import app, flags
 from flax import nnx
 
-from attnx import dispatch, explanation
+from attnx import dispatch, explanation, sharding
 from attnx.models import ModelConfig, build
-from attnx.models.config import Layer
+from attnx.models.config import Layer, units
 from attnx.nn import flat_axes, to_flat
-from attnx.spec import Dims
+from attnx.spec import Dims, side_input
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,12 +51,16 @@ def size(tree: Any) -> int:
     return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
-def plan_layer(index: int, layer: Layer, dims: Dims, length: int, batch: int, *, packed: bool, impl: str) -> LayerPlan:
-    """Raises ValueError with what the mechanism or its ops refuse."""
+def plan_layer(
+    index: int, layer: Layer, dims: Dims, length: int, batch: int, *, packed: bool, impl: str, shared: dict
+) -> LayerPlan:
+    """Adds to `shared` what the layer publishes. Raises ValueError with what the mechanism or its ops refuse."""
     mixer = jax.eval_shape(lambda: layer.spec.build(layer.config, dims, rngs=nnx.Rngs(0)))
     count = sum(v.size for v in to_flat(mixer).values())
     state = lambda n: size(jax.eval_shape(lambda: mixer.init_state(1, n, dims.dtype)))
-    calls = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, packed=packed, impl=impl)
+    options = {'packed': packed, 'impl': impl, 'shared': shared}
+    calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+    shared |= published
     return LayerPlan(
         index=index,
         name=layer.name,
@@ -67,21 +72,110 @@ def plan_layer(index: int, layer: Layer, dims: Dims, length: int, batch: int, *,
     )
 
 
+def groups(config: ModelConfig) -> list[tuple[str, tuple[Layer, ...], bool]]:
+    """(what they are, layers, whether causal) of every stack of the model."""
+    found = [('layer', config.layers(), config.kind != 'encoder')]
+    if config.kind == 'encoder_decoder':
+        found += [('encoder layer', config.encoder_layers(), False)]
+        found += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
+    return found
+
+
+def check_sharding(
+    config: ModelConfig,
+    sizes: Mapping[str, int],
+    preset: str,
+    context: str = 'auto',
+    *,
+    length: int,
+    batch: int,
+    packed: bool = True,
+) -> None:
+    """Whether a mesh cuts `config` evenly: tokens, heads, experts, rows. Needs no device and takes no memory.
+
+    Raises:
+      ValueError: the layer at fault, what does not divide or can't be served and why, and the nearest mesh that works.
+    """
+    sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
+    if math.prod(sizes.values()) == 1:
+        return
+
+    def refuse(what, why, nearest):
+        raise ValueError(f'{what}: {why}; mesh {sharding.shown(sizes)}; the nearest mesh that works: {sharding.shown(nearest)}')
+
+    if length % sizes['context']:
+        low, step = length - length % sizes['context'], sizes['context']
+        why = f'it does not divide over the context axis (lengths {max(low, step)} and {low + step} do)'
+        refuse(f'length {length}', why, sharding.fitting(sizes, 'context', length))
+    for what, layers, causal in groups(config):
+        dims, seen, shared = config.dims(causal=causal, num_layers=len(layers)), set(), {}
+        for index, layer in enumerate(layers):
+            if (layer.name, layer.mlp) in seen:
+                continue
+            seen.add((layer.name, layer.mlp))
+            named, mlp, limits = f'{what} {index} ({layer.name})', layer.mlp or config.mlp, layer.spec.limits
+            if mlp.kind == 'moe' and mlp.experts % sizes['expert']:
+                nearest = sharding.fitting(sizes, 'expert', mlp.experts)
+                refuse(named, f'{mlp.experts} experts do not divide over the expert axis', nearest)
+            if sizes['context'] > 1 and 'context' in limits:
+                nearest = sharding.fitting(sizes, 'context', 1)
+                refuse(named, f'it can not serve a sequence that is cut: {limits["context"]}', nearest)
+
+            def whole(sizes, layer=layer, dims=dims, shared=shared):
+                """What one layer's ops could not cut."""
+                options = {'packed': packed, 'impl': config.impl, 'shared': shared}
+                with sharding.use(sharding.abstract_mesh(sizes), preset, context):
+                    calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+                shared |= published
+                return [(call.op, why) for call in calls if call.spread for why in call.spread.whole]
+
+            if found := whole(sizes):
+                smaller = [{**sizes, axis: d} for axis in ('tensor', 'context') for d in range(sizes[axis] - 1, 0, -1)]
+                smaller = [{**s, 'data': s['data'] * math.prod(sizes.values()) // math.prod(s.values())} for s in smaller]
+                able = (s for s in smaller if math.prod(s.values()) == math.prod(sizes.values()) and not whole(s))
+                refuse(f'{named}: {found[0][0]}', found[0][1], next(able, {'data': 1}))
+
+
+def shardings(config: ModelConfig, sizes: Mapping[str, int], preset: str, *, length: int, batch: int) -> str:
+    """Where everything lies: parameters, constrained activations, and how each op is spread. Needs no device."""
+    mesh = sharding.abstract_mesh(sizes)
+    model = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    axes, flat = flat_axes(model), to_flat(model)
+    where = sharding.param_shardings(mesh, preset, axes, {name: v.shape for name, v in flat.items()})
+    shape = lambda dims: f'[{", ".join(map(str, dims))}]'
+    cuts = lambda spec: ', '.join('.' if e is None else e if isinstance(e, str) else ' x '.join(e) for e in spec)
+    given = {'tokens': jax.ShapeDtypeStruct((batch, length), jnp.int32)}
+    given['segment_ids'] = given['tokens']
+    with sharding.use(mesh, preset), dispatch.record() as calls, sharding.record() as found:
+        jax.eval_shape(lambda model, given: model(**given).logits, model, given)
+    lines = [f'{preset} on mesh {sharding.shown(sizes)}', '', 'parameters']
+    lines += [f'  {name}  {shape(flat[name].shape)} {axes[name]}: {cuts(where[name].spec)}' for name in flat]
+    lines += ['', 'activations', *(f'  {shape(dims)} {names}: {cuts(spec)}' for names, dims, spec in dict.fromkeys(found))]
+    lines += ['', 'ops', *dict.fromkeys(f'  {call.op}: {call.spread.how}' for call in calls if call.spread)]
+    return '\n'.join(lines) + '\n'
+
+
 def plan(
     config: ModelConfig,
     *,
     length: int,
     batch: int,
     packed: bool = True,
+    documents: int = 1,
     optimizer: Callable[[dict], Any] = lambda axes: optax.adamw(1e-3),
     accumulate: int = 1,
+    mesh: Mapping[str, int] | None = None,
+    preset: str = 'ddp',
+    context: str = 'auto',
 ) -> Plan:
     """The plan of training `config` on `batch` rows of `length` tokens.
 
+    documents: most documents of a packed row.
     optimizer: axes of the flat parameters -> the optax transformation, whose state is counted.
+    mesh, preset, context: how it is spread over devices; a size of -1 counts as 1.
     """
     config = dataclasses.replace(config, max_length=config.max_length or length)
-    causal, refused, planned = config.kind != 'encoder', [], {}
+    refused, planned = [], {}
 
     def attempt(what, function):
         try:
@@ -91,20 +185,23 @@ def plan(
             return None
 
     if packed:
-        attempt('packing', config.check_packing)
-    groups = [('layer', config.layers(), causal)]
-    if config.kind == 'encoder_decoder':
-        groups += [('encoder layer', config.encoder_layers(), False)]
-        groups += [('cross layer', (config.mixer(config.cross),) * config.num_layers, True)]
+        attempt('packing', lambda: config.check_packing(documents))
+    on_mesh = contextlib.nullcontext
+    sizes = {name: max(n, 1) for name, n in (mesh or {}).items()}
+    if math.prod(sizes.values()) > 1:
+        rows = {'length': length, 'batch': max(batch // accumulate, 1), 'packed': packed}
+        if attempt('mesh', lambda: check_sharding(config, sizes, preset, context, **rows) or True):
+            on_mesh = lambda: sharding.use(sharding.abstract_mesh(sizes), preset, context)
     layers = []
-    for what, members, is_causal in groups:
-        dims = config.dims(causal=is_causal, num_layers=len(members))
+    for what, members, is_causal in groups(config):
+        dims, shared = config.dims(causal=is_causal, num_layers=len(members)), {}
         for index, layer in enumerate(members):
             key = (what, layer.name)
             if key not in planned:
-                options = {'packed': packed, 'impl': config.impl}
+                options = {'packed': packed, 'impl': config.impl, 'shared': shared}
                 make = lambda i=index, l=layer, d=dims, o=options: plan_layer(i, l, d, length, batch, **o)
-                planned[key] = attempt(f'{what} {index} ({layer.name})', make)
+                with on_mesh():
+                    planned[key] = attempt(f'{what} {index} ({layer.name})', make)
             if planned[key] is not None:
                 layers.append(dataclasses.replace(planned[key], index=index))
     model = attempt('model', lambda: jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0))))
@@ -137,19 +234,25 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
 
     axes, shapes: of the flat parameters. Tables that are only looked up cost nothing.
     """
-    count = 0
+    count, visited = 0, {}  # of the experts of a layer a token visits some
+    for stack, layers, pattern in (('body', config.layers(), config.pattern), ('encoder', *_encoder(config))):
+        for i, (unit, _) in enumerate(units(layers, len(pattern))):
+            for j, mlp in enumerate(layer.mlp or config.mlp for layer in unit):
+                visited[f'{stack}/stacks/{i}/layers/{j}/mlp'] = mlp.top_k / mlp.experts
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
-        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tie_embeddings)
-        count += shapes[name].size if matrix and not looked_up else 0
-    groups = [(config.layers(), config.kind != 'encoder')]
-    if config.kind == 'encoder_decoder':
-        groups += [(config.encoder_layers(), False), ((config.mixer(config.cross),) * config.num_layers, True)]
+        looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
+        share = visited[name.rsplit('/', 1)[0]] if 'expert' in names else 1
+        count += share * shapes[name].size if matrix and not looked_up else 0
     mixing = 0.0
-    for layers, causal in groups:
+    for _, layers, causal in groups(config):
         dims = config.dims(causal=causal, num_layers=len(layers))
         mixing += sum(layer.spec.flops(layer.config, dims, length) for layer in layers)
     return 6.0 * count + 3.0 * mixing
+
+
+def _encoder(config: ModelConfig) -> tuple[tuple[Layer, ...], tuple]:
+    return (config.encoder_layers(), config.encoder.pattern) if config.kind == 'encoder_decoder' else ((), ('',))
 
 
 def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:
@@ -158,9 +261,11 @@ def activations(model, config: ModelConfig, batch: int, length: int, packed: boo
     tokens = jax.ShapeDtypeStruct(shape, dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
     source = tokens if config.kind == 'encoder_decoder' else None
-    run = lambda model, tokens, ids, source: model(tokens, segment_ids=ids, source=source).logits
+    kinds = {name: kind for layer in config.layers() for name, kind in layer.spec.inputs.items() if name != 'tokens'}
+    inputs = {name: side_input(kind, batch, length) for name, kind in kinds.items()}
+    run = lambda model, tokens, ids, source, inputs: model(tokens, segment_ids=ids, source=source, inputs=inputs).logits
     residuals = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
-    return max(size(jax.eval_shape(residuals, model, tokens, ids, source)) - size(model), 0)
+    return max(size(jax.eval_shape(residuals, model, tokens, ids, source, inputs)) - size(model), 0)
 
 
 def human(number: float, unit: str = '') -> str:
@@ -220,8 +325,12 @@ def main(argv) -> int:
         length=task.length,
         batch=run.data.batch_size,
         packed=task.packed,
+        documents=task.documents,
         optimizer=lambda axes: optim.build(run.optim, run.steps, axes)[0],
         accumulate=run.step.accumulate,
+        mesh=run.mesh,
+        preset=run.sharding,
+        context=run.context,
     )
     report(found, flags.FLAGS.platform, Console(width=max(Console().width, 110)))
     return 1 if found.refused else 0

@@ -1,40 +1,58 @@
 """Meshes, and the mapping from logical axis names to mesh axes.
 
-A mesh has the axes `data, fsdp, tensor, context`; a preset maps logical names to them. Inside `use(mesh, preset)` activations
-are constrained by name; without it `constrain` is the identity, so modules work anywhere.
+A preset maps logical names to mesh axes; what it does not name is replicated. Inside `use(mesh, preset)` activations are
+constrained by name and ops run on each device's own rows, heads and tokens (`attnx.ops.parallel`); without it `constrain` is
+the identity, so modules work anywhere.
 """
 
 import contextlib
 import contextvars
 import math
+from collections.abc import Mapping
 
 import jax
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from attnx import axes as axes_lib
 from attnx.dispatch import nearest
 
-MESH_AXES = ('data', 'fsdp', 'tensor', 'context')
+# Slowest first: devices that are neighbours on the last axis are neighbours in the machine.
+MESH_AXES = ('data', 'fsdp', 'expert', 'context', 'tensor')
 
+_DATA = {'batch': ('data', 'fsdp', 'expert'), 'expert': 'expert'}  # every device of these three has rows of its own
 _TENSOR = {'heads': 'tensor', 'kv_heads': 'tensor', 'mlp': 'tensor', 'vocab': 'tensor'}
 PRESETS = {
-    'ddp': {'batch': ('data', 'fsdp')},
-    'fsdp': {'batch': ('data', 'fsdp'), 'embed': 'fsdp'},
-    'fsdp_tp': {'batch': ('data', 'fsdp'), 'embed': 'fsdp', **_TENSOR},
-    'context': {'batch': ('data', 'fsdp'), 'embed': 'fsdp', 'length': 'context'},
+    'ddp': _DATA,
+    'fsdp': {**_DATA, 'embed': 'fsdp'},
+    'fsdp_tp': {**_DATA, 'embed': 'fsdp', **_TENSOR},
+    'context': {**_DATA, 'length': 'context'},
+    'fsdp_context': {**_DATA, 'embed': ('fsdp', 'context'), 'length': 'context'},
 }
+CONTEXT_METHODS = ('auto', 'gather', 'ring', 'heads')  # of softmax attention over the context axis
 
-_rules = contextvars.ContextVar('rules', default=None)
+_rules: contextvars.ContextVar[Mapping | None] = contextvars.ContextVar('rules', default=None)
+_method: contextvars.ContextVar[str] = contextvars.ContextVar('method', default='auto')
+_recorded: contextvars.ContextVar[list[tuple] | None] = contextvars.ContextVar('recorded', default=None)
 
 
-def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` with the given axis sizes; absent axes have size 1, one size may be -1 = the rest.
+@contextlib.contextmanager
+def record():
+    """Within: (names, shape, spec) of every constrained activation is appended to the list that is yielded."""
+    found: list[tuple] = []
+    token = _recorded.set(found)
+    try:
+        yield found
+    finally:
+        _recorded.reset(token)
+
+
+def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
+    """Every mesh axis with its size, over `count` devices; absent axes have size 1, one size may be -1 = the rest.
 
     Raises:
-      ValueError: an unknown axis, or sizes whose product is not the number of devices; names the nearest that fit.
+      ValueError: an unknown axis, or sizes whose product is not the number of devices; names the nearest mesh that fits.
     """
-    devices = list(jax.devices() if devices is None else devices)
     sizes = dict(sizes or {'data': -1})
     for name in sizes:
         if name not in MESH_AXES:
@@ -42,15 +60,44 @@ def make_mesh(sizes: dict[str, int] | None = None, devices=None) -> jax.sharding
     full = {name: sizes.get(name, 1) for name in MESH_AXES}
     free = [name for name, size in full.items() if size == -1]
     fixed = math.prod(size for size in full.values() if size != -1)
-    if len(free) > 1 or fixed < 1:
+    if len(free) > 1 or any(size < 1 and size != -1 for size in full.values()):
         raise ValueError(f'mesh {sizes}: at most one size may be -1, the others are >= 1')
     if free:
-        full[free[0]] = max(len(devices) // fixed, 1)
-    if math.prod(full.values()) != len(devices):
-        divisors = [d for d in range(1, len(devices) + 1) if len(devices) % d == 0]
-        raise ValueError(f'mesh {sizes} does not tile {len(devices)} devices; sizes must be divisors: {divisors}')
-    shape = tuple(full.values())
+        full[free[0]] = max(count // fixed, 1)
+    if math.prod(full.values()) != count:
+        fitting, rest = {}, count
+        for name in reversed(MESH_AXES):  # the axes that cost most to lose come first
+            if name not in free and name != 'data':
+                fitting[name] = max(d for d in range(1, full[name] + 1) if rest % d == 0)
+                rest //= fitting[name]
+        fitting[free[0] if free else 'data'] = rest
+        raise ValueError(f'mesh {sizes} does not tile {count} devices; the nearest that does: {shown(fitting)}')
+    return full
+
+
+def shown(sizes: Mapping[str, int]) -> dict[str, int]:
+    """The axes that cut something, in the order of the mesh."""
+    return {name: sizes[name] for name in MESH_AXES if sizes.get(name, 1) > 1} or {'data': 1}
+
+
+def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
+    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does."""
+    devices = list(jax.devices() if devices is None else devices)
+    shape = tuple(mesh_shape(sizes, len(devices)).values())
     return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices, to trace under; -1 counts as 1."""
+    full = tuple(max(sizes.get(name, 1), 1) for name in MESH_AXES)
+    mesh_shape(sizes, math.prod(full))
+    return AbstractMesh(full, MESH_AXES, axis_types=(AxisType.Auto,) * len(full))
+
+
+def fitting(sizes: Mapping[str, int], axis: str, count: int) -> dict[str, int]:
+    """The nearest mesh whose `axis` divides `count`: what it gives up goes to 'data'."""
+    size = math.gcd(sizes[axis], count)
+    return {**sizes, axis: size, 'data': sizes['data'] * (sizes[axis] // size)}
 
 
 def rules(preset: str) -> dict:
@@ -59,53 +106,132 @@ def rules(preset: str) -> dict:
     return PRESETS[preset]
 
 
+def _check_used(sizes: Mapping[str, int], preset: str) -> None:
+    uses = lambda mapping: {axis for target in mapping.values() for axis in _tuple(target)}
+    for name, size in sizes.items():
+        if size > 1 and name not in uses(rules(preset)):
+            able = [other for other, mapping in PRESETS.items() if name in uses(mapping)]
+            without = shown({**sizes, name: 1, 'data': sizes['data'] * size})
+            raise ValueError(
+                f'sharding {preset!r} has no use for mesh axis {name!r} of size {size}: its devices would all do the same; '
+                f'give sharding {" or ".join(map(repr, able))}, or mesh {without}'
+            )
+
+
 @contextlib.contextmanager
-def use(mesh: jax.sharding.Mesh, preset: str):
-    """Within: `constrain` acts, and `jax.set_mesh(mesh)` holds."""
-    token = _rules.set(rules(preset))
+def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'auto'):
+    """Within: `constrain` acts, ops run on each device's part, and `jax.set_mesh(mesh)` holds.
+
+    What `jax.jit` has traced before under an equal mesh keeps its preset and method: trace a fresh function within.
+
+    context: how softmax attention crosses the context axis, see `attnx.ops.parallel`; 'auto' picks for each call.
+
+    Raises:
+      ValueError: the preset or the method is unknown, or the preset leaves an axis of the mesh unused.
+    """
+    if context not in CONTEXT_METHODS:
+        raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+    _check_used(mesh.shape, preset)
+    tokens = _rules.set(rules(preset)), _method.set(context)
+    enter = jax.sharding.use_abstract_mesh if isinstance(mesh, AbstractMesh) else jax.set_mesh
     try:
-        with jax.set_mesh(mesh):
+        with enter(mesh):
             yield mesh
     finally:
-        _rules.reset(token)
+        _rules.reset(tokens[0])
+        _method.reset(tokens[1])
 
 
-def partition(names: tuple[str | None, ...], mapping: dict) -> P:
+def active() -> tuple[Mapping[str, int], dict, str] | None:
+    """(mesh sizes, rules, context method) where several devices share the work; None elsewhere, inside shard_map too."""
+    mapping, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
+    if mapping is None or mesh.empty or mesh.size == 1 or any(t == AxisType.Manual for t in mesh.axis_types):
+        return None
+    return mesh.shape, mapping, _method.get()
+
+
+def _tuple(target) -> tuple[str, ...]:
+    return (target,) if isinstance(target, str) else tuple(target or ())
+
+
+def axes_of(mapping: Mapping, name: str) -> tuple[str, ...]:
+    """The mesh axes to which `mapping` sends a logical name."""
+    return _tuple(mapping.get(name))
+
+
+def partition(names: tuple[str | None, ...], mapping: Mapping) -> P:
     """Logical names -> PartitionSpec; a mesh axis is used once, by the first name that maps to it."""
     used, entries = set(), []
     for name in names:
-        target = mapping.get(name) if name else None
-        target = (target,) if isinstance(target, str) else tuple(target or ())
-        target = tuple(t for t in target if t not in used)
+        target = tuple(t for t in _tuple(mapping.get(name) if name else None) if t not in used)
         used.update(target)
         entries.append(target if len(target) > 1 else target[0] if target else None)
     return P(*entries)
 
 
+def parts(sizes: Mapping[str, int], entry) -> int:
+    """Into how many parts an entry of a PartitionSpec cuts its dimension."""
+    return math.prod(sizes[axis] for axis in _tuple(entry))
+
+
 def constrain(x: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
-    """Constrains an activation by logical names; the identity without a mesh and inside shard_map."""
-    mapping, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
-    if mapping is None or mesh.empty or any(t == AxisType.Manual for t in mesh.axis_types):
+    """Constrains an activation by logical names; the identity without a mesh and inside shard_map.
+
+    A dimension that its mesh axes do not divide stays whole: one token that is decoded, an odd number of prompts.
+    """
+    found = active()
+    if found is None:
         return x
+    sizes, mapping, _ = found
     axes_lib.check(names, x.shape)
-    return jax.lax.with_sharding_constraint(x, partition(names, mapping))
+    spec = P(*(e if n % parts(sizes, e) == 0 else None for n, e in zip(x.shape, partition(names, mapping))))
+    if (recorded := _recorded.get()) is not None:
+        recorded.append((names, x.shape, spec))
+    return jax.lax.with_sharding_constraint(x, spec)
 
 
-def param_shardings(mesh: jax.sharding.Mesh, preset: str, axes: dict[str, tuple], shapes: dict[str, tuple]) -> dict:
+def param_shardings(
+    mesh: jax.sharding.Mesh | AbstractMesh, preset: str, axes: dict[str, tuple], shapes: dict[str, tuple]
+) -> dict:
     """Flat dict name -> NamedSharding.
 
     Raises:
-      ValueError: a dimension is not divisible by its mesh axes; names the parameter, the dimension and the sizes.
+      ValueError: a dimension is not divisible by its mesh axes; names the parameter, the dimension, the sizes, and the
+        nearest mesh that works.
     """
     mapping, found = rules(preset), {}
     for name, names in axes.items():
         spec = partition(names, mapping)
         for dim, entry in enumerate(spec):
-            parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
-            if shapes[name][dim] % parts:
+            size = shapes[name][dim]
+            if size % parts(mesh.shape, entry):
+                smaller, rest = dict(mesh.shape), size
+                for axis in _tuple(entry):
+                    smaller = fitting(smaller, axis, rest)
+                    rest //= smaller[axis]
                 raise ValueError(
-                    f'parameter {name}: dimension {dim} ({names[dim]}) of size {shapes[name][dim]} is not divisible '
-                    f'by the {parts} parts that preset {preset!r} cuts it into on mesh {dict(mesh.shape)}'
+                    f'parameter {name}: dimension {dim} ({names[dim]}) of size {size} is not divisible by the '
+                    f'{parts(mesh.shape, entry)} parts that preset {preset!r} cuts it into on mesh {shown(mesh.shape)}; '
+                    f'the nearest mesh that works: {shown(smaller)}'
                 )
         found[name] = NamedSharding(mesh, spec)
     return found
+
+
+def row_share(mesh: jax.sharding.Mesh, preset: str) -> tuple[int, int]:
+    """(index, count): this process's devices hold block `index` of `count` equal blocks of the batch's rows.
+
+    Raises:
+      ValueError: they hold rows that are no such block; cut the batch over whole processes.
+    """
+    spec = partition(('batch',), rules(preset))
+    total = parts(mesh.shape, spec[0])
+    where = NamedSharding(mesh, spec).devices_indices_map((total,))
+    mine = sorted({(s[0].start or 0) for d, s in where.items() if d.process_index == jax.process_index()})
+    size = len(mine)
+    if total % size or mine[0] % size or mine != list(range(mine[0], mine[0] + size)):
+        raise ValueError(
+            f'process {jax.process_index()} would hold parts {mine} of the {total} into which mesh {shown(mesh.shape)} cuts '
+            'the batch; they must be a block of neighbours: give mesh sizes of which a process has whole rows'
+        )
+    return mine[0] // size, total // size

@@ -19,8 +19,9 @@ def get_config():
     c.seed = 0
     c.steps = 400
     c.eval_every = 100
-    c.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'tensor': 1, 'context': 1})  # -1: the remaining devices
+    c.mesh = ConfigDict({'data': -1, 'fsdp': 1, 'expert': 1, 'context': 1, 'tensor': 1})  # -1: the remaining devices
     c.sharding = 'ddp'
+    c.context = 'auto'
     c.distributed = False
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
@@ -72,6 +73,12 @@ def get_config():
             'accumulate': 1,
             'non_finite': 'stop',
             'max_non_finite': 10,
+            'distill': 0.0,  # needs a teacher: attnx.train.loop.run(config, teacher=model)
+            'distill_temperature': 1.0,
+            'hard': 1.0,
+            'mask_heads': 0,
+            'mask_heads_by': 'random',
+            'mask_heads_rescale': False,
         }
     )
     c.checkpoint = ConfigDict(
@@ -104,11 +111,14 @@ def model():
             },
         }
     )
+    c.mlp_overrides = cd.placeholder(object)  # single layers: "{1: {'kind': 'moe', 'experts': 16}}"
     c.mlp = ConfigDict({'kind': 'swiglu', 'hidden': 0, 'bias': False})
+    c.conv_taps = 0
+    c.mlp.update({'expert': 'swiglu', 'experts': 8, 'top_k': 2, 'capacity': 0.0, 'router_z': 1e-3, 'balance': 1e-2})  # of moe
     c.norm = 'rmsnorm'
     c.norm_position = 'pre'
     c.positions = 'none'
-    c.tie_embeddings = True
+    c.tie_embeddings = cd.placeholder(bool)  # None: where the model is one of language
     c.logit_softcap = 0.0
     c.dropout = 0.0
     c.remat = 'none'
@@ -116,5 +126,6 @@ def model():
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's
     c.cross = 'cross_attention'  # of an encoder_decoder, like the next
-    c.encoder = ConfigDict({'num_layers': 6, 'pattern': ('gqa',), 'overrides': cd.placeholder(object)})
+    c.encoder = ConfigDict({'num_layers': 6, 'pattern': ('gqa',)})
+    c.encoder.update({'overrides': cd.placeholder(object), 'mlp_overrides': cd.placeholder(object)})
     return c

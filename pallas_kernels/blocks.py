@@ -64,6 +64,31 @@ def classify(mask, B: int, N: int, T: int, S: int, bq: int, bk: int):
     return xp.where(some, xp.where(full & ~ragged, FULL, PARTIAL), EMPTY).astype(np.int8)
 
 
+def possible(mask, B: int, N: int, T: int, S: int, bq: int, bk: int) -> np.ndarray:
+    """Classes [ceil(T / bq), ceil(S / bk)] that hold for every row, head and value of the operands: known while tracing."""
+    nq, nk = -(-T // bq), -(-S // bk)
+    if mask is None:
+        return union(classify(None, B, N, T, S, bq, bk))
+    operands, call = elementwise.flatten(mask)
+    scalars = [jax.ShapeDtypeStruct((), jnp.result_type(o.array)) for o in operands]
+    index = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    closed = jax.make_jaxpr(lambda i, v: call(elementwise.Index(*i, T, S), v))(index, scalars)
+    if any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        return np.full((nq, nk), PARTIAL, np.int8)
+    evaluator = _Evaluator(np)
+
+    def span(n, block, shape):
+        lo = np.arange(0, n, block, dtype=np.int32).reshape(shape)
+        return _Interval(lo, np.minimum(lo + np.int32(block), np.int32(n)) - np.int32(1))
+
+    inputs = [span(B, B, ()), span(N, N, ()), span(T, bq, (-1, 1)), span(S, bk, (1, -1))]
+    inputs += [evaluator.unknown(x.dtype) for x in scalars]
+    with np.errstate(all='ignore'):
+        (seen,) = evaluator.run(closed.jaxpr, closed.consts, inputs)
+    full, some = (np.broadcast_to(x, (nq, nk)) for x in seen)
+    return np.where(some, np.where(full, FULL, PARTIAL), EMPTY).astype(np.int8)
+
+
 def union(classes):
     """One class for all batches and heads: [.., nq, nk] -> [nq, nk]; empty or full only where all of them are."""
     xp = _module(classes)

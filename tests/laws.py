@@ -39,23 +39,25 @@ class Case:
         self.ones = np.ones((BATCH, LENGTH), np.int32)
 
     def build(self, dims):
-        return self.spec.build(self.spec.example, dims, rngs=nnx.Rngs(0))
+        return self.spec.build_example(dims, rngs=nnx.Rngs(0))
 
     def with_dtype(self, dtype):
         """The same parameters, computing in another dtype."""
         abstract = jax.eval_shape(lambda: self.build(dataclasses.replace(self.dims, dtype=dtype)))
         return jax.tree.unflatten(jax.tree.structure(abstract), jax.tree.leaves(self.module))
 
-    def context(self, ids, positions=None):
+    def context(self, x, ids, positions=None):
         memory = {}
         if 'memory' in self.spec.needs:
             copies = 1 if ids is None else ids.shape[0] // BATCH
             rows = jnp.tile(self.memory, (copies, 1, 1))
             memory = {'memory': rows, 'memory_mask': jnp.ones(rows.shape[:2], bool)}
-        return Context(segment_ids=ids, positions=positions, layer=1, **memory)
+        inputs = {name: side_input(kind, name, x) for name, kind in self.spec.inputs.items()}
+        shared = {'embedding': jnp.asarray(x)[..., ::-1]}
+        return Context(segment_ids=ids, positions=positions, layer=1, inputs=inputs, shared=shared, **memory)
 
     def plain(self, module, x, ids):
-        return module(x, self.context(ids, positions_of(ids)))
+        return module(x, self.context(x, ids, positions_of(ids)))
 
     @functools.cached_property
     def forward(self):
@@ -73,13 +75,31 @@ class Case:
         """(module, x, segment ids, positions, state) -> (y, state); compiled once per length."""
 
         def run(module, x, ids, positions, state):
-            out = module(x, self.context(ids, positions), state)
+            out = module(x, self.context(x, ids, positions), state)
             return out.y, out.state
 
         return jax.jit(run)
 
     def initial(self):
         return self.module.init_state(BATCH, LENGTH, jnp.float32)
+
+
+def side_input(kind: str, name: str, x):
+    """A side input of the declared dtype and shape ('float32 B T 2'), a fixed function of x, so that it moves with x.
+
+    Integers lie in [0, 4); of two T's, entry [i, j] is a distance of tokens i and j.
+    """
+    dtype, *letters = kind.removesuffix('?').split()
+    x = jax.lax.stop_gradient(jnp.asarray(x, jnp.bfloat16).astype(jnp.float32))  # the same, whatever the dtype of x
+    width = int(np.prod([int(n) for n in letters if n.isdigit()], initial=1))
+    mix = np.random.default_rng(sum(map(ord, name))).standard_normal((x.shape[-1], width)).astype(np.float32)
+    value = x @ (mix / x.shape[-1] ** 0.5)  # [B, T, width]
+    if letters.count('T') == 2:
+        value = jnp.abs(value[:, :, None] - value[:, None])
+    value = value.reshape(*value.shape[:-1], *(int(n) for n in letters if n.isdigit()))
+    if jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
+        return value.astype(dtype)
+    return (value > 0) if dtype == 'bool' else jnp.clip(jnp.floor(value + 2), 0, 3).astype(dtype)
 
 
 def positions_of(ids):

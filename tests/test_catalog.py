@@ -1,5 +1,6 @@
 """The catalogue finds files by name, filters them, and keeps what is generated fresh."""
 
+import ast
 import os
 import pathlib
 import subprocess
@@ -26,6 +27,40 @@ def test_names_and_filters():
     assert all(catalog.entry(n).state == 'kv' for n in attnx.list(has='kv'))
     assert [e.name for e in catalog.select(paper='2312.06635')] == ['gla']
     assert 'gla' in [e.name for e in catalog.select(search='decays per key channel')]
+    assert not set(attnx.list()) & set(attnx.ops.__all__), 'explain() takes the name of an op or of a mechanism'
+
+
+@pytest.mark.parametrize(
+    'given, mechanism, option',
+    [
+        ({'paper': '2411.07176'}, 'cog', 'normalizers.signed'),
+        ({'paper': 'replacing softmax'}, 'relu_attention', 'normalizers.relu'),
+        ({'search': 'negative weights'}, 'cog', None),
+        ({'paper': '2510.11602'}, 'static_queries', 'feature_maps.taylor'),
+        ({'paper': '2010.04245'}, None, 'softmax.Options.qk_norm'),
+        ({'paper': 'off by one'}, None, 'softmax.Options.off_by_one'),
+        ({'search': 'window sinks'}, None, 'masks.global_window'),
+        ({'paper': '2408.00118'}, None, 'scores.softcap'),
+    ],
+)
+def test_papers_and_words_find_mechanisms_and_options(given, mechanism, option):
+    assert mechanism is None or mechanism in [e.name for e in catalog.select(**given)]
+    found = {o.name: o for o in catalog.find_options(**given)}
+    assert option is None or option in found
+
+
+def test_what_the_catalogue_shows_can_be_used():
+    """Snippets of mechanisms build; those of masks and scores are names that the options take."""
+    from attnx import config as config_lib
+    from attnx.nn import softmax
+
+    for e in catalog.scan().values():
+        given = ast.literal_eval(e.snippet)
+        assert given.pop('kind') == e.name
+        config_lib.build(attnx.get(e.name).config, given)
+    uses = {o.name: o.use for o in catalog.options()}
+    assert uses['masks.window'] == "masks = (('window', size),)" and uses['scores.alibi'] == "scores = (('alibi',),)"
+    assert {f'masks.{m}' for m in softmax.MASKS} | {f'scores.{s}' for s in softmax.SCORES} <= set(uses)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +87,8 @@ def test_command_prints_without_importing_jax():
     assert 'gated_deltanet' in out.stdout
     assert out.stderr.strip() == 'False'
     assert run('-m', 'attnx.catalog', '--family', 'nothing').returncode == 2
+    out = run('-m', 'attnx.catalog', '--paper', '2309.17453')  # options alone
+    assert out.returncode == 0 and 'masks.global_window' in out.stdout and 'softmax.Options.sinks' in out.stdout
 
 
 THROW_AWAY = '''"""A leaky mean of past tokens, for a test.
@@ -109,7 +146,7 @@ def test_one_file_gets_every_law(tmp_path):
     laws = ('-m', 'pytest', 'tests/test_contract.py', '-k', 'leaky_mean', '-p', 'no:cacheprovider')
     out = run(*laws, ATTNX_PATH=str(tmp_path))
     assert out.returncode == 0, out.stdout[-3000:]
-    assert '19 passed, 1 skipped' in out.stdout  # the golden file is of this repository's own mechanisms
+    assert '24 passed, 1 skipped' in out.stdout  # the golden file is of this repository's own mechanisms
     file.write_text(THROW_AWAY.replace('segment_ids=ids,', 'segment_ids=None,'))
     out = run(*laws, ATTNX_PATH=str(tmp_path))
     assert out.returncode == 1

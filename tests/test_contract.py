@@ -14,7 +14,7 @@ from attnx import axes, catalog, sharding
 from attnx import config as config_lib
 from attnx.nn import flat_axes, stack, to_flat
 from attnx.spec import LAWS, Dims
-from tests import tolerances
+from tests import effective, tolerances
 from tests.laws import BATCH, LENGTH, WIDTH, case, close, flat, positions_of
 
 NAMES = list(catalog.scan())
@@ -176,44 +176,89 @@ def test_axes(c):
     assert flat_axes(c.module).keys() == shapes.keys(), 'a parameter without axes: make it with nn.param'
     for name, names in flat_axes(c.module).items():
         axes.check(names, shapes[name])
-    build = lambda rngs: c.spec.build(c.spec.example, c.dims, rngs=rngs)
+    build = lambda key: c.spec.build_example(c.dims, rngs=nnx.Rngs(key))
     stacked = jax.eval_shape(lambda: stack(build, jax.random.split(jax.random.key(0), 3)))
     for name, names in flat_axes(stacked).items():
         assert names == ('layers', *flat_axes(c.module)[name])
         assert to_flat(stacked)[name].shape == (3, *shapes[name])
 
 
-def test_sharding(c):
-    mesh = sharding.make_mesh({'data': 2, 'fsdp': 2, 'tensor': 2})
+def spread(c, preset, mesh):
+    """Loss-weighted outputs and gradients of packed rows on eight devices, against one device."""
+    mesh = sharding.make_mesh(mesh)
     shapes = {k: v.shape for k, v in to_flat(c.module).items()}
-    where = sharding.param_shardings(mesh, 'fsdp_tp', flat_axes(c.module), shapes)
+    where = sharding.param_shardings(mesh, preset, flat_axes(c.module), shapes)
     leaves = [jax.device_put(v, where[k]) for k, v in to_flat(c.module).items()]
     module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
-    x, ids = np.tile(c.x, (2, 1, 1)), np.tile(c.ones, (2, 1))
-    run = lambda module, x: c.plain(module, sharding.constrain(x, ('batch', 'length', 'embed')), ids).y
-    with sharding.use(mesh, 'fsdp_tp'):
-        y = jax.jit(run)(module, x)
+    copies = max(mesh.shape['data'] * mesh.shape['fsdp'] // BATCH, 1)
+    x = np.tile(c.x, (copies, 1, 1))
+    ids = np.tile(c.ones, (copies, 1))
+    ids[:, 7:], ids[:, -3:] = 2, 0  # the second document lies on several devices, the third is padding
+    cotangent = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
+
+    def run(module, x, ids):
+        x = sharding.constrain(x, ('batch', 'length', 'embed'))
+        y, pull = jax.vjp(lambda module, x: c.plain(module, x, ids).y, module, x)
+        return y, *pull(jnp.asarray(cotangent, y.dtype))
+
+    with sharding.use(mesh, preset):
+        y, grads, dx = jax.jit(run)(module, x, ids)
     assert len(y.sharding.device_set) == 8
-    close(y, np.tile(np.asarray(c.forward(c.module, c.x, c.ones)), (2, 1, 1)), tolerances.FLOAT32)
+    expected = np.asarray(c.forward(c.module, x[:BATCH], ids[:BATCH]))
+    close(y, np.tile(expected, (copies, 1, 1)), tolerances.FLOAT32)
+    total, parts = None, []
+    for row in range(0, len(x), BATCH):
+        rows = slice(row, row + BATCH)
+        one, dx_one = c.gradient(c.module, x[rows], ids[rows], cotangent[rows])
+        parts.append(np.asarray(dx_one))
+        total = flat(one) if total is None else {k: total[k] + v for k, v in flat(one).items()}
+    close(dx, np.concatenate(parts), tolerances.FLOAT32_GRAD)
+    for name, g in flat(grads).items():
+        close(g, total[name], tolerances.FLOAT32_GRAD)
+
+
+def test_sharding(c):
+    spread(c, 'fsdp_tp', {'data': 2, 'fsdp': 2, 'tensor': 2})
+
+
+def test_context(c):
+    spread(c, 'fsdp_context', {'data': 2, 'context': 4})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('preset', 'mesh'), [('ddp', {}), ('fsdp', {'fsdp': 8})], ids=['ddp', 'fsdp'])
+def test_sharding_alone(c, preset, mesh):
+    spread(c, preset, mesh)
+
+
+@pytest.mark.slow
+def test_context_alone(c):
+    spread(c, 'context', {'context': 8})
 
 
 def test_bfloat16(c):
-    low = jax.jit(lambda m, x: c.plain(m, x, c.ones).y)(c.with_dtype(jnp.bfloat16), jnp.asarray(c.x, jnp.bfloat16))
-    close(np.asarray(low, np.float32), c.forward(c.module, c.x, c.ones), tolerances.BFLOAT16)
+    x = jnp.asarray(c.x, jnp.bfloat16)  # rounded in both, as whole numbers among side inputs are made from it
+    low = jax.jit(lambda m, x: c.plain(m, x, c.ones).y)(c.with_dtype(jnp.bfloat16), x)
+    close(np.asarray(low, np.float32), c.forward(c.module, np.asarray(x, np.float32), c.ones), tolerances.BFLOAT16)
 
 
 def test_config(c):
-    config = c.spec.example
-    assert config_lib.build(type(config), config_lib.to_dict(config)) == config
-    assert config_lib.build(type(config), {}) == type(config)(), 'every field has a default'
-    hash(config)
-    with pytest.raises(ValueError, match='unknown key') as error:
-        config_lib.build(type(config), {'num_heds': 2})
-    assert all(f.name in str(error.value) for f in dataclasses.fields(config))
-    for cls in type(config).__mro__:
-        if dataclasses.is_dataclass(cls):
-            for field in cls.__annotations__:
-                assert re.search(rf'^    {field}\b.*#', inspect.getsource(cls), re.M), f'{field} has no comment'
+    for config in c.spec.examples:
+        assert config_lib.build(type(config), config_lib.to_dict(config)) == config
+        assert config_lib.build(type(config), {}) == type(config)(), 'every field has a default'
+        hash(config)
+        with pytest.raises(ValueError, match='unknown key') as error:
+            config_lib.build(type(config), {'num_heds': 2})
+        assert all(f.name in str(error.value) for f in dataclasses.fields(config))
+        for cls in type(config).__mro__:
+            if dataclasses.is_dataclass(cls):
+                for field in cls.__annotations__:
+                    assert re.search(rf'^    {field}\b.*#', inspect.getsource(cls), re.M), f'{field} has no comment'
+
+
+def test_effective(c):
+    fields = effective.ignored(c.name)
+    assert not fields, f'accepted and without effect: {fields}; refuse them, or say in Spec.variants when they matter'
 
 
 def test_golden(c):

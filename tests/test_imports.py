@@ -74,6 +74,31 @@ def test_mechanisms_import_no_other(path):
         assert not module.startswith(banned), f'{name_of(path)} imports {module}'
 
 
+def test_unknown_names_are_refused_before_jax_is_imported():
+    code = """
+import sys
+from attnx import config
+for given in (
+    {'model': {'pattern': ('glaa',)}},
+    {'model': {'pattern': ('gla',), 'overrides': {1: 'gqqa'}}},
+    {'model': {'kind': 'encoder_decoder', 'encoder': {'pattern': ('gkla',)}}},
+    {'model': {'mixers': {'a': {'kind': 'gqaa', 'window': 3}}}},
+    {'data': {'task': {'kind': 'textt'}}},
+    {'data': {'task': {'kind': 'text', 'path': '/nowhere/*.txt'}}},
+    {'data': {'task': {'kind': 'text', 'lenght': 3}}},
+):
+    try:
+        config.check_names(given)
+        print(given)
+    except ValueError:
+        pass
+config.check_names({'model': {'pattern': ('a', 'gla'), 'mixers': {'a': {'kind': 'gqa'}}}, 'data': {'task': {'kind': 'text'}}})
+print('jax' in sys.modules or 'flax' in sys.modules)
+"""
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert out.stdout.strip() == 'False'
+
+
 def test_import_is_cheap():
     code = 'import sys, attnx; attnx.__version__; print(any(m in sys.modules for m in ("jax", "flax", "numpy")))'
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, cwd=ROOT, check=True)

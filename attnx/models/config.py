@@ -3,7 +3,9 @@
 import dataclasses
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from attnx import catalog
 from attnx import config as config_lib
@@ -18,11 +20,12 @@ REMAT = ('none', 'full', 'dots')
 
 
 class Layer(NamedTuple):
-    """What mixes tokens in one layer: a name, its spec and its config."""
+    """What mixes tokens in one layer: a name, its spec and its config; and its MLP, where it is not the model's."""
 
     name: str
     spec: Spec
     config: Any
+    mlp: mlp_lib.Config | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class StackConfig:
     num_layers: int = 6
     pattern: tuple = ('gqa',)  # names of `mixers` or of mechanisms, repeated to num_layers
     overrides: Any = None  # single layers that differ: {17: 'a'}
+    mlp_overrides: Any = None  # single layers whose MLP differs from model.mlp: {1: {'kind': 'moe', 'experts': 16}}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,10 +52,11 @@ class ModelConfig(StackConfig):
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
     mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
+    conv_taps: int = 0  # a depthwise causal convolution of this many tokens before every mixer; 0: none (decoders only)
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
-    tie_embeddings: bool = True  # logits through the token embedding
+    tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
     remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
@@ -70,8 +75,29 @@ class ModelConfig(StackConfig):
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
         if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length) < 0:
             raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
+        if self.conv_taps < 0 or (self.conv_taps and self.kind != 'decoder'):
+            raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
+
+        if self.vocab_size and self.input_dim and self.num_classes:
+            raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
+        if self.tie_embeddings and not self.tied:
+            raise ValueError('tie_embeddings: a classifier or a model of continuous inputs has no embedding to read logits by')
+        used = {*self.pattern, *config_lib.as_dict(self.overrides, 'overrides').values()}
+        if self.kind == 'encoder_decoder':
+            used |= {self.cross, *self.encoder.pattern, *config_lib.as_dict(self.encoder.overrides, 'overrides').values()}
+        for name, given in self.mixers.items():
+            given = config_lib.as_dict(given, f'mixers.{name}')
+            if name not in used and (fields := [k for k, v in given.items() if k != 'kind' and v is not None]):
+                raise ValueError(
+                    f'mixers.{name} sets {", ".join(fields)}, but no layer is a {name!r}; layers are {", ".join(sorted(used))}'
+                )
+
+    @property
+    def tied(self) -> bool:
+        """Whether logits go through the token embedding."""
+        return self.tie_embeddings is not False and not self.num_classes and not self.input_dim
 
     def dims(self, *, causal: bool, num_layers: int) -> Dims:
         return Dims(
@@ -89,40 +115,79 @@ class ModelConfig(StackConfig):
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
 
-    def check_packing(self) -> None:
-        """Raises ValueError if a layer can't keep the documents of a packed row apart."""
+    def check(self, length: int) -> None:
+        """Builds each of the mixers abstractly: raises the ValueError of what none of them can be.
+
+        length: tokens of a row of the data.
+        """
+        both, dims = self.kind == 'encoder_decoder', dataclasses.replace(self, max_length=self.max_length or length).dims
+        groups = [(self.layers(), self.kind != 'encoder')]
+        groups += [(self.encoder_layers(), False), ((self.mixer(self.cross),), True)] if both else []
+        for layers, causal in groups:
+            of_layers = dims(causal=causal, num_layers=len(layers))
+            for layer in {layer.name: layer for layer in layers}.values():
+                try:
+                    jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                except ValueError as error:
+                    raise ValueError(f'config.model: mixer {layer.name!r}: {error}') from None
+
+    def check_packing(self, documents: int = 1) -> None:
+        """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         for index, layer in enumerate((*self.layers(), *encoder)):
+            most = layer.spec.documents(layer.config)
+            if most is not None and most < documents:
+                raise ValueError(
+                    f'layer {index} ({layer.name}) keeps {most} documents of a packed row apart, the data pack up to '
+                    f"{documents}; give it as many, or one document a row: data.task.packing = 'off'"
+                )
             if 'packing' in layer.spec.limits:
                 raise ValueError(
                     f'layer {index} ({layer.name}) can not serve packed documents: {layer.spec.limits["packing"]}; '
                     "give it one document a row: data.task.packing = 'off'"
                 )
 
+    def check_inputs(self, given) -> None:
+        """Raises ValueError if a layer needs a side input that is not among the names `given`."""
+        encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
+        known = {*given, *(() if self.input_dim else ('tokens',))}
+        for index, layer in enumerate((*self.layers(), *encoder)):
+            for name, shape in layer.spec.inputs.items():
+                if name not in known and not shape.endswith('?'):
+                    raise ValueError(
+                        f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
+                        f'have; it has: {", ".join(sorted(known)) or "none"}'
+                    )
+
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
         if not stack.pattern:
             raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
         names = [stack.pattern[i % len(stack.pattern)] for i in range(stack.num_layers)]
-        for layer, name in config_lib.as_dict(stack.overrides, f'{path}.overrides').items():
-            if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
-                raise ValueError(f'{path}.overrides: layer {layer!r} is not an integer in [0, {stack.num_layers})')
+        for layer, name in self._single(stack, path, 'overrides').items():
             names[layer] = name
-        return tuple(self.mixer(name) for name in names)
+        layers = [self.mixer(name) for name in names]
+        for layer, given in self._single(stack, path, 'mlp_overrides').items():
+            where = f'{path}.mlp_overrides[{layer}]'
+            given = config_lib.as_dict(given, where)
+            same = given.get('kind', self.mlp.kind) == self.mlp.kind  # another kind begins with its own defaults
+            given = (config_lib.to_dict(self.mlp) if same else {}) | given
+            layers[layer] = layers[layer]._replace(mlp=config_lib.build(mlp_lib.Config, given, where))
+        layers = tuple(layers)
+        _check_shared(layers, len(stack.pattern), path)
+        return layers
+
+    def _single(self, stack: StackConfig, path: str, name: str) -> dict:
+        """The entries of `overrides` or `mlp_overrides`, which name single layers."""
+        found = config_lib.as_dict(getattr(stack, name), f'{path}.{name}')
+        for layer in found:
+            if not isinstance(layer, int) or not 0 <= layer < stack.num_layers:
+                raise ValueError(f'{path}.{name}: layer {layer!r} is not an integer in [0, {stack.num_layers})')
+        return found
 
     def mixer(self, name: str) -> Layer:
         """The mixer called `name`: an entry of `mixers`, or a mechanism with its default config."""
-        if name in self.mixers:
-            given = config_lib.as_dict(self.mixers[name], f'config.model.mixers.{name}')
-            if 'kind' not in given:
-                raise ValueError(f"config.model.mixers.{name} has no 'kind'; valid: {', '.join(catalog.scan())}")
-            kind = given.pop('kind')
-        else:
-            kind, given = name, {}
-            if kind not in catalog.scan():
-                raise ValueError(
-                    f'pattern names {name!r}, which is neither in model.mixers nor a mechanism; '
-                    + nearest(name, [*self.mixers, *catalog.scan()])
-                )
+        mixers = {name: config_lib.as_dict(given, f'config.model.mixers.{name}') for name, given in self.mixers.items()}
+        kind, given = catalog.resolve(name, mixers)
         spec = catalog.get(kind)
         return Layer(name, spec, config_lib.build(spec.config, given, f'config.model.mixers.{name}'))
 
@@ -137,3 +202,20 @@ def units(layers: tuple[Layer, ...], period: int) -> list[tuple[tuple[Layer, ...
         else:
             found.append((chunk, 1))
     return found
+
+
+def _check_shared(layers: tuple[Layer, ...], period: int, path: str) -> None:
+    """Raises ValueError if a layer reads what no earlier layer that it sees publishes."""
+    known, index = {'embedding'}, 0
+    for unit, repeats in units(layers, period):
+        inside = set(known)
+        for layer in unit:
+            if missing := [name for name in layer.spec.reads(layer.config) if name not in inside]:
+                raise ValueError(
+                    f'{path}: layer {index} ({layer.name}) reads {missing[0]!r}, which no earlier layer of the same repeat '
+                    f'of the pattern publishes; published before it: {", ".join(sorted(inside))}'
+                )
+            inside |= set(layer.spec.publishes(layer.config))
+            index += 1
+        index += (repeats - 1) * len(unit)
+        known = inside if repeats == 1 else known

@@ -112,13 +112,13 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, an option out of range, a layer that can't decode.
     """
-    prompts = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
-    if not prompts or any(p.size == 0 for p in prompts):
+    rows = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
+    if not rows or any(p.size == 0 for p in rows):
         raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
     if model.kind == 'encoder' or model.classify or model.embedding is None:
         raise ValueError(f'this model of kind {model.kind!r} has no next token: it classifies, or reads no tokens')
     vocab = model.embedding[...].shape[0]
-    low, high = min(p.min() for p in prompts), max(p.max() for p in prompts)
+    low, high = min(p.min() for p in rows), max(p.max() for p in rows)
     if low < 0 or high >= vocab:
         raise ValueError(f'prompt tokens span {low}…{high}; the vocabulary is 0…{vocab - 1}')
     if max_new_tokens < 1:
@@ -136,10 +136,10 @@ def generate(
     ]
     if stateless:
         raise ValueError(f'layers {stateless} of the pattern keep no state and can not decode token by token')
-    length = max(p.size for p in prompts)
-    tokens = np.full((len(prompts), length), pad, np.int32)
+    length = max(p.size for p in rows)
+    tokens = np.full((len(rows), length), pad, np.int32)
     ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(rows):
         tokens[row, length - prompt.size :] = prompt
         ids[row, length - prompt.size :] = 1
         positions[row, length - prompt.size :] = np.arange(prompt.size)
@@ -147,8 +147,8 @@ def generate(
         model, tokens, ids, positions, source, source_mask, key,
         new=max_new_tokens, how=how, stop=tuple(map(int, stop)), pad=pad,
     )  # fmt: skip
-    rows = []
+    found = []
     for row in np.asarray(out):
         ends = np.flatnonzero(np.isin(row, stop)) if len(stop) else np.empty(0, int)
-        rows.append(row[: ends[0] + 1].tolist() if ends.size else row.tolist())
-    return (rows, logits) if return_logits else rows
+        found.append(row[: ends[0] + 1].tolist() if ends.size else row.tolist())
+    return (found, logits) if return_logits else found

@@ -5,6 +5,7 @@ another. Only this file stacks modules.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -35,10 +36,15 @@ class Stack(nnx.Module):
 
     def __init__(self, layers: tuple[Layer, ...], period: int, model: ModelConfig, dims: Dims, *, rngs, cross=None):
         plan = units(layers, period)
-        build = lambda unit: lambda r: Unit(unit, model, dims, rngs=r, cross=cross)
-        self.stacks = nnx.List([stack(build(unit), jax.random.split(rngs.params(), n)) for unit, n in plan])
         self.repeats = tuple(n for _, n in plan)
         self.lengths = tuple(len(unit) for unit, _ in plan)
+        build = lambda unit: lambda keys: Unit(unit, model, dims, keys, cross=cross)
+        # A key a layer, whatever its neighbours are: models that differ in one layer begin with equal others.
+        key = rngs.params()
+        keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(len(layers)))
+        ends = list(itertools.accumulate(n * length for n, length in zip(self.repeats, self.lengths)))
+        parts = [keys[end - n * length : end].reshape(n, length) for end, n, length in zip(ends, self.repeats, self.lengths)]
+        self.stacks = nnx.List([stack(build(unit), part) for (unit, _), part in zip(plan, parts)])
         self.remat = model.remat
 
     def init_state(self, batch: int, capacity: int, dtype: Any):
@@ -49,35 +55,48 @@ class Stack(nnx.Module):
         return tuple(map(one, self.stacks, self.repeats))
 
     def __call__(self, x, ctx: Context, state=None):
-        """x [B, T, M] -> (x, next state, aux summed over layers)."""
+        """x [B, T, M] -> (x, next state, aux summed over layers).
+
+        What a layer publishes is seen by later layers of its unit, and by later stacks if its unit is not repeated.
+        """
         first, states, total = 0, [], {}
+        ctx = dataclasses.replace(ctx, shared={'embedding': x, **ctx.shared})
         for number, (repeats, length) in enumerate(zip(self.repeats, self.lengths)):
 
-            def body(x, scanned, length=length, first=first):
+            def body(x, scanned, length=length, first=first, ctx=ctx, single=repeats == 1):
                 unit, index, old = scanned
-                x, new, aux = unit(x, dataclasses.replace(ctx, layer=first + index * length), old)
-                return x, (new, aux)
+                x, new, aux, shared = unit(x, dataclasses.replace(ctx, layer=first + index * length), old)
+                return x, (new, aux, dict(shared) if single else {})
 
             if self.remat != 'none':
                 policy = _POLICIES[self.remat]
                 policy = policy and getattr(jax.checkpoint_policies, policy)
                 body = jax.checkpoint(body, prevent_cse=False, policy=policy)
             scanned = self.stacks[number], jnp.arange(repeats), None if state is None else state[number]
-            x, (new, aux) = jax.lax.scan(body, x, scanned)
+            x, (new, aux, shared) = jax.lax.scan(body, x, scanned)
             states.append(new)
+            ctx = dataclasses.replace(ctx, shared={**ctx.shared, **jax.tree.map(lambda v: v[0], shared)})
             total = {k: total.get(k, 0.0) + jnp.sum(aux[k], axis=0) if k in aux else total[k] for k in {**total, **aux}}
             first += repeats * length
         return x, (None if state is None else tuple(states)), total
 
-    def trace(self, x, ctx: Context):
-        """Yields (layer index, x after it), one layer after another, without scan: for finding where a NaN is born."""
-        index = 0
+    def walk(self, x, ctx: Context):
+        """Yields (layer index, its block, x before it, x after it, its context), without scan: for a look inside."""
+        index, shared = 0, {'embedding': x, **ctx.shared}
         for stacked, repeats in zip(self.stacks, self.repeats):
             for repeat in range(repeats):
-                for layer in jax.tree.map(lambda v, r=repeat: v[r], stacked).layers:
-                    x, _, _ = layer(x, dataclasses.replace(ctx, layer=index))
-                    yield index, x
-                    index += 1
+                inside = shared
+                for block in jax.tree.map(lambda v, r=repeat: v[r], stacked).layers:
+                    here = dataclasses.replace(ctx, layer=index, shared=inside)
+                    y, _, _, more = block(x, here)
+                    yield index, block, x, y, here
+                    x, inside, index = y, {**inside, **more}, index + 1
+            shared = inside if repeats == 1 else shared
+
+    def trace(self, x, ctx: Context):
+        """Yields (layer index, x after it), one layer after another: for finding where a NaN is born."""
+        for index, _, _, y, _ in self.walk(x, ctx):
+            yield index, y
 
 
 class Transformer(nnx.Module):
@@ -102,8 +121,7 @@ class Transformer(nnx.Module):
         self.encoder_norm = NORMS[config.norm](dims.width, dims, rngs=rngs) if both else None
         outputs = config.num_classes or config.vocab_size or features
         axes = ('embed', 'features' if config.num_classes else 'vocab')
-        tied = config.tie_embeddings and not config.num_classes and not features
-        self.head = None if tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
+        self.head = None if config.tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
         self.kind, self.classify, self.impl = config.kind, config.num_classes > 0, config.impl
         self.positions, self.softcap, self.rate = config.positions, config.logit_softcap, config.dropout
         self.dtype = DTYPES[config.dtype]
@@ -119,9 +137,10 @@ class Transformer(nnx.Module):
         else:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(f'tokens must be integers [B, T], were given {inputs.dtype}{list(inputs.shape)}')
-            x = self.embedding[...].astype(self.dtype)[inputs]
+            # Looked up in whole rows: a table cut along M would give the tokens' vectors cut the same way.
+            x = constrain(self.embedding[...].astype(self.dtype), ('vocab', None))[inputs]
         if self.table is not None:
-            x = x + self.table[...].astype(x.dtype)[positions]
+            x = x + constrain(self.table[...].astype(x.dtype), ('features', None))[positions]
         elif self.positions == 'sinusoidal':
             x = x + ops.positions.sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         x = dropout(x, self.rate, None if key is None else jax.random.fold_in(key, 2**20))
@@ -130,17 +149,19 @@ class Transformer(nnx.Module):
     def encode(self, inputs, *, mask=None, key=None):
         """The memory [B, S, M] that the decoder reads; mask bool [B, S], True where real."""
         ids = None if mask is None else mask.astype(jnp.int32)
-        ctx = Context(segment_ids=ids, key=key, impl=self.impl)
+        ctx = self.context(inputs, None, ids, None, None, key)
         x, _, aux = self.encoder(self.embed(inputs, positions_of(ctx, inputs.shape[1]), key), ctx)
         return self.encoder_norm(x), aux
 
-    def context(self, tokens, positions, segment_ids, memory, memory_mask, key) -> Context:
+    def context(self, tokens, positions, segment_ids, memory, memory_mask, key, step=None, inputs=None) -> Context:
         return Context(
             positions=positions,
             segment_ids=segment_ids,
             memory=memory,
             memory_mask=memory_mask,
             key=key,
+            step=step,
+            inputs={**({} if self.embedding is None else {'tokens': tokens}), **(inputs or {})},
             impl=self.impl,
         )
 
@@ -154,6 +175,8 @@ class Transformer(nnx.Module):
         source_mask=None,
         memory=None,
         key=None,
+        step=None,
+        inputs=None,
         state=None,
     ) -> ModelOutput:
         """tokens [B, T] (or [B, T, input_dim]) -> logits.
@@ -164,6 +187,8 @@ class Transformer(nnx.Module):
           segment_ids: int32 [B, T], documents of a packed row, 0 = padding.
           source: the encoder's input of an encoder-decoder [B, S]; `memory` is its encoded form, if at hand.
           key: PRNG key of dropout; None: deterministic.
+          step: int32 [], number of the training step, for mechanisms that alternate what they train.
+          inputs: name -> array, side inputs of mechanisms that need them (`Spec.inputs`); tokens are always among them.
           state: of `init_state`, or the last output's.
         """
         if self.kind == 'encoder_decoder' and source is None and memory is None and state is None:
@@ -171,7 +196,7 @@ class Transformer(nnx.Module):
         aux = {}
         if source is not None:
             memory, aux = self.encode(source, mask=source_mask, key=key)
-        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key)
+        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
         if state is not None and positions is None and self.positions != 'none':
             raise ValueError(f'positions={self.positions!r} with a state: give positions [B, T]')
         x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
@@ -193,17 +218,19 @@ class Transformer(nnx.Module):
         logits = self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
         return logits if self.classify else constrain(logits, ('batch', 'length', 'vocab'))
 
-    def trace(self, tokens, *, positions=None, segment_ids=None, source=None, source_mask=None, key=None):
+    def trace(
+        self, tokens, *, positions=None, segment_ids=None, source=None, source_mask=None, key=None, step=None, inputs=None
+    ):
         """Yields (name, activation) from input to output, layer by layer."""
         memory = None
         if source is not None:
             ids = None if source_mask is None else source_mask.astype(jnp.int32)
-            ctx = Context(segment_ids=ids, key=key, impl=self.impl)
+            ctx = self.context(source, None, ids, None, None, key)
             x = self.embed(source, positions_of(ctx, source.shape[1]), key)
             for index, memory in self.encoder.trace(x, ctx):
                 yield f'encoder/layer_{index}', memory
             memory = self.encoder_norm(memory)
-        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key)
+        ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
         x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
         yield 'embedding', x
         for index, y in self.body.trace(x, ctx):

@@ -78,8 +78,11 @@ NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}
 class ShortConv(nnx.Module):
     """Depthwise causal convolution over time; windows do not cross documents. State: the last `taps` - 1 inputs."""
 
-    def __init__(self, width: int, taps: int, dims: Dims, *, rngs: nnx.Rngs, axis: str = 'heads'):
-        self.kernel = param(normal(rngs, (taps, width), taps**-0.5, dims.param_dtype), ('conv', axis))
+    def __init__(self, width: int, taps: int, dims: Dims, *, rngs: nnx.Rngs, axis: str = 'heads', identity: bool = False):
+        """identity: begins as y = x."""
+        first = jnp.zeros((taps, width), dims.param_dtype).at[-1].set(1) if identity else None
+        drawn = normal(rngs, (taps, width), taps**-0.5, dims.param_dtype) if first is None else first
+        self.kernel = param(drawn, ('conv', axis))
 
     def init_state(self, batch: int, dtype: Any) -> jax.Array:
         taps, width = self.kernel[...].shape

@@ -50,6 +50,6 @@ def flat_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
 
 
 def stack(build, keys: jax.Array) -> nnx.Module:
-    """Builds one module per key, stacked on a leading 'layers' dimension with its axis name kept."""
-    make = nnx.transform_metadata(lambda k: build(nnx.Rngs(k)), in_axes=0, out_axes=0, partition='layers')
+    """build(key) of every key, stacked on a leading 'layers' dimension with its axis name kept. keys: [layers, …]."""
+    make = nnx.transform_metadata(build, in_axes=0, out_axes=0, partition='layers')
     return jax.vmap(make)(keys)

@@ -1,4 +1,4 @@
-"""What recurrent mechanisms share beside their state: convolved projections, decay parameters, document positions."""
+"""What recurrent mechanisms share beside their state: convolved projections, decays, positions, the delta-rule layer."""
 
 import math
 from collections.abc import Callable
@@ -7,9 +7,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnx.nn.layers import Linear, ShortConv
+from attnx import ops
+from attnx.nn.layers import Linear, RMSNorm, ShortConv, l2_normalize, merge_heads, split_heads
 from attnx.nn.params import param
-from attnx.spec import Context, Dims
+from attnx.nn.state import Recurrent
+from attnx.spec import Context, Dims, Mixer, Output
 
 
 class ConvLinear(nnx.Module):
@@ -77,3 +79,58 @@ def document_positions(ctx: Context, ids: jax.Array | None, length: int, start: 
     begins = jnp.where(ids[:, 1:] != ids[:, :-1], steps[:, 1:], 0)
     begins = jnp.pad(jax.lax.cummax(begins, axis=1), ((0, 0), (1, 0)))
     return steps - begins + jnp.where(begins == 0, first, 0)
+
+
+class DeltaMixer(Mixer):
+    """q, k and v by short convolutions, q and k of unit length, the delta rule, a norm per head, a gate if asked for.
+
+    config: num_heads, key_expansion, value_expansion, conv_taps, negative_eigenvalues, gate. `log_decay` is for a mechanism
+    to define: None here.
+    """
+
+    def __init__(self, config, dims: Dims, *, rngs):
+        self.config, self.dtype = config, dims.dtype
+        n = config.num_heads
+        keys, values = round(dims.width * config.key_expansion), round(dims.width * config.value_expansion)
+        if n < 1 or keys % n or values % n:
+            raise ValueError(f'key width {keys} and value width {values} must divide into num_heads {n}')
+        self.shape = (n, keys // n, values // n)
+        into, taps = ('embed', 'heads'), config.conv_taps
+        self.query = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
+        self.key = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
+        self.value = ConvLinear(dims.width, values, into, dims, taps=taps, rngs=rngs)
+        self.beta = Linear(dims.width, n, into, dims, rngs=rngs)
+        self.gate = Linear(dims.width, values, into, dims, rngs=rngs) if config.gate else None
+        self.norm = RMSNorm(values // n, dims, rngs=rngs, axis='head_dim')
+        self.out = Linear(values, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
+
+    def init_state(self, batch, capacity, dtype=None):
+        windows = {k: getattr(self, k).init_state(batch, dtype or self.dtype) for k in ('query', 'key', 'value')}
+        return Recurrent.init({'matrix': jnp.zeros((batch, *self.shape), jnp.float32), **windows})
+
+    def log_decay(self, x: jax.Array) -> jax.Array | None:
+        """x [B, T, M] -> what `ops.delta_rule` takes as log_decay."""
+        return None
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        n, head_dim, _ = self.shape
+        memory, ids = ({}, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
+        new = {}
+        query, new['query'] = self.query(x, memory.get('query'), ids, ctx.impl)
+        key, new['key'] = self.key(x, memory.get('key'), ids, ctx.impl)
+        value, new['value'] = self.value(x, memory.get('value'), ids, ctx.impl)
+        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+        out, new['matrix'] = ops.delta_rule(
+            l2_normalize(split_heads(query, n)),
+            l2_normalize(split_heads(key, n)),
+            split_heads(value, n),
+            2 * beta if self.config.negative_eigenvalues else beta,
+            self.log_decay(x),
+            initial_state=memory.get('matrix'),
+            segment_ids=ids,
+            scale=head_dim**-0.5,
+            impl=ctx.impl,
+        )
+        y = merge_heads(self.norm(out))
+        y = y if self.gate is None else y * jax.nn.silu(self.gate(x))
+        return Output(self.out(y), None if state is None else state.advance(new, ids))

@@ -45,8 +45,10 @@ class Rope:
                 f'rope: base {self.base} must exceed 1, fraction {self.fraction} be in (0, 1], '
                 f'grid {self.grid} not negative'
             )
-        if self.factor < 1 or (self.factor != 1 and self.scaling == 'none'):
-            raise ValueError(f'rope: factor {self.factor} must be at least 1 and needs a scaling')
+        if self.factor < 1 or (self.factor == 1) != (self.scaling == 'none'):
+            raise ValueError(f'rope: a scaling needs a factor > 1, and a factor a scaling; given {self.scaling}, {self.factor}')
+        if self.original_length != 2048 and self.scaling != 'yarn':
+            raise ValueError(f'rope: original_length {self.original_length} belongs to yarn; scaling is {self.scaling!r}')
         if self.grid and self.scaling != 'none':
             raise ValueError(f'rope: scaling {self.scaling!r} is of positions on a line, not on a grid of {self.grid}')
 
@@ -59,14 +61,17 @@ class Options:
     rope: Rope = Rope()  # used where position is rope
     masks: tuple = ()  # further masks, all must allow: (('window', 1024), ('strided', 64))
     scores: tuple = ()  # score terms, applied in order: (('alibi',), ('softcap', 30.0))
-    qk_norm: bool = False  # RMSNorm of queries and keys per head, learned scale
-    sinks: bool = False  # a learned logit per head in the denominator
+    qk_norm: bool = False  # RMSNorm of queries and keys per head, learned scale (QK-norm: 2010.04245, 2302.05442)
+    sinks: bool = False  # a learned logit per head in the denominator (attention sinks: 2309.17453)
+    off_by_one: bool = False  # a logit of 0 in the denominator: 1 + sum exp (E. Miller, Attention is off by one, 2023)
     dropout: float = 0.0  # of attention weights
     scale: float = 0.0  # multiplies logits; 0: head_dim ** -0.5
 
     def __post_init__(self):
         if self.position not in POSITIONS:
             raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
+        if self.position != 'rope' and self.rope != Rope():
+            raise ValueError(f'rope is set, but position is {self.position!r}: {self.rope}')
         makers = {name: getattr(ops.masks, name) for name in MASKS}
         terms = {name: getattr(ops.scores, name) for name in SCORES} | {'alibi': _alibi, 't5': _t5}
         for what, entries, valid in (('masks', self.masks, makers), ('scores', self.scores, terms)):
@@ -80,6 +85,8 @@ class Options:
                     raise ValueError(f'{what}: {entry!r} has other parameters than it takes: {error}') from None
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
+        if self.sinks and self.off_by_one:
+            raise ValueError('sinks and off_by_one are one learned and one fixed logit in the denominator: choose one')
 
 
 def _alibi():
@@ -93,11 +100,33 @@ def _t5(num_buckets: int = 32, max_distance: int = 128):
 
 def heads_of(num_heads: int, head_dim: int, width: int) -> int:
     """The head width: `head_dim`, or width / num_heads where it is 0."""
+    if head_dim < 0 or num_heads < 1:
+        raise ValueError(f'head_dim {head_dim} must not be negative, and num_heads {num_heads} be at least 1')
     if head_dim:
         return head_dim
-    if num_heads < 1 or width % num_heads:
+    if width % num_heads:
         raise ValueError(f'width {width} does not divide into {num_heads} heads; set head_dim, or heads that divide it')
     return width // num_heads
+
+
+def check_groups(num_heads: int, num_kv_heads: int) -> None:
+    """Raises ValueError unless num_kv_heads divides num_heads; 0 stands for as many."""
+    if num_heads < 1 or num_kv_heads < 0 or num_heads % (num_kv_heads or num_heads):
+        raise ValueError(f'num_kv_heads {num_kv_heads} does not divide num_heads {num_heads}')
+
+
+def check_choice(field: str, given: str, valid: tuple[str, ...]) -> None:
+    """Raises ValueError unless `given` is one of `valid`."""
+    if given not in valid:
+        raise ValueError(f'unknown {field} {given!r}; {nearest(given, valid)}')
+
+
+def refuse(config: 'Options', why: str, *fields: str) -> None:
+    """Raises ValueError where one of `fields` of a Config is not its default."""
+    default = type(config).__dataclass_fields__
+    for field in fields:
+        if (given := getattr(config, field)) != default[field].default:
+            raise ValueError(f'{field}={given!r}: {why}')
 
 
 class Core(nnx.Module):
@@ -186,23 +215,31 @@ class Core(nnx.Module):
         query, keys, state = self.extend(query, key, (value,), ctx, state)
         return self.attend(query, *keys.arrays, ctx, self.mask(keys), self.score(keys), **extra), state
 
-    def attend(self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, **extra):
-        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout."""
-        rate, drop = self.options.dropout, None
-        if rate and ctx.key is not None:
-            drop = Dropout(rate, jax.random.bits(ctx.key, (), jnp.uint32))
-        return ops.softmax_attention(
-            query,
-            key.astype(query.dtype),
-            value.astype(query.dtype),
-            mask=mask,
-            score=score,
-            scale=self.options.scale or scale,
-            sinks=None if self.sink is None else self.sink[...].astype(jnp.float32),
-            dropout=drop,
-            impl=ctx.impl,
-            **extra,
-        )
+    def sinks(self) -> jax.Array | None:
+        """Logits in the denominator, float32 [N]."""
+        if self.options.off_by_one:
+            return jnp.zeros((self.num_heads,), jnp.float32)
+        return None if self.sink is None else self.sink[...].astype(jnp.float32)
+
+    def dropout(self, ctx: Context) -> Dropout | None:
+        """The options' dropout of weights, in a call with a key."""
+        if not self.options.dropout or ctx.key is None:
+            return None
+        return Dropout(self.options.dropout, jax.random.bits(ctx.key, (), jnp.uint32))
+
+    def attend(
+        self, query, key, value, ctx: Context, mask, score, *, scale: float | None = None, weights=None, **extra
+    ):
+        """The op under the options' scale (else `scale`, else head_dim ** -0.5), sinks and dropout; `extra` overrides.
+
+        weights: of `ops.normalizers`, in place of the softmax; a mechanism that gives some refuses sinks and off_by_one.
+        """
+        key, value = (x.astype(query.dtype) for x in (key, value))
+        options = {'mask': mask, 'score': score, 'scale': self.options.scale or scale, 'dropout': self.dropout(ctx)}
+        options |= {'impl': ctx.impl}
+        if weights is not None:
+            return ops.weighted_attention(query, key, value, weights=weights, **options | extra)
+        return ops.softmax_attention(query, key, value, **{**options, 'sinks': self.sinks(), **extra})
 
 
 def flops(num_heads: int, head_dim: int, dims: Dims, length: int, value_dim: int = 0) -> float:

@@ -5,7 +5,7 @@ a recurrence that goes on in another document starts from zero. Ragged prompts a
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from attnx.spec import Context
 
 
+@dataclass_transform(frozen_default=True, kw_only_default=True)
 def _dataclass(cls):
     return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True, kw_only=True)(cls))
 
@@ -47,6 +48,13 @@ def starts(ids: jax.Array) -> jax.Array:
     """The index of the first token of each token's document: int32 [B, T] -> [B, T]."""
     first = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
     return jax.lax.cummax(jnp.where(first, jnp.arange(ids.shape[1]), 0), axis=1)
+
+
+def running_sum(x: jax.Array, ids: jax.Array, start: jax.Array | int = 0) -> jax.Array:
+    """Sums of x [B, T, C] from the begin of each token's document on; those of the first document begin at `start` [B, C]."""
+    fresh = jnp.diff(ids, axis=1, prepend=ids[:, :1]) != 0
+    join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], a[1] + b[1]))
+    return jax.lax.associative_scan(join, (fresh[:, :, None], x.at[:, 0].add(start)), axis=1)[1]
 
 
 @_dataclass
@@ -97,8 +105,10 @@ class Cache:
 
     @classmethod
     def init(cls, batch: int, capacity: int, shapes: tuple[tuple[int, ...], ...], dtype, ring: bool = False) -> 'Cache':
+        """dtype: of all arrays, or a tuple with one for each."""
+        dtypes = dtype if isinstance(dtype, tuple) else (dtype,) * len(shapes)
         return cls(
-            arrays=tuple(jnp.zeros((batch, capacity, *shape), dtype) for shape in shapes),
+            arrays=tuple(jnp.zeros((batch, capacity, *s), d) for s, d in zip(shapes, dtypes)),
             segment_ids=jnp.zeros((batch, capacity), jnp.int32),
             index=jnp.zeros((), jnp.int32),
             ring=ring,

@@ -30,17 +30,17 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int], *, floating: bool = True):
     """Raises ValueError unless `array` has one dimension per letter, equal to `sizes`, which learns the new letters."""
-    shape, letters = jnp.shape(array), tuple(letters.split())
-    layout = f'[{", ".join(letters)}]'
-    if len(shape) != len(letters):
-        raise ValueError(f'{op}: {name} has shape {shape}, expected {len(letters)} dimensions {layout}')
-    wanted = tuple(sizes.get(letter, size) for letter, size in zip(letters, shape))
+    shape, names = jnp.shape(array), letters.split()
+    layout = f'[{", ".join(names)}]'
+    if len(shape) != len(names):
+        raise ValueError(f'{op}: {name} has shape {shape}, expected {len(names)} dimensions {layout}')
+    wanted = tuple(sizes.get(letter, size) for letter, size in zip(names, shape))
     if shape != wanted:
         raise ValueError(f'{op}: {name} has shape {shape}, expected {layout} = {wanted}')
     kind, dtype = ('floating', jnp.floating) if floating else ('integer', jnp.integer)
     if not jnp.issubdtype(jnp.result_type(array), dtype):
         raise ValueError(f'{op}: {name} has dtype {jnp.result_type(array)}, expected a {kind} one')
-    sizes.update(zip(letters, shape))
+    sizes.update(zip(names, shape))
 
 
 def require_range(op: str, name: str, array, low: float, high: float, hint: str):
@@ -85,6 +85,25 @@ def resets(segment_ids):
     """[B, T] bool: tokens that begin a segment. The first token never does: it continues the initial state."""
     first = jnp.zeros_like(segment_ids[:, :1], bool)
     return jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], axis=1)
+
+
+def running(combine, x, segment_ids=None):
+    """x_1, combine(x_1, x_2), … along axis 1, from the start of each segment: [B, T, …], ids int [B, T]."""
+    if segment_ids is None:
+        return jax.lax.associative_scan(combine, x, axis=1)
+    new = resets(segment_ids).reshape(*segment_ids.shape, *[1] * (x.ndim - 2))
+    join = lambda a, b: (a[0] | b[0], jnp.where(b[0], b[1], combine(a[1], b[1])))
+    return jax.lax.associative_scan(join, (jnp.broadcast_to(new, x.shape), x), axis=1)[1]
+
+
+def at_the_end(x, segment_ids=None):
+    """Each token's x at the last token of its segment: [B, T, …]."""
+    length = x.shape[1]
+    if segment_ids is None:
+        return jnp.broadcast_to(x[:, -1:], x.shape)
+    ends = jnp.diff(segment_ids, axis=1, append=segment_ids[:, -1:]) != 0
+    last = jax.lax.cummin(jnp.where(ends, jnp.arange(length), length - 1), axis=1, reverse=True)
+    return jnp.take_along_axis(x, last.reshape(*last.shape, *[1] * (x.ndim - 2)), axis=1)
 
 
 def split(x, chunk: int, num_heads: int):
@@ -189,7 +208,7 @@ def unit_lower_inverse(a):
 @unit_lower_inverse.defjvp
 def _(primals, tangents):
     inverse = unit_lower_inverse(*primals)
-    return inverse, -matmul(inverse, matmul(*tangents, inverse))
+    return inverse, -matmul(inverse, matmul(tangents[0], inverse))
 
 
 @jax.custom_jvp

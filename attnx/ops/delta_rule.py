@@ -3,8 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
-from attnx import dispatch
-from attnx.ops import chunks
+from attnx.ops import chunks, parallel
 
 
 def delta_rule(
@@ -59,7 +58,7 @@ def delta_rule(
     chunks.require_range('delta_rule', 'beta', beta, 0, 2 + 1e-3, 'beyond it a unit key makes the state grow')
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    return dispatch.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
+    return parallel.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
 
 
 def reference(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):

@@ -65,7 +65,10 @@ def dpfp(x, nu: int = 1):
 
 
 def taylor(x):
-    """Second-order Taylor features, H -> 1 + H + H²: φ(q)·φ(k) = 1 + s + s²/2 for s = q·k / √H. Paper: 2402.18668."""
+    """Second-order Taylor features, H -> 1 + H + H²: φ(q)·φ(k) = 1 + s + s²/2 for s = q·k / √H.
+
+    Paper: 2402.18668; the approximate attention of 2510.11602.
+    """
     width = x.shape[-1]
     x = x / width**0.25
     square = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], width * width)

@@ -2,8 +2,7 @@
 
 import jax.numpy as jnp
 
-from attnx import dispatch
-from attnx.ops import chunks
+from attnx.ops import chunks, parallel
 
 
 def gated_linear(
@@ -53,7 +52,7 @@ def gated_linear(
     chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, chunk)
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    return dispatch.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
+    return parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
 
 
 def normalized_gated_linear(query, key, value, log_decay=None, *, eps=1e-6, **options):

@@ -3,8 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from attnx import dispatch
-from attnx.ops import chunks
+from attnx.ops import chunks, parallel
 
 
 def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
@@ -44,7 +43,7 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
         chunks.require_shape('short_conv', 'segment_ids', segment_ids, 'B T', sizes, floating=False)
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids}
-    return dispatch.run('short_conv', impl, forms, (x, kernel), options)
+    return parallel.run('short_conv', impl, forms, (x, kernel), options)
 
 
 def _first_state(x, kernel, initial_state):

@@ -12,9 +12,9 @@ import json
 import pathlib
 from collections.abc import Mapping
 
-from attnx.tasks.base import Source, Task, expected
+from attnx.tasks.base import FIELDS, Source, Task, expected
 
-__all__ = ['Source', 'Task', 'build', 'config', 'names']
+__all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'names']
 
 _SHARED = {'__init__', 'base', 'documents'}
 _PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint
@@ -39,9 +39,15 @@ def config(kind: str, **fields):
     Raises:
       ValueError: an unknown task or field (the nearest valid one is named), or a value of another type.
     """
-    from attnx.config import build  # which imports jax
+    from attnx.config import build
 
     return build(_module(kind).Config, {k: v for k, v in fields.items() if v is not None}, f'task[{kind!r}]')
+
+
+def check(given: Mapping) -> None:
+    """Raises ValueError for what shows before any data are read: an unknown task or field, files that are not there."""
+    chosen = config(**given)
+    getattr(_module(given['kind']), 'check', lambda config: None)(chosen)
 
 
 def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:

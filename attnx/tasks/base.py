@@ -8,6 +8,11 @@ from typing import Any, Protocol
 import numpy as np
 
 Row = Mapping[str, np.ndarray]
+# Fields of a row that training reads; what else a row holds is a side input of the model (attnx.spec.Spec.inputs).
+FIELDS = (
+    'tokens', 'inputs', 'targets', 'label', 'weights', 'positions', 'segment_ids', 'source', 'source_mask',
+    'teacher_logits',
+)  # fmt: skip
 
 
 class Source(Protocol):
@@ -34,6 +39,7 @@ class Task:
     train: Source                               # rows to learn from
     evaluation: Source                          # rows held out
     packed: bool = False                        # rows hold several documents, so a model needs segment_ids
+    documents: int = 1                          # most documents of a row
     features: int = 0                           # F, width of `inputs`; 0 where inputs are tokens
     num_classes: int = 0                        # labels; 0 for language tasks
     grid: tuple[int, ...] = ()                  # rows and columns that positions run over, for images
@@ -92,7 +98,7 @@ class Generated:
         return self.make(np.random.default_rng((self.seed, self.split, int(index))))
 
 
-def generated(make: Callable[[np.random.Generator], Row], config, seed: int) -> dict[str, Generated]:
+def generated(make: Callable[[np.random.Generator], Row], config, seed: int) -> dict[str, Any]:
     """Both sources of a synthetic task, with config.num_train and config.num_eval rows."""
     for name in ('num_train', 'num_eval'):
         require(getattr(config, name) > 0, f'{name} must be positive, got {getattr(config, name)}')

@@ -70,6 +70,10 @@ class Packed:
     def __len__(self) -> int:
         return len(self.bounds) - 1
 
+    def documents(self) -> int:
+        """The most documents that a row holds."""
+        return int(np.diff(self.bounds).max())
+
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         out, at = blank(self.length), 0
         for segment, piece in enumerate(self.order[self.bounds[index]:self.bounds[index + 1]], 1):

@@ -170,7 +170,6 @@ class BPE:
 
 
 def _tokenizer(config: Config, documents: Documents, run_dir):
-    require(config.tokenizer in ('byte', 'bpe'), expected('tokenizer', config.tokenizer, ('byte', 'bpe')))
     if config.tokenizer == 'byte':
         return Bytes()
     require(config.bpe_vocab_size >= 257, f'text: bpe_vocab_size must be at least 257, got {config.bpe_vocab_size}')
@@ -201,10 +200,25 @@ def _joined(documents: Documents, tokenizer) -> tuple[np.ndarray, np.ndarray]:
     return data, bounds
 
 
+def check(config: Config) -> None:
+    require(config.packing in ('first_fit', 'off'), expected('packing', config.packing, ('first_fit', 'off')))
+    require(config.tokenizer in ('byte', 'bpe'), expected('tokenizer', config.tokenizer, ('byte', 'bpe')))
+    require(0 < config.validation < 1, f'text: validation must lie in (0, 1), got {config.validation}')
+    for name, idle, why in (
+        ('bpe_vocab_size', config.tokenizer == 'byte', 'belongs to the tokenizer bpe'),
+        ('tests', bool(config.path), 'belongs to the standard library; path is given'),
+        ('key', not config.path, 'belongs to JSONL files; path is not given'),
+        ('validation', bool(config.validation_path), 'is the share held out of path; validation_path is given'),
+    ):
+        given = getattr(config, name)
+        require(not idle or given == Config.__dataclass_fields__[name].default, f'text: {name} = {given!r} {why}')
+    for path in filter(None, (config.path, config.validation_path)):
+        _named(path)
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 512
-    require(config.packing in ('first_fit', 'off'), expected('packing', config.packing, ('first_fit', 'off')))
-    require(0 < config.validation < 1, f'text: validation must lie in (0, 1), got {config.validation}')
+    check(config)
     require(config.vocab_multiple >= 1, f'text: vocab_multiple must be positive, got {config.vocab_multiple}')
     root, names = _named(config.path) if config.path else _stdlib(config.tests)
     documents = _read(root, names, config.key)
@@ -234,11 +248,13 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     def decode(ids) -> str:
         return tokenizer.decode(int(i) for i in ids).decode('utf-8', 'replace')
 
+    train, evaluation = source(kept, seed), source(held, 0)
     contents = hashlib.blake2b(digest_size=8)
     for name, raw in kept + held:
         contents.update(f'{name}\0{len(raw)}\0'.encode('utf-8', 'surrogateescape') + raw)
     return Task(kind='text', length=length, vocab_size=vocab_size, packed=config.packing == 'first_fit',
-                train=source(kept, seed), evaluation=source(held, 0), token_bytes=token_bytes,
+                documents=max(train.documents(), evaluation.documents()), train=train, evaluation=evaluation,
+                token_bytes=token_bytes,
                 start=tokenizer.separator, encode=encode, decode=decode,
                 fingerprint={'tokenizer': tokenizer.digest, 'documents': len(kept) + len(held),
                              'bytes': sum(len(raw) for _, raw in kept + held), 'contents': contents.hexdigest()})

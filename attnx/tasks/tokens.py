@@ -33,6 +33,8 @@ class Windows:
     vocab_size: int
     separator: int
     length: int
+    bounds: np.ndarray = dataclasses.field(init=False, compare=False)   # rows before each span, and all
+    maps: dict[str, np.memmap] = dataclasses.field(init=False, compare=False)
 
     def __post_init__(self):
         counts = [max(0, -(-(end - begin - 1) // self.length)) for _, begin, end in self.spans]
@@ -77,10 +79,16 @@ def _files(pattern: str, itemsize: int) -> dict[str, int]:
     return {file: size // itemsize for file, size in sizes.items()}
 
 
+def check(config: Config) -> None:
+    require(config.dtype in ('uint16', 'uint32'), expected('tokens dtype', config.dtype, ('uint16', 'uint32')))
+    for path in filter(None, (config.path, config.validation_path)):
+        _files(path, np.dtype(config.dtype).itemsize)
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 1024
     require(bool(config.path), "tokens: 'path' must name a .bin file or a glob of such files, got ''")
-    require(config.dtype in ('uint16', 'uint32'), expected('tokens dtype', config.dtype, ('uint16', 'uint32')))
+    check(config)
     require(config.vocab_size > 0, f'tokens: vocab_size must be positive, got {config.vocab_size}')
     require(-1 <= config.separator < config.vocab_size,
             f'tokens: separator must be -1 or an id below vocab_size {config.vocab_size}, got {config.separator}')
@@ -106,6 +114,7 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
         for index in np.linspace(0, len(source) - 1, 16, dtype=int):        # a wrong dtype or vocabulary shows at once
             source[index]
     start = config.separator if config.separator >= 0 else None
-    return Task(kind='tokens', length=length, vocab_size=config.vocab_size, packed=config.separator >= 0, start=start,
+    return Task(kind='tokens', length=length, vocab_size=config.vocab_size, packed=config.separator >= 0,
+                documents=length if config.separator >= 0 else 1, start=start,      # nobody counts them beforehand
                 train=train, evaluation=evaluation,
                 fingerprint={'files': {os.path.basename(file): n for file, n in (files | held).items()}})

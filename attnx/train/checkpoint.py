@@ -8,6 +8,8 @@ steps lists those that were sealed, so that one that is gone, or lost its seal, 
 The digests find damage, not forgery: who can write a folder can seal it.
 """
 
+from __future__ import annotations
+
 import concurrent.futures
 import contextlib
 import dataclasses
@@ -21,7 +23,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -241,6 +242,8 @@ class Checkpoints:
         _replace(self.folder / MARK, json.dumps({'format': FORMAT, 'sealed': sorted(self._sealed)}))
 
     def _open(self):
+        import orbax.checkpoint as ocp  # slow: a config that can't be served is refused before
+
         # Nothing is deleted by orbax: a step must lose its seal before its files.
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None,
@@ -274,6 +277,8 @@ class Checkpoints:
         Raises:
           CheckpointError: this one, or the one before, could not be written, e.g. because the disk is full.
         """
+        import orbax.checkpoint as ocp
+
         began = time.monotonic()
         self.wait()
         meta = {'config': self.settings, 'layout': self.layout, 'data': dict(data), 'shapes': shapes(state), 'step': step}
@@ -378,6 +383,8 @@ class Checkpoints:
           CheckpointError: it is corrupt (the last good one is named; it is used with `fallback` only), was made with
             other settings or on another mesh (they are named), or holds other arrays than this model.
         """
+        import orbax.checkpoint as ocp
+
         step, bad = _agreed(self._newest() if self._main else None)
         if bad:
             self._refuse_or_set_aside(dict(bad), step)

@@ -14,7 +14,7 @@ from attnx.train import step as step_lib
 
 # Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
 FREE = (
-    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding',
+    'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
     'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
     'health.*', 'model.remat',
     'model.impl',
@@ -71,7 +71,8 @@ class Config:
     profile: Profile = dataclasses.field(default_factory=Profile)
     health: Health = dataclasses.field(default_factory=Health)
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
-    sharding: str = 'ddp'  # preset of attnx.sharding
+    sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
+    context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
 
     def __post_init__(self):
@@ -108,5 +109,7 @@ def completed(model: models.ModelConfig, task) -> models.ModelConfig:
     for name, value in known.items():
         if getattr(model, name) not in (0, value) and not (name == 'vocab_size' and model.vocab_size > value > 0):
             raise ValueError(f'config.model.{name} is {getattr(model, name)}; the task {task.kind!r} has {value}')
+    if 0 < model.max_length < task.length:
+        raise ValueError(f'config.model.max_length is {model.max_length}; rows of the data are longer: {task.length}')
     known['vocab_size'] = model.vocab_size or task.vocab_size
     return dataclasses.replace(model, **known, max_length=model.max_length or task.length)

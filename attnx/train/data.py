@@ -6,15 +6,19 @@ of processes, and the whole state is the number of batches taken: a run resumes 
 processes.
 """
 
+from __future__ import annotations
+
 import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import grain
 import numpy as np
 
 from attnx import tasks
 from attnx.tasks.base import Task, require
+
+if TYPE_CHECKING:
+    import grain
 
 Batch = dict[str, np.ndarray]
 
@@ -39,7 +43,7 @@ class Train:
         self._fingerprint = fingerprint
         self.step = 0
 
-    def __iter__(self) -> 'Train':
+    def __iter__(self) -> Train:
         return self
 
     def __next__(self) -> Batch:
@@ -101,6 +105,8 @@ def open(config: Config, *, run_dir=None, process_index: int = 0, process_count:
     Raises:
       ValueError: a batch that does not divide, an unknown task or field, no data.
     """
+    import grain  # a second: a config that can't be served is refused before
+
     for name, least in (('batch_size', 1), ('eval_batches', 0), ('threads', 0), ('prefetch', 0)):
         require(getattr(config, name) >= least, f'data.{name} must be at least {least}, got {getattr(config, name)}')
     require(config.batch_size % process_count == 0,

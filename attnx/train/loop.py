@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -25,10 +26,11 @@ from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
-from attnx import models, plan, sharding
+from attnx import models, plan, sharding, tasks
 from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
+from attnx.train import heads as heads_lib
 from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
@@ -50,35 +52,47 @@ class Program(NamedTuple):
 
     axes: Mapping[str, tuple]
     shapes: Mapping[str, jax.ShapeDtypeStruct]
-    init: Any  # () -> parameters
-    forward: Any  # (params, batch, key) -> (logits, aux)
-    trace: Any  # (params, batch, key) -> yields (name, activation)
+    init: Any  # key -> parameters
+    forward: Any  # (params, batch, key, step=None) -> (logits, aux)
+    trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
     model: Any  # params -> the module
+    apply: Any  # (module, batch) -> its output, deterministic
+    checked: Any  # a module of this config, or flat parameters -> flat parameters
 
 
-def program(config: models.ModelConfig, *, packed: bool, seed: int) -> Program:
+def program(config: models.ModelConfig, *, packed: bool) -> Program:
     """The model behind `forward`; builds it abstractly only."""
-    build = lambda: models.build(config, rngs=nnx.Rngs(seed))
-    abstract = jax.eval_shape(build)
+    build = lambda key: models.build(config, rngs=nnx.Rngs(key))
+    abstract = jax.eval_shape(build, jax.random.key(0))
 
-    def call(params, batch, key, method):
-        model = params_lib.from_flat(abstract, params)
+    def call(model, batch, key=None, step=None, method='__call__'):
         given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
         given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
         inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
-        return getattr(model, method)(inputs, key=key, **given)
+        side = {name: batch[name] for name in batch if name not in tasks.FIELDS}
+        return getattr(model, method)(inputs, key=key, step=step, inputs=side, **given)
 
-    def forward(params, batch, key):
-        out = call(params, batch, key, '__call__')
+    def forward(params, batch, key, step=None):
+        out = call(params_lib.from_flat(abstract, params), batch, key, step)
         return out.logits, out.aux
+
+    def checked(given):
+        flat = params_lib.to_flat(given) if isinstance(given, nnx.Module) else dict(given)
+        params_lib.from_flat(abstract, flat)  # refuses other names
+        for name, wanted in params_lib.to_flat(abstract).items():
+            if flat[name].shape != wanted.shape:
+                raise ValueError(f'initial parameter {name} has shape {flat[name].shape}, the model {wanted.shape}')
+        return flat
 
     return Program(
         axes=params_lib.flat_axes(abstract),
         shapes=params_lib.to_flat(abstract),
-        init=lambda: params_lib.to_flat(build()),
+        init=lambda key: params_lib.to_flat(build(key)),
         forward=forward,
-        trace=lambda params, batch, key: call(params, batch, key, 'trace'),
+        trace=lambda params, batch, key, step=None: call(params_lib.from_flat(abstract, params), batch, key, step, 'trace'),
         model=lambda params: params_lib.from_flat(abstract, params),
+        apply=call,
+        checked=checked,
     )
 
 
@@ -126,8 +140,13 @@ def locked(run_dir: pathlib.Path):
         yield
 
 
-def run(config: Config) -> Result:
+def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int | None = None) -> Result:
     """Trains `config`, or resumes it.
+
+    Args:
+      teacher: a model whose logits are learnt from, with weight `config.step.distill`.
+      initial: a model, or its flat parameters, to begin from (of `attnx.interop.convert`, say); the others begin at random.
+      until: a step at which to evaluate, save and return as 'stopped'; a later call goes on as if there had been no pause.
 
     Raises:
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
@@ -135,41 +154,71 @@ def run(config: Config) -> Result:
     """
     optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
     config.model.layers()
+    if (teacher is None) != (not config.step.distill):
+        raise ValueError('a teacher and its weight step.distill go together: run(config, teacher=model), distill > 0')
     if config.distributed:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
-        jax.distributed.initialize(**{k: int(os.environ[v]) for k, v in given.items() if v in os.environ})
+        known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
+        jax.distributed.initialize(**known)
+    config.model.check(config.data.length)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
+    with _writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
+        return _Run(config, run_dir, stack, teacher, initial).run(until)
+
+
+@contextlib.contextmanager
+def _writable(run_dir: pathlib.Path):
+    """A full disk is told as what it is."""
     try:
-        with locked(run_dir), contextlib.ExitStack() as stack:
-            return _Run(config, run_dir, stack).run()
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise ValueError(f'{error.filename or run_dir} could not be written: the disk is full') from error
         raise
 
 
+def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
+    """The newest checkpoint of a run on other data: a longer length, another task of the same vocabulary.
+
+    Raises:
+      ValueError: there is no checkpoint; the data do not fit the model.
+    """
+    run_dir = pathlib.Path(config.run_dir).absolute()
+    with locked(run_dir), contextlib.ExitStack() as stack:
+        run = _Run(config, run_dir, stack)
+        other = data_lib.open(data)
+        run.check_other(other.task)
+        _, state = run.restore()
+        if state is None:
+            raise ValueError(f'{run_dir} has no checkpoint to evaluate')
+        return run.evaluate(state['params'], other)
+
+
 class _Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
-    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack):
+    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack, teacher=None, initial=None):
         self.run_dir = run_dir
-        self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(dict(config.mesh)), config.sharding))
+        self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
         self.rules = sharding.rules(config.sharding)
-        rows = self.mesh.shape['data'] * self.mesh.shape['fsdp']
+        rows = sharding.parts(self.mesh.shape, sharding.partition(('batch',), self.rules)[0])
         if config.data.batch_size % (rows * config.step.accumulate):
             raise ValueError(
                 f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
                 f'spreads rows) times {config.step.accumulate} (step.accumulate)'
             )
-        index, count = self.share(config.data.batch_size)
+        index, count = sharding.row_share(self.mesh, config.sharding)
         self.data = data_lib.open(config.data, run_dir=run_dir, process_index=index, process_count=count)
         task = self.data.task
         self.config = config = dataclasses.replace(config, model=completed(config.model, task))
         if task.packed:
-            config.model.check_packing()
-        self.program = made = program(config.model, packed=task.packed, seed=config.seed)
+            config.model.check_packing(task.documents)
+        config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+        shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
+        plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
+        self.program = made = program(config.model, packed=task.packed)
         transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
@@ -193,8 +242,12 @@ class _Run:
             'step': single,
             'bad': single,
         }
-        self._init = lambda: step_lib.init_state(made.init(), transform)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, config.seed)
+        self.key = jax.random.key(config.seed)
+        self.initial = None if initial is None else made.checked(initial)
+        self._init = lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform)
+        heads = heads_lib.projections(config.model, made.shapes)
+        update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
+        self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
@@ -203,23 +256,6 @@ class _Run:
         self.mfu_per_token = cost / (peak * self.mesh.size) if peak else None
         if jax.process_index() == 0:
             (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
-
-    def share(self, size: int) -> tuple[int, int]:
-        """Which share (i of n) of a batch of `size` rows this process's devices hold; some may hold the same one.
-
-        Raises:
-          ValueError: the mesh scatters them, so there is no such share.
-        """
-        place = NamedSharding(self.mesh, sharding.partition(('batch',), self.rules))
-        held = {s[0].indices(size)[:2] for s in place.addressable_devices_indices_map((size,)).values()}
-        start, stop = min(a for a, _ in held), max(b for _, b in held)
-        count = stop - start
-        if sum(b - a for a, b in held) != count or size % count or start % count:
-            raise ValueError(
-                f'mesh {dict(self.mesh.shape)} gives process {jax.process_index()} the rows {sorted(held)} of a batch of '
-                f'{size}: expected neighbours. Put the axes data and fsdp before those within a process'
-            )
-        return start // count, size // count
 
     def put(self, batch):
         """This process's rows -> global arrays."""
@@ -234,7 +270,7 @@ class _Run:
 
     def restore(self) -> tuple[int, Any]:
         """(step, state) of the newest checkpoint, with the data put where it stood; (0, None) without any."""
-        shapes = jax.eval_shape(self._init)
+        shapes = jax.eval_shape(self._init, self.key, self.initial)
         like = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, self.where)
         found = self.checkpoints.restore(like, lambda saved: self.data.train.set_state(saved['data']))
         if found is None:
@@ -246,12 +282,26 @@ class _Run:
     def init(self):
         # Random numbers are slow to compile and drawn once: compile them without optimizations.
         cheap = {'xla_backend_optimization_level': 0} if jax.default_backend() == 'cpu' else None
-        return jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)()
+        return jax.jit(self._init, out_shardings=self.where, compiler_options=cheap)(self.key, self.initial)
 
-    def evaluate(self, params) -> dict[str, float]:
-        return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in self.data.evaluation()])
+    def evaluate(self, params, data: data_lib.Data | None = None) -> dict[str, float]:
+        batches = (data or self.data).evaluation()
+        return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in batches])
 
-    def run(self) -> Result:
+    def check_other(self, task: tasks.Task) -> None:
+        """Raises ValueError if the model can't be evaluated on `task`."""
+        model, mine = self.config.model, self.data.task
+        for name in ('vocab_size', 'features', 'num_classes'):
+            if getattr(task, name) != getattr(mine, name):
+                raise ValueError(
+                    f'{name} of {task.kind!r} is {getattr(task, name)}, the model was trained for {getattr(mine, name)}'
+                )
+        if task.packed and not mine.packed:
+            raise ValueError(f'{task.kind!r} packs documents, the model was trained on one a row')
+        if model.positions == 'learned' and task.length > model.max_length:
+            raise ValueError(f'length {task.length}: positions were learned up to {model.max_length}')
+
+    def run(self, until: int | None = None) -> Result:
         config = self.config
         self.rewinds = 0
         number, state = self.restore()
@@ -272,12 +322,13 @@ class _Run:
             self.progress.say(f'resumed {self.run_dir} at step {number}')
         stop = Stop(active=not config.distributed)
         try:
-            number, state, evaluation = self.train(number, state, stop)
+            number, state, evaluation = self.train(number, state, stop, until)
         finally:
             stop.restore()
             self.progress.close()
         if number < config.steps:
-            message = f'stopped by {stop.received or "preemption"} at step {number} of {config.steps}, saved.'
+            why = stop.received or ('until' if until and number >= until else 'preemption')
+            message = f'stopped by {why} at step {number} of {config.steps}, saved.'
             return Result(number, 'stopped', evaluation, None, f'{message} Run the same command again to resume.')
         sample = self.sample(state['params'])
         if jax.process_index() == 0:
@@ -286,20 +337,23 @@ class _Run:
             report.plot(self.run_dir)
         return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
 
-    def train(self, number: int, state, stop: Stop):
+    def train(self, number: int, state, stop: Stop, until: int | None = None):
         config, pending, profiling = self.config, None, False
         evaluation = self.evaluated(number)
         if not evaluation and (number == 0 or number >= config.steps):
             evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
         clock, since, stalled = time.monotonic(), number, self.checkpoints.stalled
-        while number < config.steps:
+        end = min(config.steps, until or config.steps)
+        while number < end:
             if config.profile.start and number == config.profile.start:
                 jax.profiler.start_trace(str(self.run_dir / 'profile'))
                 profiling = True
             arrays = self.put(next(self.data.train))
+            if self.teacher is not None:
+                arrays['teacher_logits'] = self.teach(self.teacher, arrays)
             watched = config.health.every and (number + 1) % config.health.every == 0
             before = jax.tree.map(jnp.copy, state['params']) if watched else None
-            state, values = self.update(state, arrays)
+            state, values = self.update(state, arrays, self.key)
             number += 1
             # The numbers of a step are read while the next one runs.
             failed = self.read(pending)
@@ -311,9 +365,9 @@ class _Run:
             self.checkpoints.poll()
             self.progress.advance(number)
             logs = number % config.log.every == 0 or number == config.steps
-            evaluates = number == config.steps or (config.eval_every and number % config.eval_every == 0)
+            evaluates = number == end or (config.eval_every and number % config.eval_every == 0)
             saves = number == config.steps or (config.checkpoint.every and number % config.checkpoint.every == 0)
-            stops = stop.received or (config.distributed and self.checkpoints.preempted(number))
+            stops = stop.received or number == end < config.steps or (config.distributed and self.checkpoints.preempted(number))
             if not failed and (logs or evaluates or saves or stops or watched or number - since == 1):
                 failed, pending = self.read(pending), None
             if failed:
@@ -412,18 +466,20 @@ class _Run:
 
     def diagnose(self, failed: Step, state) -> dict:
         made, config = self.program, self.config
-        key = jax.random.fold_in(jax.random.key(config.seed), state['step'])
+        key = jax.random.fold_in(self.key, state['step'])
         whole = dataclasses.replace(config.step, accumulate=1)
         single = NamedSharding(self.mesh, PartitionSpec())
         jit = lambda function: jax.jit(function, out_shardings=single)
-        given = state['params'], failed.batch, key
+        given = state['params'], failed.batch, key, state['step']
 
-        def activations(params, batch, key):
-            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(made.trace(params, batch, key))]
+        def activations(params, batch, key, step):
+            traced = made.trace(params, batch, key, step)
+            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(traced)]
             return [one for one in found if one is not None]
 
-        def gradients(params, batch, key):
-            return report.censuses(step_lib.gradients(made.forward, params, batch, key, whole)[1])
+        def gradients(params, batch, key, step):
+            forward = functools.partial(made.forward, step=step)
+            return report.censuses(step_lib.gradients(forward, params, batch, key, whole)[1])
 
         return report.diagnose(
             step=failed.number,

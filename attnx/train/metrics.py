@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import math
@@ -122,11 +123,18 @@ class Log:
         if self.config.wandb:
             import wandb
 
-            self._wandb = wandb.init(
-                project=self.config.project, name=self.run_dir.name, id=self.run_dir.name, resume='allow',
-                dir=str(self.run_dir), config=dict(self.settings),
-                settings=wandb.Settings(disable_git=True, save_code=False),
-            )  # fmt: skip
+            # One id a run directory: a resumed run goes on where it was, another 'base' elsewhere is another run.
+            place = hashlib.sha256(str(self.run_dir.absolute()).encode()).hexdigest()[:8]
+            try:
+                self._wandb = wandb.init(
+                    project=self.config.project, name=self.run_dir.name, id=place, resume='allow',
+                    dir=str(self.run_dir), config=dict(self.settings),
+                    settings=wandb.Settings(disable_git=True, save_code=False),
+                )  # fmt: skip
+            except wandb.Error as error:
+                raise ValueError(
+                    f'log.wandb: {error}; `wandb login` first, or WANDB_MODE=offline writes to {self.run_dir}/wandb'
+                ) from None
 
     def write(self, step: int, split: str, values: Mapping[str, Any]) -> None:
         """One line {'step', 'split', …}; `split` is 'train', 'eval' or 'health'. Lists go to JSONL only.

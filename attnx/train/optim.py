@@ -6,6 +6,7 @@ One schedule and one weight decay serve every optimizer: `clip -> direction -> +
 import dataclasses
 import fnmatch
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,12 +63,14 @@ class Config:
                 raise ValueError(f'{field} must be {span}, was given {given}')
         if self.clip_norm == 0:
             raise ValueError('clip_norm 0 would stop all learning; None switches clipping off')
-        if self.adam_learning_rate is not None and self.kind != 'muon':
-            raise ValueError(f'adam_learning_rate belongs to muon; kind is {self.kind!r}')
-        if self.hold and self.schedule != 'wsdc':
-            raise ValueError(f'hold belongs to the schedule wsdc; schedule is {self.schedule!r}')
-        if self.decay is not None and self.schedule not in ('wsd', 'wsdc'):
-            raise ValueError(f'decay belongs to wsd and wsdc; schedule is {self.schedule!r}')
+        for field, of, users in (
+            ('adam_learning_rate', 'kind', ('muon',)), ('momentum', 'kind', ('muon',)), ('consistent_rms', 'kind', ('muon',)),
+            ('eps', 'kind', ('adamw', 'muon')), ('hold', 'schedule', ('wsdc',)), ('decay', 'schedule', ('wsd', 'wsdc')),
+            ('shape', 'schedule', ('wsd', 'wsdc')), ('floor', 'schedule', ('wsd', 'wsdc', 'cosine')),
+        ):  # fmt: skip
+            given, chosen = getattr(self, field), getattr(self, of)
+            if chosen not in users and given != type(self).__dataclass_fields__[field].default:
+                raise ValueError(f'{field} {given!r} belongs to {" and ".join(users)}; {of} is {chosen!r}')
         if self.shape == 'exponential' and self.schedule in ('wsd', 'wsdc') and self.floor == 0:
             raise ValueError('shape exponential never reaches the floor 0; give floor > 0, e.g. 0.1')
 
@@ -178,7 +181,8 @@ def build(
     if config.adam_learning_rate is not None and config.adam_learning_rate != config.learning_rate:
         ratio = config.adam_learning_rate / config.learning_rate
         ratios = {name: 1.0 if is_matrix(name, names) else ratio for name, names in axes.items()}
-        steps.append(optax.stateless(lambda updates, _: {name: u * ratios[name] for name, u in updates.items()}))
+        scaled: Callable[..., Any] = lambda updates, _: {name: u * ratios[name] for name, u in updates.items()}
+        steps.append(optax.stateless(scaled))
     return optax.chain(*steps, optax.scale_by_learning_rate(rate)), rate
 
 

@@ -1,10 +1,11 @@
 """The training step and the evaluation step: pure functions over a flat dict of parameters.
 
-`forward(params, batch, key) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with `weights`
-and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
+`forward(params, batch, key, step=None) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with
+`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from attnx.dispatch import nearest
+from attnx.train import heads as heads_lib
 
 POLICIES = ('stop', 'skip', 'rewind')
 
@@ -27,6 +29,12 @@ class Config:
     accumulate: int = 1  # micro-batches per update, by a scan; must divide the batch
     non_finite: str = 'stop'  # an update with a NaN or Inf: stop; skip it; rewind to the last checkpoint, past its batch
     max_non_finite: int = 10  # skips or rewinds over the whole run; one more stops it
+    distill: float = 0.0  # weight of temperature² KL(teacher || student); batches then hold `teacher_logits`
+    distill_temperature: float = 1.0  # divides both logits in it
+    hard: float = 1.0  # weight of the loss on targets beside it
+    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask)
+    mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
+    mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -37,6 +45,14 @@ class Config:
             raise ValueError(f'unknown non_finite {self.non_finite!r}; {nearest(self.non_finite, POLICIES)}')
         if self.z_loss < 0 or self.max_non_finite < 0:
             raise ValueError(f'z_loss {self.z_loss} and max_non_finite {self.max_non_finite} must be >= 0')
+        if min(self.distill, self.hard, self.mask_heads) < 0 or self.distill_temperature <= 0:
+            raise ValueError('distill, hard and mask_heads must be >= 0, distill_temperature > 0')
+        if (self.hard != 1 or self.distill_temperature != 1) and not self.distill:
+            raise ValueError('hard and distill_temperature belong to distillation: set distill, its weight')
+        if self.mask_heads_by not in ('random', 'importance'):
+            raise ValueError(f'mask_heads_by: {nearest(self.mask_heads_by, ("random", "importance"))}')
+        if not self.mask_heads and (self.mask_heads_by != 'random' or self.mask_heads_rescale):
+            raise ValueError('mask_heads_by and mask_heads_rescale say how heads are masked: set mask_heads, how many')
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float = 0.0) -> tuple[jax.Array, ...]:
@@ -55,6 +71,12 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
     if label_smoothing:
         smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits, axis=-1))
     return nll, smoothed, lse
+
+
+def divergence(teacher: jax.Array, student: jax.Array, temperature: float = 1.0) -> jax.Array:
+    """temperature² KL(softmax(teacher / temperature) || softmax(student / temperature)), float32 [...] of logits [..., V]."""
+    p, q = (jax.nn.log_softmax(x.astype(jnp.float32) / temperature) for x in (teacher, student))
+    return temperature**2 * jnp.sum(jnp.exp(p) * (p - q), axis=-1)
 
 
 def _targets(batch):
@@ -91,7 +113,14 @@ def objective(forward: Callable, params, batch, key, config: Config):
     extra, logged = aux_losses(aux, config.aux_weights)
     if config.z_loss:
         smoothed = smoothed + config.z_loss * jnp.square(lse)
-    return jnp.sum(weights * smoothed), extra, {'loss': jnp.sum(weights * nll)}, logged
+    sums = {'loss': jnp.sum(weights * nll)}
+    if config.distill:
+        if 'teacher_logits' not in batch:
+            raise ValueError('step.distill: the batch has no teacher_logits; give the run a teacher')
+        far = divergence(jax.lax.stop_gradient(batch['teacher_logits']), logits, config.distill_temperature)
+        smoothed = config.hard * smoothed + config.distill * far
+        sums['divergence'] = jnp.sum(weights * far)
+    return jnp.sum(weights * smoothed), extra, sums, logged
 
 
 def init_state(params: Mapping[str, jax.Array], transform: optax.GradientTransformation) -> dict:
@@ -136,25 +165,53 @@ def gradients(forward: Callable, params, batch, key, config: Config):
         (total, (sums, logged), grads), _ = jax.lax.scan(body, zero, (jnp.arange(n), micro))
         logged = {name: value / n for name, value in logged.items()}
     grads = jax.tree.map(lambda g: g.astype(jnp.float32) / count, grads)
-    return total / count, grads, {'loss': sums['loss'] / count, 'weight': count, **logged}
+    return total / count, grads, {**{name: value / count for name, value in sums.items()}, 'weight': count, **logged}
 
 
-def train_step(forward: Callable, transform: optax.GradientTransformation, rate: Callable, config: Config, seed: int):
-    """Builds `step(state, batch) -> (state, metrics)`; jit it with the state donated.
+def without_heads(forward: Callable, params, batch, key, config: Config, heads: Mapping[str, int]):
+    """As `gradients`, of the model without `config.mask_heads` of its heads; `heads` as `heads.projections` gives."""
+    if config.mask_heads_by == 'importance':
+        scores = heads_lib.importance(params, gradients(forward, params, batch, key, config)[1], heads)
+    else:
+        scores = heads_lib.noise(params, heads, jax.random.fold_in(key, 2**21))
+    total = sum(v.size for v in scores.values())
+    if not config.mask_heads < total:
+        raise ValueError(f'step.mask_heads {config.mask_heads} must be below {total}, the heads that can be masked')
+    keep = heads_lib.drop_largest(scores, config.mask_heads)
+    if config.mask_heads_rescale:
+        keep = {name: v * total / (total - config.mask_heads) for name, v in keep.items()}
+    loss, grads, metrics = gradients(forward, heads_lib.masked(params, keep), batch, key, config)
+    return loss, heads_lib.masked(grads, keep), metrics
+
+
+def train_step(
+    forward: Callable,
+    transform: optax.GradientTransformation,
+    rate: Callable,
+    config: Config,
+    heads: Mapping[str, int] | None = None,
+):
+    """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
+    every step: as an argument, one compiled program serves all seeds.
 
     An update whose loss or gradient norm is NaN or Inf changes nothing. Unless it is to be skipped the state stays frozen
     at the failing step, so that the failure can be replayed exactly; metrics['frozen'] says so.
 
     Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
+    heads: output projections and their numbers of heads (`heads.projections`), for `config.mask_heads`.
     """
 
     tolerated = config.max_non_finite if config.non_finite == 'skip' else 0
 
-    def step(state, batch):
+    def step(state, batch, key):
         params, opt, number = state['params'], state['opt'], state['step']
-        key = jax.random.fold_in(jax.random.key(seed), number)
-        total, grads, metrics = gradients(forward, params, batch, key, config)
+        key = jax.random.fold_in(key, number)
+        call = functools.partial(forward, step=number)
+        if config.mask_heads:
+            total, grads, metrics = without_heads(call, params, batch, key, config, heads or {})
+        else:
+            total, grads, metrics = gradients(call, params, batch, key, config)
         norm = optax.global_norm(grads)
         finite = jnp.isfinite(total) & jnp.isfinite(norm)
         bad = state['bad'] + ~finite

@@ -15,10 +15,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnx import ops
-from attnx.nn import Linear, Recurrent, RMSNorm, l2_normalize, merge_heads, split_heads
-from attnx.nn.recurrence import ConvLinear, dt_bias, log_rate
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.nn import Linear
+from attnx.nn.recurrence import DeltaMixer, dt_bias, log_rate
+from attnx.spec import Dims, Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,53 +30,17 @@ class Config:
     gate: bool = True  # multiply the normed output by silu(W_g x)
 
 
-class GatedDeltaNet(Mixer):
+class GatedDeltaNet(DeltaMixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype = config, dims.dtype
+        super().__init__(config, dims, rngs=rngs)
         n = config.num_heads
-        keys, values = round(dims.width * config.key_expansion), round(dims.width * config.value_expansion)
-        if n < 1 or keys % n or values % n:
-            raise ValueError(f'key width {keys} and value width {values} must divide into num_heads {n}')
-        self.shape = (n, keys // n, values // n)
-        into, taps = ('embed', 'heads'), config.conv_taps
-        self.query = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
-        self.key = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
-        self.value = ConvLinear(dims.width, values, into, dims, taps=taps, rngs=rngs)
-        self.beta = Linear(dims.width, n, into, dims, rngs=rngs)
-        self.decay = Linear(dims.width, n, into, dims, rngs=rngs)
+        self.decay = Linear(dims.width, n, ('embed', 'heads'), dims, rngs=rngs)
         self.log_rate = log_rate(rngs, n, 0, 16, dims)
         self.dt_bias = dt_bias(rngs, n, dims)
-        self.gate = Linear(dims.width, values, into, dims, rngs=rngs) if config.gate else None
-        self.norm = RMSNorm(values // n, dims, rngs=rngs, axis='head_dim')
-        self.out = Linear(values, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
 
-    def init_state(self, batch, capacity, dtype=None):
-        windows = {k: getattr(self, k).init_state(batch, dtype or self.dtype) for k in ('query', 'key', 'value')}
-        return Recurrent.init({'matrix': jnp.zeros((batch, *self.shape), jnp.float32), **windows})
-
-    def __call__(self, x, ctx: Context, state=None) -> Output:
-        n, head_dim, _ = self.shape
-        memory, ids = ({}, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
-        new = {}
-        query, new['query'] = self.query(x, memory.get('query'), ids, ctx.impl)
-        key, new['key'] = self.key(x, memory.get('key'), ids, ctx.impl)
-        value, new['value'] = self.value(x, memory.get('value'), ids, ctx.impl)
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+    def log_decay(self, x):
         step = jax.nn.softplus(self.decay(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
-        out, new['matrix'] = ops.delta_rule(
-            l2_normalize(split_heads(query, n)),
-            l2_normalize(split_heads(key, n)),
-            split_heads(value, n),
-            2 * beta if self.config.negative_eigenvalues else beta,
-            -jnp.exp(self.log_rate[...].astype(jnp.float32)) * step,
-            initial_state=memory.get('matrix'),
-            segment_ids=ids,
-            scale=head_dim**-0.5,
-            impl=ctx.impl,
-        )
-        y = merge_heads(self.norm(out))
-        y = y if self.gate is None else y * jax.nn.silu(self.gate(x))
-        return Output(self.out(y), None if state is None else state.advance(new, ids))
+        return -jnp.exp(self.log_rate[...].astype(jnp.float32)) * step
 
 
 SPEC = Spec(

@@ -151,5 +151,6 @@ SPEC = Spec(
         'state': 'agents are pooled from the whole sequence',
     },
     example=Config(num_heads=4, num_agents=4, coarse=3, fine=5, documents=2),
+    documents=lambda config: config.documents,
     flops=lambda config, dims, length: 8 * dims.width * config.num_agents * config.documents,
 )

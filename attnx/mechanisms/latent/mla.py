@@ -4,7 +4,9 @@ Equation: [c_t ; r_t] = W_dkv x_t, c_t <- RMSNorm(c_t), r_t <- RoPE(r_t);  k_th 
     q_th = [n_th ; RoPE(r'_th)] = W_q x_t, or W_uq RMSNorm(W_dq x_t);
     o_th = sum_s w_ths v_sh, w_th = softmax_s((Hn + Hr)^-1/2 q_th . k_sh).
     Absorbed: q_th . k_sh = [W_uk,h^T n_th ; r'_th] . [c_s ; r_s], o_th = W_uv,h sum_s w_ths c_s: one key/value head.
-Paper: DeepSeek-V2, 2024, arXiv 2405.04434; DeepSeek-V3 technical report, 2024, arXiv 2412.19437.
+Paper: DeepSeek-V2, 2024, arXiv 2405.04434; DeepSeek-V3 technical report, 2024, arXiv 2412.19437;
+    with no latent of queries and a squared-ReLU MLP (`mlp.kind` = 'relu2'): PLM, 2025, arXiv 2503.12167;
+    made from a trained model by SVD (`attnx.interop.convert`): X-EcoMLA, 2025, arXiv 2503.11132.
 Differs: the rotation pairs channels by halves, the released code neighbours; widths of 0 keep the paper's ratios to the
     width of a head.
 Cost: train O(T²) time, O(T) memory; decode keeps R + Hr numbers a token, and reads them once for all heads.
@@ -28,6 +30,7 @@ class Config(softmax.Options):
     value_dim: int = 0  # Hv: width of a value head; 0: head_dim
     kv_rank: int = 0  # R: width of the latent of keys and values; 0: 4 head_dim
     query_rank: int = 0  # width of the latent of queries; 0: none, as in the lite models
+    latent_norm: bool = True  # RMSNorm of the latents; False where they were made from another model by SVD
 
     def __post_init__(self):
         super().__post_init__()
@@ -42,20 +45,25 @@ class Config(softmax.Options):
         return h, self.rope_dim or max(2, h // 4 * 2), self.value_dim or h, self.kv_rank or 4 * h
 
 
+def _identity(latent):
+    return latent
+
+
 class MultiHeadLatentAttention(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.num_heads, self.dtype = config.num_heads, dims.dtype
         self.sizes = head, rope, value, rank = config.sizes(dims.width)
         wide = config.num_heads * (head + rope)
+        norm = lambda width: RMSNorm(width, dims, rngs=rngs, axis='rank') if config.latent_norm else _identity
         if config.query_rank:
             self.query_down = Linear(dims.width, config.query_rank, ('embed', 'rank'), dims, rngs=rngs)
-            self.query_norm = RMSNorm(config.query_rank, dims, rngs=rngs, axis='rank')
+            self.query_norm = norm(config.query_rank)
             self.query = Linear(config.query_rank, wide, ('rank', 'heads'), dims, rngs=rngs)
         else:
             self.query_down = self.query_norm = None
             self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
         self.down = Linear(dims.width, rank + rope, ('embed', 'rank'), dims, rngs=rngs)
-        self.norm = RMSNorm(rank, dims, rngs=rngs, axis='rank')
+        self.norm = norm(rank)
         self.key = Linear(rank, config.num_heads * head, ('rank', 'heads'), dims, rngs=rngs)
         self.value = Linear(rank, config.num_heads * value, ('rank', 'heads'), dims, rngs=rngs)
         scale = (2 * dims.num_layers) ** -0.5

@@ -3,7 +3,7 @@
 Equation: o_t = phi(q_t) S_t / (phi(q_t) z_t + eps), S_t = sum phi(k_s)^T v_s, z_t = sum phi(k_s) over s <= t, or over
     all tokens where the model is bidirectional; y = W_o o. Not normalised: y = W_o RMSNorm(phi(q_t) S_t) per head.
 Paper: Transformers are RNNs: fast autoregressive transformers with linear attention, 2020, arXiv 2006.16236; maps: t2r
-    2103.13076, dpfp 2102.11174, hedgehog 2402.04347, taylor 2402.18668.
+    2103.13076, dpfp 2102.11174, hedgehog 2402.04347, taylor 2402.18668 (the 'approximate' attention of 2510.11602).
 Differs: without the denominator, and with a norm instead, it is the form of later work (2210.10340). Hedgehog's map is
     by default the softmax over its features, the stable variant of the paper's exponentials.
 Cost: train O(T C + T F) time per channel, O(T) memory, twice that over documents if bidirectional; decode keeps

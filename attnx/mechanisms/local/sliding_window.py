@@ -54,7 +54,8 @@ class SlidingWindowAttention(Mixer):
         query, keys, state = self.core.extend(query, key, (value,), ctx, state)
         near = ops.masks.window(self.config.window, keys.query_slots, keys.key_slots)
         mask, score = self.core.mask(keys), self.core.score(keys)
-        out = self.core.attend(query, *keys.arrays, ctx, near if mask is None else mask & near, score)
+        key, value = keys.arrays
+        out = self.core.attend(query, key, value, ctx, near if mask is None else mask & near, score)
         return Output(self.out(merge_heads(out)), state)
 
 

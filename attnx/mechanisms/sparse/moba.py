@@ -101,7 +101,8 @@ class MixtureOfBlockAttention(Mixer):
         key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
         query, keys, state = self.core.extend(query, key, (value,), ctx, state)
         mask = self.core.mask(keys) & route(query, keys, self.config.block, self.config.top_k)
-        out = self.core.attend(query, *keys.arrays, ctx, mask, self.core.score(keys))
+        key, value = keys.arrays
+        out = self.core.attend(query, key, value, ctx, mask, self.core.score(keys))
         return Output(self.out(merge_heads(out)), state)
 
 

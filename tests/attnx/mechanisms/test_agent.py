@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from attnx import models
 from attnx.nn import to_flat
 from tests import tolerances
 from tests.attnx.mechanisms import oracle
@@ -80,6 +81,15 @@ def test_documents_have_their_own_agents_and_too_many_are_not_hidden():
     close(y[:, 2:11], expected(mixer, x[:, 2:11], 3, 3), tolerances.FLOAT32)
     close(y[:, 11:17], expected(mixer, x[:, 11:17], 2, 3), tolerances.FLOAT32)
     assert np.isfinite(y[:, :17]).all() and np.isnan(y[:, 17:]).all()
+
+
+def test_more_documents_than_it_keeps_are_refused_before_training():
+    two = {'kind': 'agent', 'documents': 2}
+    config = models.ModelConfig(kind='encoder', pattern=('agent',), overrides={1: 'two'}, mixers={'two': two})
+    config.check_packing(1)
+    with pytest.raises(ValueError, match=r'layer 0 \(agent\) keeps 1 .* up to 2'):
+        config.check_packing(2)
+    models.ModelConfig(kind='encoder', pattern=('two',), mixers={'two': two}).check_packing(2)
 
 
 def test_sizes_that_do_not_fit_are_refused():

@@ -25,10 +25,12 @@ def model():
             'width': 32,
             'num_layers': 3,
             'pattern': PATTERN,
+            'conv_taps': 3,
             'mixers': {'sliding_window': {'kind': 'sliding_window', 'window': 4}},
         },
     )
-    return jax.jit(lambda: build(config, rngs=nnx.Rngs(0)))()
+    rng, fresh = np.random.default_rng(0), jax.jit(lambda: build(config, rngs=nnx.Rngs(0)))()
+    return jax.tree.map(lambda v: v + 0.05 * rng.standard_normal(v.shape).astype(v.dtype), fresh)
 
 
 def test_logits_equal_the_training_path(model):

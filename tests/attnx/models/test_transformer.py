@@ -174,6 +174,8 @@ def test_compile_time_does_not_grow_with_depth():
         ({'width': 'wide'}, 'expected int, was given str'),
         ({'dtype': 'bf16'}, "did you mean 'bfloat16'"),
         ({'vocab_size': 0}, 'a vocabulary of at least 1'),
+        ({'mixers': {'a': {'kind': 'gqa', 'window': 3}}}, 'mixers.a sets window, but no layer'),
+        ({'kind': 'encoder', 'num_classes': 3, 'pattern': ('gqa',), 'tie_embeddings': True}, 'no embedding to read logits'),
         ({'encoder': {'num_layers': 3}}, 'belong to kind encoder_decoder'),
     ],
 )

@@ -116,7 +116,7 @@ def test_errors_name_what_is_valid(options, message):
     ('options', 'message'),
     [
         ({'scaling': 'yarm', 'factor': 2.0}, "did you mean 'yarn'"),
-        ({'factor': 2.0}, 'needs a scaling'),
+        ({'factor': 2.0}, 'a factor a scaling'),
         ({'scaling': 'ntk', 'factor': 2.0, 'grid': 4}, 'grid'),
         ({'fraction': 0.0}, 'fraction'),
     ],

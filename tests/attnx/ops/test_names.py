@@ -8,12 +8,12 @@ import pytest
 from attnx import ops
 
 
-@pytest.mark.parametrize('name', ['softmax_attention', 'gated_linear', 'delta_rule', 'short_conv'])
+@pytest.mark.parametrize('name', ['softmax_attention', 'gated_linear', 'delta_rule', 'short_conv', 'weighted_attention'])
 def test_op(name):
     module = importlib.import_module(f'attnx.ops.{name}')
     assert isinstance(module, types.ModuleType) and getattr(ops, name) is getattr(module, name)
 
 
-@pytest.mark.parametrize('name', ['masks', 'scores', 'positions', 'feature_maps'])
+@pytest.mark.parametrize('name', ['masks', 'scores', 'positions', 'feature_maps', 'normalizers'])
 def test_vocabulary(name):
     assert isinstance(getattr(ops, name), types.ModuleType)

@@ -1,6 +1,7 @@
 """Whole runs of a tiny model: resume is bit-exact, a second command says so, failures name their cause."""
 
 import dataclasses
+import importlib.machinery
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -256,8 +258,8 @@ def test_health_changes_nothing_and_is_written_per_layer_and_head(config, whole)
 def made(config):
     """A model of four layers (two repeats of two), its parameters and a batch."""
     model = config(**{'model.num_layers': 4, 'model.dropout': 0.0}).model
-    program = loop.program(dataclasses.replace(model, vocab_size=20, max_length=8), packed=False, seed=0)
-    params = jax.jit(program.init)()
+    program = loop.program(dataclasses.replace(model, vocab_size=20, max_length=8), packed=False)
+    params = jax.jit(program.init)(jax.random.key(0))
     rng = np.random.default_rng(0)
     batch = {name: rng.integers(0, 20, (2, 8)).astype(np.int32) for name in ('tokens', 'targets')}
     return program, params, batch | {'weights': np.ones((2, 8), np.float32)}
@@ -332,6 +334,42 @@ def test_a_mirror_that_is_not_installed_is_refused_at_once(config, monkeypatch):
         metrics.Log('.', metrics.Config(wandb=True), {})
 
 
+def test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id(monkeypatch, tmp_path):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, values))
+
+        def finish(self):
+            calls.append('finish')
+
+    def init(**given):
+        calls.append(given)
+        return Run()
+
+    wandb = types.ModuleType('wandb')
+    wandb.__spec__ = importlib.machinery.ModuleSpec('wandb', None)
+    wandb.init, wandb.Settings, wandb.Error = init, dict, RuntimeError
+    monkeypatch.setitem(sys.modules, 'wandb', wandb)
+    for step in (0, 3):
+        log = metrics.Log(tmp_path, metrics.Config(wandb=True, project='p'), {'model.width': 8})
+        log.open(step)
+        log.write(step + 1, 'train', {'loss': 2.0, 'note': 'text'})
+        log.close()
+    first, second = calls[0], calls[3]
+    assert first['project'] == 'p' and first['config'] == {'model.width': 8} and first['id'] == second['id']
+    assert calls[1:3] == [(1, {'train/loss': 2.0}), 'finish'] and calls[4][0] == 4
+
+    def refuse(**given):
+        raise wandb.Error('no key')
+
+    wandb.init, log = refuse, metrics.Log(tmp_path, metrics.Config(wandb=True), {})
+    with pytest.raises(ValueError, match=r'log.wandb: no key; .*WANDB_MODE=offline'):
+        log.open(0)
+    log.close()
+
+
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
@@ -381,6 +419,7 @@ def test_the_base_config_names_every_setting():
     given = base.get_config()
     built = config_lib.build(loop.Config, given)
     free_form = ('model.mixers', 'data.task', 'mesh', 'step.aux_weights', 'model.overrides', 'model.encoder.overrides')
+    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides')
     names = lambda d: {n for n in config_lib.flatten(d) if not n.startswith(free_form)}
     assert names(given.to_dict()) == names(config_lib.to_dict(built))
     assert built.data.task == {'kind': 'text'}
@@ -441,6 +480,8 @@ def test_text_that_is_shown_can_not_steer_a_terminal(capfd):
     [
         ('--config.model.widht=8', 'Did you mean "width"'),
         ("--config.model.pattern=('glaa',)", "did you mean 'gla'?"),
+        ('--config.data.task.path=/nowhere/*.py', "no file in '/nowhere/*.py'"),
+        ('--config.model.mixers.a.num_heads=3', 'num_kv_heads 2 does not divide num_heads 3'),
     ],
 )
 def test_bad_flags_get_one_line_and_exit_code_2(flag, message):

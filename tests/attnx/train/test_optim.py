@@ -77,7 +77,7 @@ def test_cosine_values():
     [
         ({'kind': 'moun'}, "unknown kind 'moun'; did you mean 'muon'"),
         ({'schedule': 'wdsc'}, 'did you mean'),
-        ({'hold': 5}, 'belongs to the schedule wsdc'),
+        ({'hold': 5}, 'hold 5 belongs to wsdc'),
         ({'adam_learning_rate': 1e-3}, 'belongs to muon'),
         ({'shape': 'exponential'}, 'floor > 0'),
         ({'schedule': 'cosine', 'decay': 5}, 'belongs to wsd'),

@@ -15,10 +15,10 @@ RATE = optim.trapezoid(0.1, warmup=4)
 
 def run(tiny, config, batches, seed=0, transform=None):
     transform = transform or optax.chain(optax.scale_by_adam(), optax.scale_by_learning_rate(RATE))
-    update = jax.jit(step.train_step(tiny.forward, transform, RATE, config, seed), donate_argnums=0)
+    update = jax.jit(step.train_step(tiny.forward, transform, RATE, config), donate_argnums=0)
     state, logged = step.init_state(tiny.params(), transform), []
     for batch in batches:
-        state, metrics = update(state, batch)
+        state, metrics = update(state, batch, jax.random.key(seed))
         logged.append({name: float(value) for name, value in metrics.items()})
     return state, logged
 

@@ -1,0 +1,228 @@
+"""Runs a study: what is finished is never run again, what was cut short is resumed, any number of workers share it.
+
+A study's folder holds `study.json` (what it is), `runs/<cell>/` (an ordinary run each) and `results/<cell>.json` (its
+outcome, written last and at once). A worker takes the next cell that nobody holds; so further processes, hosts of a
+shared file system or a SLURM array are just more workers.
+"""
+
+import contextlib
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+from attnx import config as config_lib
+from attnx.ablate.study import METRICS, Cell, Study
+from attnx.train.checkpoint import differing
+
+
+class Stopped(RuntimeError):
+    """A signal ended a run; the study goes on where it was."""
+
+
+def folder(study: Study) -> pathlib.Path:
+    return pathlib.Path(study.run_dir)
+
+
+def claim(study: Study) -> None:
+    """Writes what the study is, or compares with what was written.
+
+    Raises:
+      ValueError: the folder holds another study; the differences are named.
+    """
+    path, now = folder(study) / 'study.json', study.description()
+    if path.exists():
+        lines = differing(json.loads(path.read_text()), now)
+        if lines:
+            shown = '; '.join(lines[:5]) + (f'; and {len(lines) - 5} more' if len(lines) > 5 else '')
+            raise ValueError(f'{path.parent} holds another form of this study: {shown}. Fork it: give another run_dir')
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, now)
+
+
+def _write(path: pathlib.Path, value: Any) -> None:
+    draft = path.with_name(f'{path.name}.{os.getpid()}.tmp')
+    draft.write_text(json.dumps(value, indent=1) + '\n')
+    os.replace(draft, path)
+
+
+def outcome(study: Study, cell: Cell) -> dict | None:
+    path = folder(study) / 'results' / f'{cell.name}.json'
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def finished(study: Study, cells: list[Cell] | None = None) -> list[dict]:
+    """The outcomes of all cells that have one, in the study's order."""
+    found = (outcome(study, cell) for cell in (study.cells() if cells is None else cells))
+    return [entry for entry in found if entry is not None]
+
+
+def table(entries: list[dict]) -> dict[str, list]:
+    """Column -> values: one row an outcome, None where an entry lacks a column."""
+    rows = [config_lib.flatten({k: v for k, v in e.items() if k != 'config'}) for e in entries]
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
+@contextlib.contextmanager
+def held(path: pathlib.Path):
+    """Whether this process got the lock; a lock ends with its process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('w') as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys.stderr, flush=True)) -> None:
+    """Trains every cell that has no outcome yet.
+
+    workers: processes on this machine; more than one need a study that came from a file.
+
+    Raises:
+      ValueError: an arm that is refused, another study in the folder: all before the first step.
+      Stopped: a signal ended the run.
+    """
+    cells = study.cells()
+    claim(study)
+    _compile_cache(folder(study) / 'compiled')
+    left = [cell for cell in cells if outcome(study, cell) is None]
+    say(f'{study.question}\n{len(cells)} runs in {study.run_dir}, {len(cells) - len(left)} of them finished')
+    rungs = [round(share * left[0].config.steps) for share in study.halving.rungs] if left else []
+    began, done = time.monotonic(), 0
+    for until in (*rungs, None):
+        for cell in cells:
+            if outcome(study, cell) is not None:
+                continue
+            with held(folder(study) / 'locks' / cell.name) as mine:
+                if not mine or outcome(study, cell) is not None:
+                    continue
+                entry = execute(study, cell, until)
+            if entry is None:
+                continue
+            done += 1
+            rest = sum(outcome(study, other) is None for other in cells)
+            ahead = (time.monotonic() - began) / done * rest
+            place = f'{cell.arm}{f" on {cell.task}" if cell.task else ""}, seed {cell.seed}'
+            found = _shown(study, entry)
+            say(
+                f'[{len(cells) - rest}/{len(cells)}] {place}: {found} ({entry["seconds"]:.0f} s)  '
+                f'ETA {int(ahead) // 60}:{int(ahead) % 60:02d}'
+            )
+        if until is not None:
+            for cell in hopeless(study, cells, until):
+                say(f'{cell.name}: behind at step {until}, not trained further')
+                _write_outcome(study, cell, {'status': f'dropped at step {until}', 'seconds': 0.0})
+
+
+def _shown(study: Study, entry: dict) -> str:
+    value = entry.get('values', {}).get(study.metric)
+    return entry['status'] if value is None else f'{study.metric} {value:.4f}'
+
+
+def _compile_cache(path: pathlib.Path) -> None:
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update('jax_compilation_cache_dir', str(path.absolute()))
+        jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+
+
+def execute(study: Study, cell: Cell, until: int | None = None) -> dict | None:
+    """One cell, from where it stands to `until` or its end; its outcome, None if it only reached `until`."""
+    from attnx.train import loop, metrics, report
+
+    began = time.monotonic()
+    pathlib.Path(cell.config.run_dir).mkdir(parents=True, exist_ok=True)
+    with (pathlib.Path(cell.config.run_dir) / 'log.txt').open('a') as log, contextlib.redirect_stderr(log):
+        try:
+            result = loop.run(cell.config, until=until)
+            if result.status == 'stopped':
+                if until is not None and result.step >= until:
+                    return None
+                raise Stopped(result.message)
+            values = {k: v for k, v in result.evaluation.items() if k in METRICS}
+            for name, change in study.evals.items():
+                other = _other(cell, change)
+                values |= {f'{name}/{k}': v for k, v in loop.evaluate(cell.config, other).items()}
+            status = 'finished'
+        except report.TrainingFailure as failure:
+            values, status = {}, f'failed: {failure}'
+    entry = {'status': status, 'values': values, 'seconds': time.monotonic() - began}
+    speeds = [e['tokens_per_second'] for e in metrics.read(cell.config.run_dir) if e.get('tokens_per_second')]
+    if speeds[1:]:
+        entry['tokens_per_second'] = statistics.median(speeds[1:])
+    return _write_outcome(study, cell, entry)
+
+
+def _other(cell: Cell, change: dict):
+    from attnx.ablate.study import build, changed
+
+    return build(changed(config_lib.to_dict(cell.config), change)).data
+
+
+def _write_outcome(study: Study, cell: Cell, entry: dict) -> dict:
+    entry = {'arm': cell.arm, 'task': cell.task, 'seed': cell.seed, 'rate': cell.rate, **entry}
+    entry['ended'] = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
+    path = folder(study) / 'results' / f'{cell.name}.json'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, entry)
+    return entry
+
+
+def hopeless(study: Study, cells: list[Cell], step: int) -> list[Cell]:
+    """Cells of the arms that are behind at a rung, task by task; the baseline is never among them."""
+    from attnx.train import metrics
+
+    name = study.metric.rpartition('/')[2]
+    sign = -1 if METRICS[name] else 1
+    dropped = []
+    for task in dict.fromkeys(c.task for c in cells):
+        here = [c for c in cells if c.task == task and outcome(study, c) is None]
+        standing: dict[str, list[float]] = {}
+        for cell in here:
+            at = [e[name] for e in metrics.read(cell.config.run_dir) if e['split'] == 'eval' and e['step'] == step]
+            standing.setdefault(cell.arm, []).extend(sign * v if isinstance(v, float) else float('inf') for v in at)
+        order = sorted(standing, key=lambda arm: statistics.fmean(standing[arm]) if standing[arm] else float('inf'))
+        kept = {*order[: max(1, round(study.halving.keep * len(order)))], study.reference}
+        dropped += [c for c in here if c.arm not in kept]
+    return dropped
+
+
+def workers_of(arguments: list[str], count: int) -> int:
+    """Starts `count` processes of the same command, waits, and returns the worst exit code."""
+    command = [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--noreport']
+    processes = [subprocess.Popen(command) for _ in range(count)]
+    try:
+        return max(process.wait() for process in processes)
+    finally:
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+
+
+def submit(arguments: list[str], count: int, out: pathlib.Path, **options: Any):
+    """Submits `count` workers as a SLURM array through submitit.
+
+    Raises:
+      ValueError: submitit is not installed.
+    """
+    try:
+        import submitit
+    except ImportError:
+        raise ValueError('--slurm needs submitit: pip install submitit') from None
+    command = [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--noreport']
+    executor = submitit.AutoExecutor(folder=str(out / 'slurm'))
+    executor.update_parameters(**options)
+    with executor.batch():
+        return [executor.submit(subprocess.run, command, check=True) for _ in range(count)]

@@ -1,0 +1,1 @@
+"""Models in and out: from one mechanism to another."""

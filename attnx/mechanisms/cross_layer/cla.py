@@ -1,0 +1,91 @@
+"""Cross-layer attention: a layer makes keys and values, later layers read them with queries of their own.
+
+Equation: o_t = sum_s softmax_s(scale q_t . k_s) v_s as in grouped-query attention; k, v = W_k x, W_v x in a layer with
+    `source` = 'own', those of the nearest such layer before it in one with 'shared', which has W_q and W_o alone.
+Paper: Reducing transformer key-value cache size with cross-layer attention, 2024, arXiv 2405.12981;
+    You only cache once (YOCO), 2024, arXiv 2405.05254.
+Differs: keys are shared rotated, which is the same as rotating in each layer. YOCO's second half, whose layers all read
+    one pair of keys and values made from RMSNorm(x): the norm is the block's, its scale folded into W_k and W_v; prefill
+    does not leave out the second half for tokens whose logits are not asked for.
+Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer with its own keys, none in one that reads.
+"""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from attnx.nn import Linear, merge_heads, positions, softmax, split_heads
+from attnx.spec import Context, Dims, Mixer, Output, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(softmax.Options):
+    num_heads: int = 4  # N query heads
+    num_kv_heads: int = 2  # K key/value heads; divides num_heads; those of a 'shared' layer are its source's
+    head_dim: int = 0  # H; 0: width / num_heads
+    source: str = 'own'  # own: makes keys and values and publishes them; shared: reads those published last
+    name: str = 'kv'  # what they are published as, to tell groups of layers apart
+
+    def __post_init__(self):
+        super().__post_init__()
+        softmax.check_groups(self.num_heads, self.num_kv_heads)
+        softmax.check_choice('source', self.source, ('own', 'shared'))
+
+
+class CrossLayerAttention(Mixer):
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        self.config, self.dtype, self.own = config, dims.dtype, config.source == 'own'
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
+        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
+        into = lambda: Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs) if self.own else None
+        self.key, self.value = into(), into()
+        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
+        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
+        self.core.key_norm = self.core.key_norm if self.own else None
+
+    def init_state(self, batch, capacity, dtype=None):
+        shape = (self.num_kv_heads, self.head_dim)
+        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype) if self.own else ()
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        query, shared = split_heads(self.query(x), self.config.num_heads), {}
+        if self.own:
+            key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
+            query, keys, state = self.core.extend(query, key, (value,), ctx, state)
+            shared = {self.config.name: keys}
+        else:
+            keys = ctx.published(self.config.name)
+            self.check(keys)
+            query = query if self.core.query_norm is None else self.core.query_norm(query)
+            start = 0 if keys.query_slots is None else keys.query_slots[0, 0]
+            query = self.core.rotate(query, positions(ctx, x.shape[1], start))
+        out = self.core.attend(query, *keys.arrays, ctx, self.core.mask(keys), self.core.score(keys))
+        return Output(self.out(merge_heads(out)), state, shared=shared)
+
+    def check(self, keys):
+        found = [a.shape[2:] for a in keys.arrays] if hasattr(keys, 'arrays') else jnp.shape(keys)
+        if found != [(self.num_kv_heads, self.head_dim)] * 2:
+            raise ValueError(
+                f'cla reads keys and values of {self.num_kv_heads} heads of width {self.head_dim} as '
+                f'{self.config.name!r}; the layer before it publishes {found}'
+            )
+
+
+def _flops(config, dims, length):
+    head_dim = config.head_dim or dims.width // config.num_heads
+    return softmax.flops(config.num_heads, head_dim, dims, length)
+
+
+SPEC = Spec(
+    module=CrossLayerAttention,
+    config=Config,
+    paper='2405.12981',
+    ops=('softmax_attention',),
+    state='kv',
+    example=(Config(), Config(source='shared')),
+    publishes=lambda config: (config.name,) if config.source == 'own' else (),
+    reads=lambda config: (config.name,) if config.source == 'shared' else (),
+    flops=_flops,
+)

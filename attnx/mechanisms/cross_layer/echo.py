@@ -1,0 +1,108 @@
+"""EchoAtt: later layers of a block reuse the attention weights of its first layer, with values and outputs of their own.
+
+Equation: o_t = sum_s w_ts v_s, w = softmax(scale q k^T) of the nearest earlier layer with `source` = 'own'; a layer with
+    'shared' has W_v and W_o alone.
+Paper: EchoAtt: attend, copy, then adjust for more efficient LLMs, 2024, arXiv 2409.14595.
+Differs: what is shared are queries, keys, masks and scores, from which the fused op makes the same weights again, so that
+    no [T, S] array exists: W_q and W_k are saved, the products of scores are not. Dropout is each layer's own. Which layers
+    copy is the pattern's choice (`('own', 'copy')` are blocks of two); the paper finds them by similarity.
+Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer that computes, K H in one that copies.
+"""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+
+from attnx.nn import Linear, attend_to, merge_heads, softmax, split_heads
+from attnx.spec import Context, Dims, Mixer, Output, Spec
+
+_OWN = ('dropout', 'scale')  # options of a copying layer; the others are its source's
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(softmax.Options):
+    num_heads: int = 4  # N query heads; of a copying layer those of its source
+    num_kv_heads: int = 2  # K key/value heads; divides num_heads
+    head_dim: int = 0  # H; 0: width / num_heads
+    source: str = 'own'  # own: computes weights and publishes them; shared: copies those published last
+    name: str = 'attention'  # what they are published as, to tell blocks of layers apart
+
+    def __post_init__(self):
+        super().__post_init__()
+        softmax.check_groups(self.num_heads, self.num_kv_heads)
+        softmax.check_choice('source', self.source, ('own', 'shared'))
+        fields = [f for f in dataclasses.fields(softmax.Options) if f.name not in _OWN]
+        changed = [f.name for f in fields if getattr(self, f.name) != f.default]
+        if self.source == 'shared' and changed:
+            raise ValueError(f"{', '.join(changed)}: a layer that copies weights takes them from its source; set them there")
+
+
+class Weights(NamedTuple):
+    """What attention weights are made of."""
+
+    query: jax.Array  # [B, T, N, H]
+    key: jax.Array  # [B, S, K, H]
+    mask: Any
+    score: Any
+    sinks: jax.Array | None  # float32 [N]
+
+
+class EchoAttention(Mixer):
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        self.config, self.dtype, self.own = config, dims.dtype, config.source == 'own'
+        self.num_kv_heads = config.num_kv_heads or config.num_heads
+        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
+        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs) if self.own else None
+        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs) if self.own else None
+        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
+        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
+        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
+
+    def init_state(self, batch, capacity, dtype=None):
+        shapes = ((self.num_kv_heads, self.head_dim),) * (2 if self.own else 1)
+        return self.core.init_state(batch, capacity, shapes, dtype or self.dtype)
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        value, name = split_heads(self.value(x), self.num_kv_heads), self.config.name
+        if self.own:
+            query = split_heads(self.query(x), self.config.num_heads)
+            key = split_heads(self.key(x), self.num_kv_heads)
+            query, keys, state = self.core.extend(query, key, (value,), ctx, state)
+            key, value = keys.arrays
+            made = Weights(query, key, self.core.mask(keys), self.core.score(keys), self.core.sinks())
+        else:
+            made = ctx.published(name)
+            self.check(made)
+            state, keys = attend_to(state, ctx, (value,))
+            (value,) = keys.arrays
+        out = self.core.attend(made.query, made.key, value, ctx, made.mask, made.score, sinks=made.sinks)
+        return Output(self.out(merge_heads(out)), state, shared={name: made} if self.own else {})
+
+    def check(self, made):
+        found = (made.query.shape[2], *made.key.shape[2:]) if isinstance(made, Weights) else type(made).__name__
+        wanted = (self.config.num_heads, self.num_kv_heads, self.head_dim)
+        if found != wanted:
+            raise ValueError(
+                f'echo copies weights of (num_heads, num_kv_heads, head_dim) {wanted} as {self.config.name!r}; the layer '
+                f'before it publishes {found}'
+            )
+
+
+def _flops(config, dims, length):
+    head_dim = config.head_dim or dims.width // config.num_heads
+    return softmax.flops(config.num_heads, head_dim, dims, length)
+
+
+SPEC = Spec(
+    module=EchoAttention,
+    config=Config,
+    paper='2409.14595',
+    ops=('softmax_attention',),
+    state='kv',
+    example=(Config(scores=(('t5', 8),), sinks=True), Config(source='shared')),
+    publishes=lambda config: (config.name,) if config.source == 'own' else (),
+    reads=lambda config: (config.name,) if config.source == 'shared' else (),
+    flops=_flops,
+)

@@ -1,0 +1,163 @@
+"""Steerable attention: features turn with the space they live in, and so does the output; weights do not.
+
+Equation: features f_l [P_l, C] of degree l, points x_i, r and u length and direction of x_i - x_j; per head and channel
+    A_ij = sum_l <q_l,i, k_l,j + a_l(r) Y_l(u)>, w = softmax_j(|A_ij| / sqrt(size)), o_l,i = sum_j w_ij (v_l,j + b_l(r) Y_l(u));
+    q, k, v, y by matrices on channels, each degree by itself; a, b are sums of bells of r, 0 at r = 0. Turning by phi:
+    SE(2): f_m is complex, m = 0 … F - 1, f_m -> exp(-i m phi) f_m, Y_m = exp(-i m angle), size = C / heads.
+    SE(3): l = 0 … F - 1 has 2 l + 1 real components, Y_1 = u, Y_2 = u u' - I / 3, size = C F² / heads.
+    norm: f / sqrt(sum |f|²), over all m of a channel or the components of l;  gate: f gelu(|f| + b) / |f| at the end.
+Paper: Steerable transformers for volumetric data, 2024, arXiv 2405.15932.
+Differs: bells of the distance stand for a table of distances of a grid; weights are scaled by C^-1/2. Products of features
+    (Clebsch-Gordan), the front end from images and class tokens are left out. The width of the model holds
+    [degree, component, channel], complex parts as two components; norms and MLPs of the blocks around are not equivariant.
+Cost: O(T²) time, O(T) memory: the geometry of some rows of pairs at a time (XLA); it needs the whole set, and can not decode.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from attnx.nn import normal, param, softmax
+from attnx.ops import masks, normalizers
+from attnx.ops.weighted_attention import by_rows, evaluate, index_of, num_rows
+from attnx.spec import Context, Dims, Mixer, Output, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    group: str = 'se2'  # se2: the side input 'coordinates' without its third; se3
+    num_heads: int = 4  # N
+    frequencies: int = 2  # F: circular frequencies, or degrees (3 at most); the width divides into 2 F, or F², channels
+    bells: int = 8  # functions of the distance
+    reach: float = 4.0  # distance of the last bell
+    weigh: str = 'modulus'  # what of A is weighed: modulus, real
+    norm: bool = True  # normalise the features first
+    gate: bool = False  # the gated non-linearity at the end
+
+    def __post_init__(self):
+        softmax.check_choice('group', self.group, ('se2', 'se3'))
+        softmax.check_choice('weigh', self.weigh, ('modulus', 'real'))
+        if not 1 <= self.frequencies <= (3 if self.group == 'se3' else self.frequencies) or self.bells < 1 or self.reach <= 0:
+            raise ValueError('frequencies (of se3: 3 at most) and bells must be at least 1, reach positive')
+
+
+def harmonics(u, degree: int, group: str):
+    """Y of unit vectors [..., 3] -> [..., P]."""
+    x, y, z = u[..., 0], u[..., 1], u[..., 2]
+    if group == 'se2':
+        return ((x - 1j * y) ** degree)[..., None]
+    if degree == 0:
+        return jnp.ones_like(x)[..., None]
+    if degree == 1:
+        return u
+    two, six = 2**0.5, 6**0.5
+    parts = [two * x * y, two * y * z, two * x * z, (x * x - y * y) / two, (2 * z * z - x * x - y * y) / six]
+    return jnp.stack(parts, axis=-1)
+
+
+class SteerableAttention(Mixer):
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        self.config, self.dtype, f = config, dims.dtype, config.frequencies
+        self.complex = config.group == 'se2'
+        share = 2 * f if self.complex else f * f
+        if dims.width % share or dims.width // share % config.num_heads:
+            raise ValueError(
+                f'width {dims.width} does not divide into {share} components of channels for {config.num_heads} heads'
+            )
+        c = self.channels = dims.width // share
+        parts = 2 if self.complex else 1
+
+        def draw(*shape, scale, axes=('features', 'embed')):
+            return param(normal(rngs, (f, parts, *shape), scale * parts**-0.5, dims.param_dtype), (None, None, *axes))
+
+        self.query, self.key, self.value = (draw(c, c, scale=c**-0.5, axes=('embed', 'heads')) for _ in range(3))
+        self.out = draw(c, c, scale=(2 * c * dims.num_layers) ** -0.5, axes=('heads', 'embed'))
+        self.near_key, self.near_value = (draw(config.bells, c, scale=config.bells**-0.5) for _ in range(2))
+        self.shift = param(normal(rngs, (f, c), 1.0, dims.param_dtype), (None, 'embed')) if config.gate else None
+
+    def split(self, x):
+        """x [B, T, M] -> features [B, T, P, C] of each degree, complex64 or float32."""
+        x, c, f = x.astype(jnp.float32), self.channels, self.config.frequencies
+        if self.complex:
+            x = x.reshape(*x.shape[:2], f, 2, c)
+            return [jax.lax.complex(x[:, :, m, :1], x[:, :, m, 1:]) for m in range(f)]
+        return [x[..., i * i * c : (i + 1) ** 2 * c].reshape(*x.shape[:2], 2 * i + 1, c) for i in range(f)]
+
+    def join(self, parts):
+        flat = lambda p: p.reshape(*p.shape[:2], -1)
+        if self.complex:
+            return jnp.concatenate([flat(g(p)) for p in parts for g in (jnp.real, jnp.imag)], axis=-1)
+        return jnp.concatenate([flat(p) for p in parts], axis=-1)
+
+    def cast(self, p):
+        """A parameter's matrices, one a degree."""
+        p = p[...].astype(jnp.float32)
+        return jax.lax.complex(p[:, 0], p[:, 1]) if self.complex else p[:, 0]
+
+    def size(self, parts):
+        """|f|² + 1e-8 of each degree, [B, T, 1, C]."""
+        return [jnp.sum(jnp.real(p * jnp.conj(p)), axis=2, keepdims=True) + 1e-8 for p in parts]
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        config, n, parts = self.config, self.config.num_heads, self.split(x)
+        where = ctx.side('coordinates').astype(jnp.float32)
+        if where.shape != (*x.shape[:2], 3):
+            raise ValueError(f"the side input 'coordinates' must be {[*x.shape[:2], 3]}, was given {list(where.shape)}")
+        where = where.at[..., 2].set(0) if self.complex else where
+        if config.norm:
+            sizes = self.size(parts)
+            sizes = [sum(sizes)] * len(parts) if self.complex else sizes
+            parts = [p / jnp.sqrt(s) for p, s in zip(parts, sizes)]
+        heads = lambda p: p.reshape(*p.shape[:-1], n, -1)
+        into = lambda kernel: [heads(p @ w) for p, w in zip(parts, self.cast(kernel))]
+        query, key, value = into(self.query), into(self.key), into(self.value)  # each [B, T, P, N, d]
+        near_key, near_value = heads(self.cast(self.near_key)), heads(self.cast(self.near_value))  # [F, bells, N, d]
+        (batch, length, _), size = x.shape, self.channels // n * (1 if self.complex else config.frequencies**2)
+        mask = None if ctx.segment_ids is None else masks.segments(ctx.segment_ids)
+
+        def step(carry, first, rows):
+            query, at = rows
+            i = index_of(batch, at.shape[1], length, length, n, first)
+            between = at[:, :, None] - where[:, None]
+            far = jnp.sqrt(jnp.sum(jnp.square(between), axis=-1, keepdims=True) + 1e-12)
+            centers = jnp.arange(1, config.bells + 1) * (config.reach / config.bells)
+            bells = jnp.exp(-jnp.square((far - centers) * (config.bells / config.reach))) * far**2 / (1 + far**2)
+            around = [harmonics(between / far, degree, config.group) for degree in range(config.frequencies)]
+            a = 0.0
+            for q, k, near, y in zip(query, key, near_key, around):
+                q = jnp.conj(q)
+                a = a + jnp.einsum('btpnd,bspnd->bnts', q, k)
+                a = a + jnp.einsum('btnrp,btsr,btsp->bnts', jnp.einsum('btpnd,rnd->btnrp', q, near), bells, y)
+            s = jnp.sqrt(jnp.real(a * jnp.conj(a)) + 1e-12) if config.weigh == 'modulus' else jnp.real(a)
+            seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
+            w = normalizers.softmax(s * size**-0.5, seen)
+            found = []
+            for v, near, y in zip(value, near_value, around):
+                read = jnp.einsum('bnts,bspnd->btpnd', w, v)
+                read = read + jnp.einsum('btnrp,rnd->btpnd', jnp.einsum('bnts,btsr,btsp->btnrp', w, bells, y), near)
+                found.append(read.reshape(*read.shape[:3], -1))
+            return carry, found
+
+        rows = num_rows(batch * length * config.bells * config.frequencies**2, length)
+        _, read = by_rows(step, (), (query, where), rows)
+        parts = [p @ w for p, w in zip(read, self.cast(self.out))]
+        if self.shift is not None:
+            sizes = [jnp.sqrt(s) for s in self.size(parts)]
+            parts = [p * jax.nn.gelu(s + b) / s for p, s, b in zip(parts, sizes, self.shift[...].astype(jnp.float32))]
+        return Output(self.join(parts).astype(self.dtype))
+
+
+SPEC = Spec(
+    module=SteerableAttention,
+    config=Config,
+    paper='2405.15932',
+    causal='bidirectional',
+    inputs={'coordinates': 'float32 B T 3'},
+    limits={
+        'decode': 'attends to the whole set of points at once',
+        'state': 'attends to the whole set of points at once',
+    },
+    example=(Config(gate=True), Config(group='se3', num_heads=2, bells=3)),
+    flops=lambda config, dims, length: 4 * dims.width * length * (1 + config.bells / config.num_heads),
+)

@@ -1,0 +1,144 @@
+"""Dual attention: sensory heads carry values, relational heads carry relations between two tokens and a symbol of the sender.
+
+Equation: sensory head: o_i = sum_j a_ij W_v x_j;  relational head h: o_i = W_r,h sum_j a_ij r_ij + sum_j a_ij W_s,h s_j,
+    a = softmax(H^-1/2 q k^T) with projections of its own, relations r_ij,l = D^-1/2 (W_q,l x_i) . (W_k,l x_j) shared by the
+    heads, l = 1 … R, R D = Nr H.  y = [W_o sensory ; W_o' relational].
+    Symbols: s_j = sum_n softmax_n(D^-1/2 (W x_j + b) . template_n) symbol_n in a few heads, or a table row of the position.
+    Computed as sum_j a_ij r_ij,l = D^-1/2 (W_q,l x_i) . sum_j a_ij W_k,l x_j: no [T, T, R] array.
+Paper: Disentangling and integrating relational and sensory information in transformer architectures, 2024,
+    arXiv 2405.16727.
+Differs: each layer has its own symbols and reads its normed input, where the paper shares one retriever; relations have no
+    activation (only then can the sum be taken first); symbols of relative positions are left out.
+Cost: train O(T²) time, O(T) memory through the fused op, relational values being (Nr + 1) H wide; decode keeps 2 H numbers
+    a token and sensory head, 3 H a relational one.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from attnx.nn import Linear, merge_heads, normal, param, positions, softmax, split_heads
+from attnx.spec import Context, Dims, Mixer, Output, Spec
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(softmax.Options):
+    sensory_heads: int = 2  # Ns: ordinary heads
+    relational_heads: int = 2  # Nr; H = width / (Ns + Nr)
+    num_relations: int = 0  # R, which divides Nr H; 0: Nr
+    symmetric: bool = False  # relations of i to j and of j to i are one: W_q,l = W_k,l
+    symbols: str = 'symbolic'  # symbolic: retrieved by content; positional: one for each position below max_length
+    num_symbols: int = 16  # size of the library of symbols, if symbolic
+    symbol_heads: int = 2  # heads that retrieve symbols; divides the width
+
+    def __post_init__(self):
+        super().__post_init__()
+        softmax.check_choice('symbols', self.symbols, ('symbolic', 'positional'))
+        if min(self.sensory_heads, self.relational_heads) < 0 or self.sensory_heads + self.relational_heads < 1:
+            raise ValueError('sensory_heads and relational_heads must not be negative, nor both 0')
+        if min(self.num_symbols, self.symbol_heads) < 1 or self.num_relations < 0:
+            raise ValueError('num_symbols and symbol_heads must be at least 1, num_relations at least 0')
+
+
+class Symbols(nnx.Module):
+    """x [B, T, M] at positions [B or 1, T] -> symbols [B, T, M]."""
+
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        width, self.num_heads = dims.width, config.symbol_heads
+        softmax.heads_of(config.symbol_heads, 0, width)
+        table = lambda rows: param(normal(rngs, (rows, width), 1.0, dims.param_dtype), ('features', 'embed'))
+        content = config.symbols == 'symbolic'
+        self.query = Linear(width, width, ('embed', 'heads'), dims, rngs=rngs, bias=True) if content else None
+        self.templates = table(config.num_symbols) if content else None
+        self.library = table(config.num_symbols if content else dims.max_length)
+
+    def __call__(self, x, where):
+        library = self.library[...].astype(x.dtype)
+        if self.query is None:
+            found = library.at[where].get(mode='fill', fill_value=jnp.nan)
+            return jnp.broadcast_to(found, x.shape)
+        query, key = (split_heads(a, self.num_heads) for a in (self.query(x), self.templates[...].astype(x.dtype)))
+        logits = jnp.einsum('btnh,snh->btns', query, key, preferred_element_type=jnp.float32) * key.shape[-1] ** -0.5
+        weights = jax.nn.softmax(logits).astype(x.dtype)
+        return merge_heads(jnp.einsum('btns,snh->btnh', weights, split_heads(library, self.num_heads)))
+
+
+class DualAttention(Mixer):
+    def __init__(self, config: Config, dims: Dims, *, rngs):
+        self.config, self.dtype, width = config, dims.dtype, dims.width
+        n, r = config.sensory_heads, config.relational_heads
+        self.head_dim = h = softmax.heads_of(n + r, 0, width)
+        self.relations = config.num_relations or r
+        if r and r * h % self.relations:
+            raise ValueError(f'num_relations {self.relations} does not divide relational_heads {r} times their width {h}')
+        into = lambda count: Linear(width, count * h, ('embed', 'heads'), dims, rngs=rngs)
+        scale = (2 * dims.num_layers) ** -0.5
+        out = lambda count: Linear(count * h, count * h, ('heads', None), dims, rngs=rngs, scale=scale)
+        core = lambda count: softmax.Core(config, dims, count, h, rngs=rngs)
+        if n:
+            self.query, self.key, self.value = into(n), into(n), into(n)
+            self.out, self.core = out(n), core(n)
+        if r:
+            self.relation_query, self.relation_key = into(r), None if config.symmetric else into(r)
+            self.sender, self.symbols = into(r), Symbols(config, dims, rngs=rngs)
+            self.attend_query, self.attend_key = into(r), into(r)
+            shape = (r, self.relations, h)
+            read = normal(rngs, shape, self.relations**-0.5, dims.param_dtype)
+            self.read = param(read, ('heads', None, 'head_dim'))
+            self.relation_out, self.relation_core = out(r), core(r)
+
+    def init_state(self, batch, capacity, dtype=None):
+        n, r, h, dtype = self.config.sensory_heads, self.config.relational_heads, self.head_dim, dtype or self.dtype
+        sensory = self.core.init_state(batch, capacity, ((n, h),) * 2, dtype) if n else ()
+        shapes = ((r, h), (self.relations, r * h // self.relations), (r, h))
+        return sensory, self.relation_core.init_state(batch, capacity, shapes, dtype) if r else ()
+
+    def __call__(self, x, ctx: Context, state=None) -> Output:
+        sensory, relational = (None, None) if state is None else state
+        parts = []
+        if self.config.sensory_heads:
+            heads = (split_heads(f(x), self.config.sensory_heads) for f in (self.query, self.key, self.value))
+            out, sensory = self.core(*heads, ctx, sensory)
+            parts.append(self.out(merge_heads(out)))
+        if self.config.relational_heads:
+            key = None if ctx.key is None else jax.random.fold_in(ctx.key, 1)
+            out, relational = self.relate(x, dataclasses.replace(ctx, key=key), relational)
+            parts.append(self.relation_out(merge_heads(out)))
+        return Output(jnp.concatenate(parts, axis=-1), None if state is None else (sensory, relational))
+
+    def relate(self, x, ctx, state):
+        """The relational heads: (out [B, T, Nr, H], next state)."""
+        r, core = self.config.relational_heads, self.relation_core
+        query, key = (split_heads(f(x), r) for f in (self.attend_query, self.attend_key))
+        sender = split_heads(self.relation_query(x), self.relations)
+        receiver = sender if self.relation_key is None else split_heads(self.relation_key(x), self.relations)
+        where = positions(ctx, x.shape[1], 0 if state is None else state.index)
+        symbol = split_heads(self.sender(self.symbols(x.astype(self.dtype), where)), r)
+        query, keys, state = core.extend(query, key, (receiver, symbol), ctx, state)
+        key, receiver, symbol = keys.arrays
+        shared = jnp.broadcast_to(merge_heads(receiver)[:, :, None], (*symbol.shape[:3], r * self.head_dim))
+        value = jnp.concatenate([shared, symbol], axis=-1)
+        out = core.attend(query, key, value, ctx, core.mask(keys), core.score(keys))
+        met, carried = jnp.split(out, [r * self.head_dim], axis=-1)
+        met = split_heads(met, self.relations)  # [B, T, Nr, R, D]
+        relation = jnp.einsum('btnrd,btrd->btnr', met, sender) * met.shape[-1] ** -0.5
+        return carried + jnp.einsum('btnr,nrh->btnh', relation, self.read[...].astype(relation.dtype)), state
+
+
+def _flops(config, dims, length):
+    n, r = config.sensory_heads, config.relational_heads
+    h = dims.width // (n + r)
+    return softmax.flops(n, h, dims, length) + softmax.flops(r, h, dims, length, value_dim=(r + 1) * h)
+
+
+SPEC = Spec(
+    module=DualAttention,
+    config=Config,
+    paper='2405.16727',
+    ops=('softmax_attention',),
+    state='kv',
+    example=Config(num_symbols=6),
+    flops=_flops,
+)

@@ -1,0 +1,298 @@
+"""Studies: arms and matching, statistics, the runner under kills, the report."""
+
+import csv
+import json
+import math
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnx import config as config_lib
+from attnx import models
+from attnx.ablate import Halving, Match, Study, match, runner, statistics
+from attnx.ablate.results import results
+from attnx.nn import to_flat
+
+
+def base(**change):
+    given = {
+        'steps': 4,
+        'eval_every': 2,
+        'model': {'width': 16, 'num_layers': 2, 'pattern': ('gla', 'gqa'), 'mlp': {'hidden': 32}},
+        'data': {'task': {'kind': 'induction', 'num_eval': 16}, 'length': 16, 'batch_size': 8},
+        'optim': {'kind': 'adamw', 'learning_rate': 1e-2, 'warmup': 1, 'decay': 1},
+        'checkpoint': {'every': 2},
+        'log': {'every': 1},
+    }
+    return {**given, **change}
+
+
+def study(tmp_path, **change):
+    given = {
+        'question': 'Which <b>mixer</b>?',
+        'base': base(),
+        'arms': {'base': {}, 'gqa': {'model.pattern': ('gqa',)}},
+        'seeds': (0, 1),
+        'metric': 'accuracy',
+        'run_dir': str(tmp_path / 'study'),
+    }
+    return Study(**{**given, **change})
+
+
+@pytest.fixture(scope='module')
+def done(tmp_path_factory):
+    made = study(
+        tmp_path_factory.mktemp('done'),
+        generate=({'swap': 'retnet'},),
+        evals={'long': {'data.length': 32}},
+        tasks={'near': {}, 'far': {'data.length': 24}},
+    )
+    return made.run()
+
+
+# Arms
+
+
+def test_generators():
+    arms = Study(question='?', base=base(), arms={}, generate=({'swap': 'gqa'}, {'swap': 'gla'})).named_arms()
+    assert arms == {'layer 0: gqa': {'model.overrides': {0: 'gqa'}}, 'layer 1: gla': {'model.overrides': {1: 'gla'}}}
+    six = base(model={**base()['model'], 'num_layers': 4})
+    entry = {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}
+    assert len(Study(question='?', base=six, arms={}, generate=(entry,)).named_arms()) == math.comb(4, 2)
+    grid = {'model.width': (16, 32), 'steps': (2, 3)}
+    assert len(Study(question='?', base=base(), arms={}, generate=({'grid': grid},)).named_arms()) == 4
+    drawn = Study(question='?', base=base(), arms={}, generate=({'random': {'grid': grid, 'num': 2, 'seed': 1}},)).named_arms()
+    assert len(drawn) == 2 and drawn.items() <= Study(
+        question='?', base=base(), arms={}, generate=({'grid': grid},)
+    ).named_arms().items()
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'arms': {'a': {}, 'b': {'model.pattern': ('gla', 'gqa', 'gla')[:2]}}}, "arm 'b' equals arm 'a'"),
+        ({'arms': {'a': {}, 'b': {'model.overrides': {1: 'gqa'}}}}, "arm 'b' equals arm 'a'"),
+        ({'arms': {'a': {}, 'b': {'model.patern': ('gqa',)}}}, "unknown key config.model.patern; did you mean 'pattern'"),
+        ({'arms': {'a': {}, 'b': {'model.pattern': ('gpa',)}}}, "arm 'b': .*did you mean 'gqa'"),
+        ({'arms': {'a': {}, 'b': {'model.width': 18}}}, "'b': .*must divide into num_heads 4"),
+        ({'arms': {'a': {}}}, 'at least two arms'),
+        ({'baseline': 'bas'}, "unknown arm 'bas'; did you mean 'base'"),
+        ({'metric': 'acuracy'}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
+        ({'metric': 'nats_per_byte'}, "'induction' has no metric 'nats_per_byte'"),
+        ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
+        ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
+        ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
+        ({'rate': 'transfer', 'base': base(optim={'kind': 'muon', 'learning_rate': 1e-2})}, "optim.kind is 'muon'"),
+        ({'match': Match(what='state', by='model.mlp.hidden')}, "'gqa': (no model.mlp.hidden up to|state can not be matched)"),
+        ({'match': Match(what='flops', to='nobody')}, "unknown arm 'nobody'"),
+    ],
+)
+def test_bad_studies_are_refused_before_any_step(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        study(tmp_path, **change).run()
+    assert not (tmp_path / 'study').exists()
+
+
+# Matching
+
+
+@pytest.mark.parametrize('what', ['parameters', 'flops'])
+def test_arms_are_matched(tmp_path, what):
+    made = study(tmp_path, arms={'base': {}, 'gqa': {'model.pattern': ('gqa',)}, 'thin': {'model.width': 8}},
+                 match=Match(what=what, by='model.mlp.hidden', step=1, tolerance=0.02))  # fmt: skip
+    costs = {arm.name: made.costs(arm) for arm in made.resolved()}
+    goal = getattr(costs['base'], what)
+    assert all(abs(getattr(c, what) / goal - 1) <= 0.02 for c in costs.values())
+    assert costs['base'] != costs['gqa']
+
+
+def test_an_impossible_match_names_the_nearest():
+    with pytest.raises(ValueError, match=r'nearest is model\.mlp\.hidden = 104 with 104 \(\+4\.0%\)'):
+        match.solve(lambda n: n, 100, Match(what='parameters', step=104))
+    assert match.solve(lambda n: 3 * n, 300, Match(what='parameters', step=4)) == (100, 0.0)
+
+
+def test_arms_begin_with_equal_shared_parts():
+    build = lambda **c: to_flat(models.build(models.ModelConfig(vocab_size=9, width=16, num_layers=3, **c), rngs=nnx.Rngs(0)))
+    one, other = build(pattern=('gqa',)), build(pattern=('gqa',), overrides={1: 'gla'})
+    # 'gqa' is one stack of three layers, the other three stacks of one.
+    for layer in (0, 2):
+        for name in ('mixer/query/kernel', 'mlp/down/kernel'):
+            a = one[f'body/stacks/0/layers/0/{name}'][layer]
+            assert np.array_equal(a, other[f'body/stacks/{layer}/layers/0/{name}'][0])
+    assert np.array_equal(one['body/stacks/0/layers/0/mlp/down/kernel'][1], other['body/stacks/1/layers/0/mlp/down/kernel'][0])
+    assert np.array_equal(one['embedding'], other['embedding'])
+
+
+# Statistics
+
+
+def test_paired_differences():
+    from scipy import stats
+
+    arm, other = {0: 1.0, 1: 2.5, 2: 2.0, 9: 7.0}, {0: 0.5, 1: 1.0, 2: 1.0, 8: 0.0}
+    found = statistics.difference(arm, other)
+    assert found.seeds == 3 and found.mean == pytest.approx(1.0)
+    assert found.p == pytest.approx(stats.ttest_rel([1, 2.5, 2], [0.5, 1, 1]).pvalue)
+    means = np.array(np.meshgrid(*[[0.5, 1.5, 1.0]] * 3)).reshape(3, -1).mean(0)
+    assert found.low == pytest.approx(np.percentile(means, 2.5))
+    assert statistics.difference({0: 1.0}, {0: 2.0}).p is None
+    assert statistics.difference({0: 1.0}, {1: 2.0}) is None
+
+
+def test_holm():
+    made = [statistics.Difference(3, 0, 0, 0, p) for p in (0.04, 0.01, 0.03, None)]
+    assert [d.adjusted for d in statistics.holm(made)] == pytest.approx([0.06, 0.03, 0.06, None])
+
+
+def test_false_alarms_are_as_rare_as_promised():
+    rng, alarms = np.random.default_rng(0), 0
+    for _ in range(300):
+        base_values = dict(enumerate(rng.normal(size=4)))
+        arms = [dict(enumerate(rng.normal(size=4))) for _ in range(5)]
+        alarms += any(d.adjusted < 0.05 for d in statistics.holm([statistics.difference(a, base_values) for a in arms]))
+    assert alarms / 300 < 0.08
+
+
+def test_pareto():
+    assert statistics.pareto([(1, 3), (2, 2), (2, 3), (3, 1), (3, 1)]) == [0, 1, 3, 4]
+
+
+# Runs
+
+
+def test_results(done):
+    table = done.results
+    assert len(table['arm']) == 4 * 2 * 2 and set(table['status']) == {'finished'}
+    assert all(len(column) == 16 for column in table.values())
+    assert all(0 <= v <= 1 for v in table['values.long/accuracy'])
+    found = results(done)
+    assert {r.arm for r in found} == {'base', 'gqa', 'layer 0: retnet', 'layer 1: retnet'}
+    assert all(r.against.seeds == 2 for r in found if r.arm != 'base')
+
+
+def test_nothing_is_run_twice(done, monkeypatch):
+    monkeypatch.setattr(runner, 'execute', lambda *a: pytest.fail('ran again'))
+    done.run()
+
+
+def test_seeds_share_data_and_differ(done):
+    cells = [c for c in done.cells() if c.task == 'near' and c.seed == 0]
+    assert len({c.config.data.seed for c in cells}) == 1
+    assert {c.config.seed for c in done.cells()} == {0, 1}
+
+
+def test_a_changed_study_is_refused(done):
+    with pytest.raises(ValueError, match=r'base\.steps: saved 4, now 6'):
+        Study(**{**fields(done), 'base': base(steps=6)}).run()
+
+
+def fields(made):
+    return {name: getattr(made, name) for name in Study.__dataclass_fields__}
+
+
+def test_report(done):
+    page = done.report()
+    text = page.read_text()
+    assert 'Which &lt;b&gt;mixer&lt;/b&gt;?' in text and '<b>mixer</b>' not in text
+    assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', text), 'the page must work offline'
+    folder = page.parent
+    names = {p.stem for p in (folder / 'figures').iterdir()}
+    assert {'curves_near', 'effects_near', 'layers_far', 'tasks', 'pareto_state_near'} <= names
+    rows = list(csv.DictReader((folder / 'results.csv').read_text().splitlines()))
+    lines = [json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines()]
+    assert len(rows) == len(lines) == 16
+    assert float(rows[0]['values.accuracy']) == lines[0]['values']['accuracy']
+    summary = (folder / 'report.md').read_text()
+    assert 'Best accuracy on near' in summary and 'layer 0: retnet' in summary
+
+
+def test_a_failing_arm_is_a_result(tmp_path):
+    arms = {'base': {}, 'wild': {'optim.learning_rate': 1e30, 'optim.clip_norm': None}}
+    made = study(tmp_path, arms=arms, seeds=(0,)).run()
+    status = dict(zip(made.results['arm'], made.results['status']))
+    assert status['base'] == 'finished' and status['wild'].startswith('failed')
+    made.report()
+
+
+def test_halving_drops_the_arms_that_are_behind(tmp_path):
+    arms = {'base': {}, 'slow': {'optim.learning_rate': 1e-9}, 'slower': {'optim.learning_rate': 1e-10}}
+    made = study(tmp_path, arms=arms, seeds=(0,), metric='loss', halving=Halving(rungs=(0.5,), keep=0.4)).run()
+    status = dict(zip(made.results['arm'], made.results['status']))
+    assert status == {'base': 'finished', 'slow': 'dropped at step 2', 'slower': 'dropped at step 2'}
+
+
+def test_sweep_takes_each_arms_best_rate(tmp_path):
+    made = study(tmp_path, learning_rates=(1e-9, 1e-2), metric='loss', seeds=(0,)).run()
+    rows = list(zip(*(made.results[k] for k in ('arm', 'values.loss', 'rate'))))
+    best = {arm: min((loss, rate) for a, loss, rate in rows if a == arm)[1] for arm in ('base', 'gqa')}
+    assert {r.arm: r.rate for r in results(made)} == best
+    assert len(made.results['arm']) == 4
+
+
+STUDY = """
+from ml_collections import ConfigDict
+def get_config():
+    c = ConfigDict(convert_dict=False)
+    c.question, c.base, c.arms = 'q', {base!r}, {{'base': {{}}, 'gqa': {{'model.pattern': ('gqa',)}}}}
+    c.seeds, c.metric, c.run_dir = (0, 1), 'accuracy', {run_dir!r}
+    return c
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_parallel_studies_find_the_same_numbers(tmp_path):
+    def command(folder, *flags, **options):
+        file = tmp_path / f'{folder}.py'
+        file.write_text(STUDY.format(base=base(), run_dir=str(tmp_path / folder)))
+        return subprocess.Popen([sys.executable, '-m', 'attnx.ablate', f'--config={file}', *flags], **options)
+
+    root = pathlib.Path(__file__).parents[3]
+    assert command('whole', cwd=root).wait() == 0
+    parts = tmp_path / 'parts' / 'results'
+    for _ in range(8):  # killed as soon as it has finished one more run
+        before = len(list(parts.glob('*.json')))
+        process = command('parts', cwd=root)
+        while process.poll() is None and len(list(parts.glob('*.json'))) == before:
+            pass
+        process.kill()
+        process.wait()
+        if len(list(parts.glob('*.json'))) == 4:
+            break
+    assert command('parts', '--workers=2', cwd=root).wait() == 0
+    values = lambda name: {p.name: json.loads(p.read_text())['values'] for p in (tmp_path / name / 'results').iterdir()}
+    assert values('whole') == values('parts') and len(values('whole')) == 4
+
+
+def test_studies_of_the_repository_are_valid():
+    from ml_collections import ConfigDict
+
+    files = sorted((pathlib.Path(__file__).parents[3] / 'configs' / 'ablations').glob('*.py'))
+    assert files
+    for file in files:
+        made = config_lib.build(Study, config_lib.as_dict(_load(file), 'study'))
+        assert made.cells(), file
+        assert isinstance(_load(file), ConfigDict)
+
+
+def _load(file):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def test_costs_count_what_the_model_has():
+    config = models.ModelConfig(vocab_size=9, width=16, num_layers=2, pattern=('gqa',))
+    found = match.costs(config, 32)
+    built = jax.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
+    assert found.parameters == sum(v.size for v in to_flat(built).values())
+    assert found.state > match.costs(config, 16).state > 0

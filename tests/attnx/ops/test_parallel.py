@@ -1,0 +1,265 @@
+"""Ops on eight devices: softmax attention by every way over the context axis, recurrences and convolutions with states."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from attnx import dispatch, models, ops, sharding
+from attnx.ops import masks, scores
+from attnx.ops.context_attention import _arc
+from tests import tolerances
+from tests.laws import close
+
+B, T, N, H = 2, 32, 4, 8
+RNG = np.random.default_rng(0)
+IDS = np.repeat([[1, 1, 2, 3, 3, 3, 3, 0], [1, 2, 2, 2, 2, 3, 0, 0]], T // 8, axis=1).astype(np.int32)
+
+
+def normal(*shape):
+    return RNG.standard_normal(shape).astype(np.float32)
+
+
+def by_index(i):
+    return (i.k <= i.q) & ((i.h + i.b + i.k) % 3 > 0)
+
+
+# name -> (key heads, arrays with gradients, options made of them)
+CASES = {
+    'full': (4, {}, lambda: {}),
+    'causal': (4, {}, lambda: {'mask': masks.causal()}),
+    'gqa packed sinks': (
+        2,
+        {'sinks': normal(N)},
+        lambda sinks: {'mask': masks.causal() & masks.segments(IDS), 'sinks': sinks},
+    ),
+    'window packed': (2, {}, lambda: {'mask': masks.causal() & masks.window(5) & masks.segments(IDS)}),
+    'window both ways': (1, {}, lambda: {'mask': masks.window(5)}),
+    'alibi softcap': (
+        4,
+        {'slopes': scores.alibi_slopes(N)},
+        lambda slopes: {'mask': masks.causal(), 'score': scores.alibi(slopes) >> scores.softcap(5.0)},
+    ),
+    'strip packed': (
+        2,
+        {'strip': normal(N, 2 * T - 1)},
+        lambda strip: {'mask': masks.causal() & masks.segments(IDS), 'score': scores.relative(strip)},
+    ),
+    'bias': (4, {'bias': normal(N, T, T)}, lambda bias: {'mask': masks.causal(), 'bias': bias}),
+    'by index': (4, {}, lambda: {'mask': by_index}),
+}
+
+
+@functools.cache
+def problem(case):
+    key_heads, arrays, options = CASES[case]
+    query, key, value = normal(B, T, N, H), normal(B, T, key_heads, H), normal(B, T, key_heads, H)
+    cotangents = normal(B, T, N, H), normal(B, N, T)
+
+    def run(query, key, value, arrays):
+        def call(query, key, value, arrays):
+            out, lse = ops.softmax_attention(query, key, value, **options(**arrays), return_lse=True)
+            return out, jnp.where(jnp.isfinite(lse), lse, 0)
+
+        found, pull = jax.vjp(call, query, key, value, arrays)
+        return found, pull(cotangents)
+
+    return run, (query, key, value, arrays)
+
+
+@functools.cache
+def expected(case):
+    run, given = problem(case)
+    return jax.jit(run)(*given)
+
+
+def same(found, expected):
+    jax.tree.map(lambda a, b: close(a, b, tolerances.FLOAT32_GRAD), found, expected)
+
+
+def spread(case, method, mesh, preset='context'):
+    """(results on the mesh, how the call was spread)."""
+    run, given = problem(case)
+    with sharding.use(sharding.make_mesh(mesh), preset, method), dispatch.record() as calls:
+        found = jax.jit(lambda *given: run(*given))(*given)
+    return found, calls[0].spread
+
+
+@pytest.mark.parametrize('method', ['heads', 'gather', 'ring'])
+@pytest.mark.parametrize('case', CASES)
+def test_softmax_attention_over_the_context_axis(case, method):
+    found, how = spread(case, method, {'data': 2, 'context': 4})
+    assert f'tokens over context (4): {method}' in how.how
+    same(found, expected(case))
+
+
+@pytest.mark.parametrize(
+    ('case', 'mesh', 'how'),
+    [
+        ('causal', {'context': 8}, 'gather, zigzag: keys and values take'),
+        ('causal', {'data': 2, 'context': 4}, 'heads: 4 key heads divide among 4 devices'),
+        ('gqa packed sinks', {'data': 2, 'context': 4}, 'gather, zigzag'),
+        ('window packed', {'data': 2, 'context': 4}, 'ring: the mask reaches 2 of 4 parts'),
+        ('window both ways', {'context': 8}, 'ring: the mask reaches 3 of 8 parts'),
+    ],
+)
+def test_the_way_is_chosen_by_mask_and_shape(case, mesh, how):
+    run, given = problem(case)
+    with sharding.use(sharding.abstract_mesh(mesh), 'context'), dispatch.record() as calls:
+        jax.eval_shape(lambda *given: run(*given), *given)
+    assert how in calls[0].spread.how
+
+
+def test_heads_rows_and_tokens_at_once():
+    """Tensor and context axes together, key heads repeated for the tensor axis."""
+    rules = sharding.PRESETS['fsdp_context'] | {'heads': 'tensor'}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sharding.PRESETS, 'all', rules)
+        for method in ('heads', 'ring'):
+            found, how = spread('window both ways', method, {'data': 2, 'tensor': 2, 'context': 2}, 'all')
+            assert 'rows over data (2); heads over tensor (2); tokens over context (2)' in how.how
+            same(found, expected('window both ways'))
+
+
+def test_a_way_that_can_not_serve_is_refused():
+    run, given = problem('causal')
+    message = "context method 'heads' can not serve this call: 4 heads over 4 key heads do not divide among 8 devices"
+    with sharding.use(sharding.abstract_mesh({'context': 8}), 'context', 'heads'), pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda *given: run(*given), *given)
+
+
+def test_shortest_arc():
+    assert _arc([0, 1], 8) == (0, 2)
+    assert _arc([0, 1, 7], 8) == (7, 3)
+    assert _arc([0, 4], 8) == (0, 5)
+    assert _arc(list(range(4)), 4) == (0, 4)
+
+
+def test_dropout_on_parts():
+    """The rate is kept, and no two rows on whatever devices share their draws."""
+    query, key = normal(B, 64, N, H), np.zeros((B, 64, N, H), np.float32)
+    value = np.broadcast_to(np.eye(64, dtype=np.float32)[None, :, None], (B, 64, N, 64))  # the output is the weights
+    for method in ('gather', 'ring', 'heads'):
+        run = lambda q, k, v: ops.softmax_attention(q, k, v, mask=masks.causal(), dropout=ops.Dropout(0.25, 7))
+        with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', method):
+            kept = np.asarray(jax.jit(run)(query, key, value)) > 0
+        kept = kept[:, 32:, :, :32].reshape(-1, 32)
+        assert abs(kept.mean() - 0.75) < 0.02
+        assert len(np.unique(kept, axis=0)) == len(kept)
+
+
+# Recurrences and convolutions: states in and out, documents that cross devices and documents that do not -------------
+
+
+def recurrence(op, decay, given_state, ids):
+    rng = np.random.default_rng(1)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    key = draw(B, T, 2, H)
+    arrays = {'query': draw(B, T, 2, H), 'key': key / np.linalg.norm(key, axis=-1, keepdims=True), 'value': draw(B, T, N, H)}
+    arrays |= {'beta': rng.uniform(0, 1, (B, T, N)).astype(np.float32)} if op == 'delta_rule' else {}
+    shapes = {'none': None, 'head': (N,), 'token': (B, T, N), 'channel': (B, T, N, H)}
+    arrays['log_decay'] = None if decay == 'none' else -rng.uniform(0, 0.3, shapes[decay]).astype(np.float32)
+    arrays['initial_state'] = draw(B, N, H, H) if given_state else None
+    cotangents = draw(B, T, N, H), draw(B, N, H, H)
+
+    def run(arrays):
+        call = lambda arrays: getattr(ops, op)(**arrays, segment_ids=ids, scale=0.5)
+        found, pull = jax.vjp(call, arrays)
+        return found, pull(cotangents)
+
+    return run, arrays
+
+
+@pytest.mark.parametrize(
+    ('op', 'decay', 'given_state', 'packed'),
+    [
+        ('gated_linear', 'none', True, False),
+        ('gated_linear', 'head', False, True),
+        ('gated_linear', 'token', True, True),
+        ('gated_linear', 'channel', True, True),
+        ('delta_rule', 'none', True, True),
+        ('delta_rule', 'token', True, True),
+        ('delta_rule', 'channel', False, False),
+    ],
+)
+def test_recurrences_pass_states(op, decay, given_state, packed):
+    run, arrays = recurrence(op, decay, given_state, IDS if packed else None)
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context'), dispatch.record() as calls:
+        found = jax.jit(lambda a: run(a))(arrays)
+    assert 'tokens over context (4): states by one all-gather' in calls[0].spread.how
+    same(found, jax.jit(run)(arrays))
+
+
+def test_the_states_take_one_all_gather():
+    _, arrays = recurrence('gated_linear', 'channel', False, None)
+    forward = lambda arrays: ops.gated_linear(**arrays)
+    with sharding.use(sharding.make_mesh({'context': 8}), 'context'):
+        jaxpr = str(jax.make_jaxpr(forward)(arrays))
+    assert jaxpr.count('all_gather[') == 1
+    assert not any(other in jaxpr for other in ('ppermute[', 'psum[', 'all_to_all['))
+
+
+@pytest.mark.parametrize('packed', [False, True])
+def test_convolution_halos(packed):
+    rng = np.random.default_rng(2)
+    x, kernel, state = (rng.standard_normal(s).astype(np.float32) for s in ((B, T, 6), (4, 6), (B, 3, 6)))
+    cotangents = rng.standard_normal((B, T, 6)).astype(np.float32), rng.standard_normal((B, 3, 6)).astype(np.float32)
+
+    def run(x, kernel, state):
+        call = lambda x, w, s: ops.short_conv(x, w, initial_state=s, segment_ids=IDS if packed else None)
+        found, pull = jax.vjp(call, x, kernel, state)
+        return found, pull(cotangents)
+
+    with sharding.use(sharding.make_mesh({'context': 8}), 'context'):
+        found = jax.jit(lambda *a: run(*a))(x, kernel, state)
+    same(found, jax.jit(run)(x, kernel, state))
+
+
+def test_what_does_not_divide_is_done_whole_and_said():
+    x = jax.ShapeDtypeStruct((3, 30, 4, 8), jnp.float32)
+    with sharding.use(sharding.abstract_mesh({'data': 2, 'context': 4}), 'context'), dispatch.record() as calls:
+        jax.eval_shape(lambda x: ops.gated_linear(x, x, x), x)
+    assert calls[0].spread == dispatch.Spread(
+        'every device does all of it',
+        ('3 rows are not divisible over the 2 devices of data', '30 tokens are not divisible over the 4 devices of context'),
+    )
+
+
+@pytest.mark.slow
+def test_states_and_caches_on_a_mesh():
+    """Prefill of a prompt that is cut, then single tokens, which are not."""
+    mixers = {'local': {'kind': 'sliding_window', 'window': 6}, 'delta': {'kind': 'gated_deltanet', 'num_heads': 2}}
+    pattern = ('delta', 'gqa', 'local')
+    config = models.ModelConfig(vocab_size=31, width=32, num_layers=3, pattern=pattern, mixers=mixers)
+    model = models.build(config, rngs=nnx.Rngs(0))
+    tokens = np.random.default_rng(3).integers(0, 31, (2, 20)).astype(np.int32)
+
+    def run(model, tokens):
+        state, found = model.init_state(2, 24), []
+        for part in (tokens[:, :16], tokens[:, 16:17], tokens[:, 17:18], tokens[:, 18:]):
+            out = model(part, state=state)
+            state, found = out.state, [*found, out.logits]
+        return jnp.concatenate(found, axis=1)
+
+    expected = jax.jit(run)(model, tokens)
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context'):
+        close(jax.jit(lambda *a: run(*a))(model, tokens), expected, tolerances.FLOAT32_GRAD)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['gather', 'ring'])
+def test_kernels_take_the_parts(method):
+    """Lowered for a GPU that is not here: masks at shifted indices are nothing that the kernel refuses."""
+    array = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    ids = jax.ShapeDtypeStruct((2, 2048), jnp.int32)
+
+    def loss(query, key, value, ids):
+        mask = masks.causal() & masks.segments(ids)
+        return ops.softmax_attention(query, key, value, mask=mask, impl='mosaic_gpu').astype(jnp.float32).sum()
+
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', method), dispatch.target('cuda'):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(array, array, array, ids)
+        assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()

@@ -1,0 +1,40 @@
+"""The benchmark's own code: a tiny row on eight devices, and the ratios it prints."""
+
+import numpy as np
+import pytest
+
+from attnx.train import bench
+
+
+def test_ratios():
+    entry = lambda name, who, devices, rate: {'name': name, 'who': who, 'devices': devices, 'tokens_per_second': rate}
+    results = [
+        entry('gpt2-124m', 'attnx', 1, 120.0),
+        entry('gpt2-124m', 'torch', 1, 100.0),
+        entry('ring', 'attnx', 1, 10.0),
+        entry('ring', 'attnx', 2, 18.0),
+        entry('gpt2-124m overhead', 'attnx', 1, 100.0),
+        entry('gpt2-124m overhead', 'bare', 1, 101.0),
+        {'name': 'llama-1.3b', 'who': 'attnx', 'devices': 1, 'failed': 'out of memory'},
+    ]
+    assert bench.compare(results) == [
+        'gpt2-124m: 1.200 times the tokens/s of PyTorch',
+        'ring: 2 devices have 1.800 times the tokens/s of one',
+        'gpt2-124m overhead: norm, finite check and metrics cost 1.00 % of a step',
+    ]
+
+
+def test_settings_reach_the_row_or_its_model():
+    row = bench.changed(bench.ROWS[0], ['batch=4', 'remat=full', 'num_layers=3'])
+    assert (row.batch, row.model['remat'], row.model['num_layers']) == (4, 'full', 3)
+
+
+@pytest.mark.slow
+def test_a_tiny_row_on_eight_devices():
+    row = bench.tiny(next(r for r in bench.ROWS if r.name == 'llama-1.3b'))
+    found = bench.ours(row, steps=1, devices=1, dtype='float32')
+    assert np.isfinite(found['loss'])
+    assert found['tokens_per_second'] == pytest.approx(1e3 * row.batch * row.length / found['step_ms'])
+    row = bench.tiny(next(r for r in bench.ROWS if r.name == 'ring'))
+    found = bench.ours(row, steps=1, devices=8, dtype='float32')
+    assert (found['length'], found['batch'], found['devices']) == (8 * row.length, row.batch, 8)

@@ -1,0 +1,62 @@
+"""Every entry of configs/heads.py trains: two updates that change every parameter and leave a finite loss."""
+
+import functools
+import importlib.util
+import pathlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from attnx import config as config_lib
+from attnx import tasks
+from attnx.train import loop, step
+from attnx.train.config import completed
+
+PATH = pathlib.Path(__file__).parent.parent / 'configs' / 'heads.py'
+QUICK = ('moh', 'yoco', 'task_experts')  # one of a single layer, of shared values, of side inputs
+
+
+@functools.cache
+def configs():
+    spec = importlib.util.spec_from_file_location('heads', PATH)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@functools.cache
+def batch_of(kind: str):
+    fields = {'kind': kind, **({'path': str(PATH.parent)} if kind == 'text' else {})}
+    task = tasks.build(tasks.config(**fields), length=32 if kind == 'text' else 0)
+    rows = [task.train[i] for i in range(2)]
+    return task, {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+
+@pytest.mark.parametrize(
+    'variant', [pytest.param(v, marks=[] if v in QUICK else [pytest.mark.slow]) for v in configs().VARIANTS]
+)
+def test_trains_two_steps(variant):
+    given = config_lib.build(loop.Config, configs().get_config(variant), 'config')
+    task, batch = batch_of(given.data.task['kind'])
+    config = completed(given.model, task)
+    config.check_packing()
+    config.check_inputs({*batch} - {*tasks.FIELDS})
+    made = loop.program(config, packed=task.packed)
+    transform = optax.adam(1e-2)
+    update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-2, given.step))
+    state = first = step.init_state(jax.jit(made.init)(jax.random.key(0)), transform)
+    losses = []
+    for _ in range(3):
+        state, values = update(state, batch, jax.random.key(0))
+        losses.append(float(values['objective']))
+        assert not values['bad']
+    assert losses[-1] < losses[0]
+    still = [n for n, v in state['params'].items() if np.array_equal(v, first['params'][n])]
+    assert not still, f'parameters that did not move: {still}'
+
+
+def test_unknown_variant():
+    with pytest.raises(ValueError, match="unknown variant 'moe'"):
+        configs().get_config('moe')
