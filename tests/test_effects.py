@@ -156,7 +156,8 @@ def test_optimizers(kind, schedule):
 @pytest.fixture
 def tiny_model():
     params = {'embedding': jnp.ones((5, 4))}
-    forward = lambda p, b, key, step=None: (p['embedding'][b['tokens']] @ p['embedding'].T, {'balance_loss': p['embedding'].sum()})
+    logits = lambda p, b: p['embedding'][b['tokens']] @ p['embedding'].T
+    forward = lambda p, b, key, step=None: (logits(p, b), {'balance_loss': p['embedding'].sum()})
     tokens = jnp.zeros((8, 6), jnp.int32)
     return forward, params, {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones((8, 6))}
 
