@@ -432,7 +432,7 @@ class _Evaluator:
     def _copy(self, a):
         return a
 
-    _stop_gradient = _copy_p = _copy
+    _stop_gradient = _copy_p = _reshard = _copy
 
     def _broadcast_in_dim(self, a, *_):
         return a

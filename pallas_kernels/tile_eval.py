@@ -1,8 +1,8 @@
-"""Runs a scalar Python function on register tiles inside a Mosaic GPU kernel.
+"""Runs a scalar Python function on register tiles inside a Mosaic kernel.
 
 A mask or score function is traced once on scalars; its jaxpr is then evaluated on scalars, row vectors, column vectors
 and tiles at once, each value kept in the smallest of these shapes until it meets a larger one. That makes row-only and
-column-only subexpressions almost free, and it gives a place to rewrite the primitives that have no Mosaic GPU lowering
+column-only subexpressions almost free, and it gives a place to rewrite the primitives that have no Mosaic lowering
 (`add_any`, which every `jax.vjp` makes, `floor`, `log1p`, ...).
 """
 
@@ -87,6 +87,7 @@ RULES = {
     'one_minus_square': lambda x, **_: 1 - x * x,
     'stop_gradient': lambda x: x,
     'copy': lambda x: x,
+    'reshard': lambda x, **_: x,  # what tracing under a mesh of explicit axes adds
     'floor': lambda x: _floor(x),
     'ceil': lambda x: -_floor(-x),
     'polynomial': _polynomial,
@@ -187,7 +188,7 @@ class Scaled:
         return self.value * jnp.float32(self.factor)
 
 
-def tile_eval(fun, operands, shape, cast, small=()):
+def tile_eval(fun, operands, shape, cast, small=(), spread=None):
     """Evaluates `fun`, a function of scalars, on tiles.
 
     Args:
@@ -197,6 +198,7 @@ def tile_eval(fun, operands, shape, cast, small=()):
       shape: (M, N).
       cast: pins the layout of a tile made by broadcasting.
       small: which operands are integers below 2^22, so that their sums are exact in float32.
+      spread: (value, kind, larger kind) -> the value in that shape, where rows and columns are no vectors.
 
     Returns:
       A list of `Value`s.
@@ -207,6 +209,8 @@ def tile_eval(fun, operands, shape, cast, small=()):
         v = v() if isinstance(v, Scaled) else v
         if k == to:
             return v
+        if spread:
+            return spread(v, k, to)
         target = {'r': shape[:1], 'c': shape[1:], 'rc': shape}[to]
         if k == '':
             return jnp.broadcast_to(v, target)

@@ -123,15 +123,15 @@ def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> 
     grown = {'batch': row.batch, 'length': row.length}
     grown[row.grow] *= devices
     given = config.build(models.ModelConfig, row.model | {'max_length': grown['length'], 'dtype': dtype})
-    made = loop.program(given, packed=False, seed=0)
+    made = loop.program(given, packed=False)
     mesh = sharding.make_mesh({row.mesh: devices}, jax.devices()[:devices])
     transform, rate = optim.build(optim.Config(warmup=10, schedule='constant'), 1000, made.axes)
     settings = step_lib.Config(accumulate=row.accumulate)
-    full = step_lib.train_step(made.forward, transform, rate, settings, 0)
+    full, key = step_lib.train_step(made.forward, transform, rate, settings), jax.random.key(0)
 
-    def least(state, batch):
+    def least(state, batch, key):
         """What an update can't do without."""
-        key = jax.random.fold_in(jax.random.key(0), state['step'])
+        key = jax.random.fold_in(key, state['step'])
         _, grads, _ = step_lib.gradients(made.forward, state['params'], batch, key, settings)
         updates, opt = transform.update(grads, state['opt'], state['params'])
         return state | {'params': optax.apply_updates(state['params'], updates), 'opt': opt, 'step': state['step'] + 1}, {}
@@ -145,7 +145,7 @@ def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> 
             'step': single,
             'bad': single,
         }
-        state = jax.jit(lambda: step_lib.init_state(made.init(), transform), out_shardings=where)()
+        state = jax.jit(lambda key: step_lib.init_state(made.init(key), transform), out_shardings=where)(key)
         tokens = np.random.default_rng(0).integers(0, given.vocab_size, (grown['batch'], grown['length'] + 1), dtype=np.int32)
         batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones(tokens[:, 1:].shape, np.float32)}
         place = NamedSharding(mesh, sharding.partition(('batch', 'length'), sharding.rules(row.preset)))
@@ -155,7 +155,7 @@ def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> 
 
         def step():
             nonlocal state
-            state, last['metrics'] = update(state, batch)
+            state, last['metrics'] = update(state, batch, key)
 
         seconds = timed(step, lambda: jax.block_until_ready((state, last)), steps)
     loss = float(last['metrics']['loss']) if last['metrics'] else None
@@ -217,7 +217,7 @@ def peer(row: Row, steps: int) -> dict[str, Any]:
             self.table = None if rotary else nn.Embedding(row.length, width)
             self.blocks = nn.ModuleList([Block() for _ in range(given.num_layers)])
             self.norm, self.head = norm(), nn.Linear(width, given.vocab_size, bias=False)
-            if given.tie_embeddings:
+            if given.tied:
                 self.head.weight = self.embedding.weight
             for p in self.parameters():
                 if p.ndim > 1:
@@ -258,7 +258,7 @@ def peer(row: Row, steps: int) -> dict[str, Any]:
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if device == 'cuda' else [SDPBackend.MATH]):
         seconds = timed(step, wait, steps)
     kind = torch.cuda.get_device_name() if device == 'cuda' else 'cpu'
-    made = loop.program(given, packed=False, seed=0)
+    made = loop.program(given, packed=False)
     flops = plan.flops_per_token(given, made.axes, made.shapes, row.length)
     found = figures(row, seconds, 1, row.length, flops, metrics.peak_flops(kind))
     loss = float(last['loss']) * len(parts)  # of the last part

@@ -32,7 +32,7 @@ class NoMixing(Mixer):
         return jnp.zeros((batch, 0), jnp.float32)
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        return Output(self.mlp(x), state)
+        return Output(self.mlp(x)[0], state)
 
 
 SPEC = Spec(

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from attnx.nn import Linear, dropout, merge_heads, normal, param, softmax, split_heads
 from attnx.ops import rows
+from attnx.sharding import constrain
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -41,6 +42,8 @@ def talking_heads(query, key, value, before, after, *, mask, score, scale, sinks
       [B, T, Nv, Hv]
     """
     exact = {'preferred_element_type': jnp.float32}
+    # Keys whole on every device: XLA's partitioner gives `after` a wrong gradient where queries and keys are both cut.
+    key, value = (constrain(x, ('batch', None, 'kv_heads', 'head_dim')) for x in (key, value))
 
     def run(q, first):
         s = jnp.einsum('bkts,kn->bnts', rows.logits(q, key, scale), before.astype(jnp.float32), **exact)
