@@ -42,12 +42,12 @@ def parse(argv):
 
 def resolved(path):
     from attnx import config
-    from attnx.train import loop
+    from attnx.train import loop, metrics
 
     try:
         return config.from_json(loop.Config, pathlib.Path(path).read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f'--resolved={path}: {error}') from None
+        raise ValueError(metrics.printable(f'--resolved={path}: {error}')) from None
 
 
 def main(argv):

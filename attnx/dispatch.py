@@ -98,6 +98,19 @@ def observe():
         _observed.reset(token)
 
 
+def shown(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], call: Callable):
+    """`call()`, as the op call that `observe` sees; the ops inside it are its own affair."""
+    if (seen := _observed.get()) is None:
+        return call()
+    token = _observed.set(None)
+    try:
+        out = call()
+    finally:
+        _observed.reset(token)
+    seen.append(Seen(op, dict(zip(inspect.signature(forms['reference']).parameters, args)) | dict(kwargs), out))
+    return out
+
+
 def kernels(op: str) -> tuple[table.Kernel, ...]:
     return tuple(row for row in table.KERNELS if row.op == op)
 
@@ -125,14 +138,8 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     Raises:
       ValueError: `impl` is unknown, or refuses these arguments; the message holds the reason and what does run.
     """
-    if (seen := _observed.get()) is not None:
-        token = _observed.set(None)  # ops inside this one are its own affair
-        try:
-            out = run(op, impl, forms, args, kwargs)
-        finally:
-            _observed.reset(token)
-        seen.append(Seen(op, dict(zip(inspect.signature(forms['reference']).parameters, args)) | dict(kwargs), out))
-        return out
+    if _observed.get() is not None:
+        return shown(op, forms, args, kwargs, lambda: run(op, impl, forms, args, kwargs))
     rows = kernels(op)
     valid = ['auto', *forms, *(row.impl for row in rows)]
     if impl not in valid:

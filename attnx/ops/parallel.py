@@ -50,7 +50,8 @@ def run(op: str, impl: str, forms, args: tuple, kwargs: dict):
     local = lambda *a, **k: dispatch.run(op, impl, forms, a, k)
     if sharding.active() is None:
         return local(*args, **kwargs)
-    return _spread()[op](local, *args, **kwargs)
+    # Observed here, where arrays are whole: inside they are each device's part.
+    return dispatch.shown(op, forms, args, kwargs, lambda: _spread()[op](local, *args, **kwargs))
 
 
 @functools.cache

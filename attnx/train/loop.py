@@ -470,16 +470,15 @@ class _Run:
         whole = dataclasses.replace(config.step, accumulate=1)
         single = NamedSharding(self.mesh, PartitionSpec())
         jit = lambda function: jax.jit(function, out_shardings=single)
-        given = state['params'], failed.batch, key
+        given = state['params'], failed.batch, key, state['step']
 
-        def activations(params, batch, key):
-            traced = made.trace(params, batch, key, state['step'])
+        def activations(params, batch, key, step):
+            traced = made.trace(params, batch, key, step)
             found = [report.census(t.name, t.value, t.heads) for t in health.tensors(traced)]
             return [one for one in found if one is not None]
 
-        forward = functools.partial(made.forward, step=state['step'])
-
-        def gradients(params, batch, key):
+        def gradients(params, batch, key, step):
+            forward = functools.partial(made.forward, step=step)
             return report.censuses(step_lib.gradients(forward, params, batch, key, whole)[1])
 
         return report.diagnose(
