@@ -57,3 +57,22 @@ def opaque_zero():
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return zero()
+
+
+def any_not_finite(row):
+    """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def vote(_, row):
+        i32 = ir.IntegerType.get_signless(32)
+        bits = [llvm.bitcast(i32, x) for x in row.registers.flat]
+        # Barriers 8 .. 15 are free: Mosaic uses one for the block and one for each warpgroup.
+        code = """{ .reg .pred p, q; .reg .u32 t, x;
+            and.b32 x, $1, 0x7f800000; setp.eq.u32 p, x, 0x7f800000;
+            and.b32 x, $2, 0x7f800000; setp.eq.or.u32 p, x, 0x7f800000, p;
+            mov.u32 t, %tid.x; shr.u32 t, t, 7; add.u32 t, t, 8;
+            barrier.cta.red.or.pred q, t, 128, p; selp.u32 $0, 1, 0, q; }"""
+        value = llvm.inline_asm(i32, bits, code, '=r' + ',r' * len(bits), has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return vote(row)

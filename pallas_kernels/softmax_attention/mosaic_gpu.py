@@ -22,6 +22,7 @@ from pallas_kernels.softmax_attention import diagonal, functions, operand_gradie
 from pallas_kernels.softmax_attention import forward as forward_kernel
 
 WIDEST = 128
+ITEM_COST = 0.4  # what an item of the forward kernel costs beside its key tiles, in key tiles
 HIDDEN = 1e30  # base-2 log-sum-exp given to the backward kernel for rows that see nothing: all weights become 0
 
 
@@ -147,12 +148,13 @@ def _forward(scale, q, k, v, mask, score, sinks, dropout):
     lists, counts = None, np.full((1, 1, nq), nk)
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
-        counts = lists[..., 0] if isinstance(lists, np.ndarray) else None
+        counts = lists[..., 0]
     # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
     together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
-    items = agenda(B, N, nq, counts, together, _processors())
+    todo, order = agenda(B, N, nq, counts, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
-    out, lse2 = forward_kernel.forward(q8, k8, v8, items, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
+    run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale)
+    out, lse2, *_ = run(q8, k8, v8, todo, order, lists, operands, sinks)
     out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
     return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
@@ -276,19 +278,20 @@ def forward_lists(classes):
     return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
-def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> np.ndarray:
-    """Which items each block of the forward kernel does, in order: int32 [blocks, 1 + n], the count first.
+def agenda(B: int, N: int, nq: int, counts, together: int, processors: int):
+    """Which items each block of the forward kernel does: int32 [blocks, 2], its first item and how many, and the order.
 
-    An item is (b * N + h) * nq + q. Where the work per item is known (`counts`, NumPy [B or 1, N or 1, nq]), there is
-    one block per multiprocessor, and each item in turn goes to the block that is free first, long items of `together`
-    heads at a time before short ones. Where it depends on data (None), each item is its own block and the hardware
-    deals them out.
+    An item is (b * N + h) * nq + q; `order` lists them, None for ascending. There is one block per multiprocessor. Where
+    the key tiles of each item are known while tracing (`counts`, NumPy [B or 1, N or 1, nq]), each item in turn goes to
+    the block that is free first, long items of `together` heads at a time before short ones. Where they depend on data,
+    each block gets a run of items, cut so that all have about the same work.
     """
     items = np.arange(B * N * nq).reshape(B, N, nq)
-    if counts is None:
-        return np.stack([np.ones(items.size), items.ravel()], -1).astype(np.int32)
     P = min(processors, items.size)
-    cost = np.broadcast_to(counts, (B, N, nq)) + 1.0  # an item's first product and last store overlap with nothing
+    cost = counts + ITEM_COST
+    if not isinstance(counts, np.ndarray):
+        return _runs(jnp.broadcast_to(cost, (B, N, nq)), P), None
+    cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
     else:
@@ -300,8 +303,21 @@ def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> n
         t, p = heapq.heappop(free)
         rows[p].append(item)
         heapq.heappush(free, (t + work, p))
-    longest = max(map(len, rows))
-    return np.array([[len(r), *r, *[0] * (longest - len(r))] for r in rows], np.int32)
+    length = np.array([len(r) for r in rows])
+    return np.stack([np.cumsum(length) - length, length], -1).astype(np.int32), np.concatenate(rows).astype(np.int32)
+
+
+def _runs(cost, P: int):
+    """Cuts items, in order, into P runs of about the same cost: int32 [P, 2], first item and length."""
+    before = lambda n: np.tril(np.ones((n, n), np.float32), -1)
+    B, N, nq = cost.shape
+    within = (cost[..., None, :] * before(nq)).sum(-1)
+    heads = cost.sum(-1).reshape(-1)
+    middle = (before(B * N) * heads).sum(-1)[:, None] + within.reshape(B * N, nq) + cost.reshape(B * N, nq) / 2
+    block = jnp.minimum(middle * (P / heads.sum()), P - 1).astype(jnp.int32)
+    length = (block.reshape(-1) == np.arange(P)[:, None]).sum(-1, dtype=jnp.int32)
+    first = (block.reshape(-1) < np.arange(P)[:, None]).sum(-1, dtype=jnp.int32)
+    return jnp.stack([first, length], -1)
 
 
 def _processors() -> int:

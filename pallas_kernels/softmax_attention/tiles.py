@@ -10,6 +10,7 @@ class Forward:
     stages: int  # key and value tiles in flight
     registers: tuple[int, int]  # consumer, producer
     turns: bool = True  # consumers issue in turns
+    buffers: int = 2  # query tiles in flight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,7 +27,7 @@ def forward(H: int, Hv: int) -> Forward:
         return Forward(3, 128, 2, (160, 32))
     if wide <= 128:
         return Forward(2, 128, 2, (240, 24))
-    return Forward(2, 64, 2, (240, 24))
+    return Forward(2, 64, 2, (240, 24), buffers=1)
 
 
 def backward(H: int, Hv: int) -> Backward:
