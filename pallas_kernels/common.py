@@ -1,7 +1,10 @@
 """What the Mosaic GPU kernels share: layouts, memory shapes, and the few operations the DSL has no word for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -76,3 +79,17 @@ def any_not_finite(row):
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return vote(row)
+
+
+def clean(refs):
+    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows."""
+    parts = [ref.at[:, pl.ds(at, 64)] for ref in refs for at in range(0, ref.shape[-1], 64)]
+    load = lambda part: plgpu.load(part, layout=TILE).astype(jnp.float32)
+    peak = functools.reduce(jnp.maximum, (jnp.abs(load(part)).max(axis=1) for part in parts))
+
+    @pl.when(any_not_finite(peak) > 0)
+    def _():
+        for part in parts:
+            x = load(part)
+            part[...] = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0).astype(part.dtype)
+        plgpu.commit_smem()

@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import blocks, common
 from pallas_kernels.common import LOG2E, ROW, TILE
 from pallas_kernels.softmax_attention import functions
+from pallas_kernels.softmax_attention.backward import HIDDEN
 
 QUERIES, KEYS, STAGES = 128, 64, 2
 
@@ -101,16 +102,17 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
                     s, factor, slope = place.score_by_operand(s, scale, which)
                     base = plgpu.load(lse_smem.at[slot, mine], layout=ROW, optimized=False)
                     p = jnp.exp2(s * (factor * LOG2E) - common.row(base, shape))
-                    if spec.mask:
-                        hide = lambda p: jnp.where(place.visible(), p, 0.0)
-                        p = lax.cond(partial, hide, lambda p: p, p)
                     dp = dp_acc[...]
                     if spec.dropout:
                         dp = jnp.where(place.kept(), dp * spec.dropout.inverse_keep, 0.0)
                     less = plgpu.load(delta_smem.at[slot, mine], layout=ROW, optimized=False)
                     plgpu.barrier_arrive(free.at[slot])
                     ds = p * (dp - common.row(less, shape))
-                    return ds if slope is None else ds * slope
+                    ds = jnp.where(common.row(base, shape) > HIDDEN / 2, 0.0, ds if slope is None else ds * slope)
+                    if spec.mask:  # last, for 0 times what is not finite is NaN
+                        hide = lambda ds: jnp.where(place.visible(), ds, 0.0)
+                        ds = lax.cond(partial, hide, lambda ds: ds, ds)
+                    return ds
 
                 return total + pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 

@@ -18,12 +18,12 @@ import numpy as np
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import backward as backward_kernel
-from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles
+from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
+from pallas_kernels.softmax_attention.backward import HIDDEN
 
-WIDEST = 128
+WIDEST = 256
 ITEM_COST = 0.4  # what an item of the forward kernel costs beside its key tiles, in key tiles
-HIDDEN = 1e30  # base-2 log-sum-exp given to the backward kernel for rows that see nothing: all weights become 0
 
 
 def unsupported(
@@ -41,7 +41,7 @@ def unsupported(
     if N % K:
         return f'{N} query heads are no multiple of {K} key heads'
     if max(H, Hv) > WIDEST:
-        return f'head widths up to {WIDEST} have a backward kernel, given {max(H, Hv)}; use impl="xla"'
+        return f'head widths up to {WIDEST} fit, given {max(H, Hv)}; use impl="xla"'
     if min(B, T, S, H, Hv) < 1:
         return 'an empty dimension; use impl="xla"'
     reason = _hardware()
@@ -164,45 +164,74 @@ def _backward(scale, saved, cotangents):
     do, dlse = cotangents
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    least = 128 if max(H, Hv) > 64 else 64  # the backward kernel has one width for q and k of at least v's class
-    q8, k8, v8, do8 = _pad(q, least), _pad(k, least), _pad(v), _pad(do)
-    shape = tiles.backward(q8.shape[3], v8.shape[3])
-    bq, bk = shape.queries, backward_kernel.KEYS
-    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
-    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN.
+    # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN; one whose output,
+    # lse or cotangent is not finite makes all it sees NaN.
     live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
     delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
-    delta = jnp.where(live, delta, 0.0)
-    pad = [(0, 0), (0, 0), (0, nq * bq - T)]
-    lse_in = jnp.pad(jnp.where(live, lse2, HIDDEN), pad, constant_values=HIDDEN)
-    classes = blocks.classify(mask, B, N, T, S, bq, bk)
-    lists, ranks, touched = schedule(classes)
-    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    delta_in = jnp.pad(delta, pad)
-    run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
-    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
-    run = jax.custom_batching.sequential_vmap(run)
-    dq, dk, dv = run(q8, k8, v8, do8, lse_in, delta_in, lists, ranks, operands)
-    dq = dq[:, :T, :, :H] * scale
-    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
-        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
-        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    finite = jnp.isfinite(delta)
+    base = jnp.where(live, jnp.where(finite, lse2, jnp.nan), HIDDEN)
+    delta = jnp.where(live & finite, delta, 0.0)
+    sweep = _wide if max(H, Hv) > 128 else _fused
+    dq, dk, dv = sweep(scale, q, k, v, do, base, delta, mask, score, dropout)
     dk, dv = _over_groups(dk[:, :S, :, :H], K), _over_groups(dv[:, :S, :, :Hv], K)
     dsinks = None
     if sinks is not None:
-        weight = jnp.where(live, jnp.exp2(sinks[:, None] * common.LOG2E - lse2), 0.0)
+        weight = jnp.where(live, jnp.exp2(sinks[:, None] * common.LOG2E - base), 0.0)
         dsinks = -(weight * delta).sum((0, 2))
     dscore = None
     if score is not None:
-        dscore = _score_gradient(scale, q8, k8, v8, do8, lse_in, delta, mask, score, dropout, T, S)
+        dscore = _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout)
     return dq.astype(q.dtype), dk, dv, None, dscore, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S):
+def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
+    """dq, and dk and dv for each query head, padded, by the fused kernel."""
+    (B, T, N, H), S, Hv = q.shape, k.shape[1], v.shape[3]
+    least = 128 if max(H, Hv) > 64 else 64  # it has one width for q and k of at least v's class
+    q8, k8, v8, do8 = _pad(q, least), _pad(k, least), _pad(v), _pad(do)
+    shape = tiles.backward(q8.shape[3], v8.shape[3])
+    bq, bk = shape.queries, backward_kernel.KEYS
+    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
+    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
+    fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
+    suspect = fit(~(base < HIDDEN / 2), False).reshape(B, N, nq, bq).any(-1).astype(jnp.int32)
+    lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
+    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
+    run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
+    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
+    run = jax.custom_batching.sequential_vmap(run)
+    dq, dk, dv = run(q8, k8, v8, do8, fit(base, HIDDEN), fit(delta, 0.0), suspect, lists, ranks, operands)
+    dq = dq[:, :T, :, :H] * scale
+    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
+        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
+        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    return dq, dk, dv
+
+
+def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
+    """As `_fused`, by one sweep a gradient."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    arrays = [jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, do)]
+    own, other = wide.OWN, wide.STREAMED
+    Tp, Sp = (common.cdiv(n, own) * own for n in (T, S))
+    fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
+    rows = fit(base, HIDDEN), fit(delta, 0.0)
+    found = []
+    for which in ('dq', 'dk', 'dv'):
+        by_key = which != 'dq'
+        spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
+        classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
+        lists = forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
+        operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
+        run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
+        found.append(run(*map(_pad, arrays), *rows, lists, operands))
+    return found[0][:, :T, :, :H], *found[1:]
+
+
+def _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout):
     """The gradient of `score`: the same pytree, None for what is not floating. XLA drops what is not asked for."""
     leaves, tree = jax.tree.flatten(score)
     operands = ew.flatten(score)[0]
@@ -211,8 +240,8 @@ def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S)
     strips = [n for n in floating if set(operands[n].index) in ({'d'}, {'h', 'd'})]
     rest = [n for n in floating if n not in strips]
     found = [None] * len(leaves)
+    (B, T, N, _), S = q.shape, k.shape[1]
     if strips:
-        B, N = q.shape[0], q.shape[2]
         nq, nk = common.cdiv(T, diagonal.QUERIES), common.cdiv(S, diagonal.KEYS)
         classes = blocks.classify(mask, B, N, T, S, diagonal.QUERIES, diagonal.KEYS)
         xp = np if isinstance(classes, np.ndarray) else jnp
@@ -221,19 +250,16 @@ def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S)
         Tp, Sp = nq * diagonal.QUERIES, nk * diagonal.KEYS
         arrays = [functions.prepare(o, T, S, Tp, Sp, False) for o in spec.operands]
         fit = lambda x, fill: jnp.pad(x[..., :T], [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
-        rows = fit(lse2, HIDDEN), fit(delta, 0.0)
+        rows = fit(base, HIDDEN), fit(delta, 0.0)
         for n in strips:
-            tiles_ = diagonal.diagonal(q, k, v, do, *rows, todo, arrays, spec=spec, which=n, scale=scale)
+            tiles_ = diagonal.diagonal(*map(_pad, (q, k, v, do)), *rows, todo, arrays, spec=spec, which=n, scale=scale)
             x = diagonal.strip(tiles_, T, S)  # [N, d]
             index, shape = operands[n].index, leaves[n].shape
             if 'h' not in index or shape[index.index('h')] == 1:
                 x = x.sum(0, keepdims='h' in index)
             found[n] = (x.T if index == 'dh' else x).astype(leaves[n].dtype)
     if rest:
-        cut = lambda x, length: x[:, :length]
-        gradients = operand_gradients.of_score(
-            scale, cut(q, T), cut(k, S), cut(v, S), cut(do, T), lse2[..., :T], delta, mask, score, dropout, rest
-        )
+        gradients = operand_gradients.of_score(scale, q, k, v, do, base, delta, mask, score, dropout, rest)
         for n, x in zip(rest, gradients):
             found[n] = x
     return jax.tree.unflatten(tree, found)
