@@ -183,6 +183,11 @@ def _hidden(seen, x, fill):
     return jnp.where(seen, x, fill) if seen is not None and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+def _top(s):
+    """The maximum over keys, +inf where there is NaN: XLA's on a CPU drops NaN, and a row of NaN would look empty."""
+    return jnp.where(jnp.isnan(s), jnp.inf, s).max(-1)
+
+
 # Reference
 
 
@@ -201,7 +206,7 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         call, values = _whole(score, i)
         s = call(_hidden(seen, s, 0), i, [_hidden(seen, x, 1) for x in values])
     s = _hidden(seen, s, -jnp.inf)
-    top = lax.stop_gradient(s.max(-1, keepdims=True))
+    top = lax.stop_gradient(_top(s)[..., None])
     empty = top == -jnp.inf
     sink = None if sinks is None else jnp.asarray(sinks, dtype)[:, None, None]
     top = jnp.where(empty, 0, top if sink is None else jnp.maximum(top, lax.stop_gradient(sink)))
@@ -442,7 +447,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
             top, total, acc = state
             vj = _columns(v, st, j)
             tile = _logits(st, i, j, q, _columns(k, st, j), poison, _columns(poison_k, st, j), mask, score)
-            new = jnp.maximum(top, tile.s.max(-1))
+            new = jnp.maximum(top, _top(tile.s))
             shift = jnp.where(new == -jnp.inf, 0, new)
             p = jnp.exp(tile.s - shift[..., None])
             decay = jnp.exp(top - shift)
