@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -79,6 +80,24 @@ def any_not_finite(row):
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return vote(row)
+
+
+def any_from(col, limit: float):
+    """Whether a float32 column vector, which each warp holds whole, has an entry that is not below `limit`: int32 0 or 1."""
+
+    @plgpu.inline_mgpu(arg_types=(COL,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def vote(_, col):
+        pairs = [llvm.bitcast(ir.IntegerType.get_signless(64), x) for x in col.registers.flat]
+        bound = f'0f{np.float32(limit).view(np.uint32):08X}'
+        code = '{ .reg .pred p; .reg .f32 x, y; setp.ne.u32 p, 0, 0; '
+        for n in range(1, len(pairs) + 1):
+            code += f'mov.b64 {{x, y}}, ${n}; setp.geu.or.f32 p, x, {bound}, p; setp.geu.or.f32 p, y, {bound}, p; '
+        code += 'vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, pairs, code, '=r' + ',l' * len(pairs), has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return vote(col)
 
 
 def clean(refs):

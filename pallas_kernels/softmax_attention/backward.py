@@ -24,17 +24,16 @@ from pallas_kernels.softmax_attention import functions
 KEYS = 128  # keys a block, 64 per consumer
 
 
-HIDDEN = 1e30  # base-2 log-sum-exp of rows without weight
+HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, tiles, scale, ordered=True):
+def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, ordered=True):
     """Gradients of the logits' inputs.
 
     Args:
       q, k, v, do: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], [B, T', N, Hv]; padded as in the forward kernel.
       lse, delta: float32 [B, N, padded T]; lse in base 2, HIDDEN for rows that add nothing, NaN for rows that turn all
-        they see into NaN; delta = sum(o * do) - dlse, finite.
-      suspect: int32 [B, N, query tiles], 1 where a row of the tile has such an lse.
+        they see into NaN, PADDING beyond T; delta = sum(o * do) - dlse, finite.
       lists: int32 [B or 1, N or 1, key tiles, 1 + n]: per key tile the count and then 2 * query tile + partial.
       ranks: int32 [B or 1, N or 1, key tiles, n]: when this contribution is added to its dQ tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
@@ -53,7 +52,7 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
     by_rows = bq == 128  # dQ is shared out by query rows, else by columns of H
     half = (64, H) if by_rows else (64, H // 2)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, suspect_ref, lists_ref, ranks_ref, operand_refs, *rest):
+    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, ranks_ref, operand_refs, *rest):
         dq_ref, dk_ref, dv_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
@@ -72,7 +71,6 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
             inputs = functions.Inputs(operand_refs, spec, b, h, (nq * bq, nk * KEYS), transposed=True)
             plgpu.barrier_wait(kv_bar)
             common.clean([k_smem.at[0, mine], v_smem.at[0, mine]])
-            suspicious = lambda e: suspect_ref[b, h, lax.div(e, 2)]
 
             def weights(s, e, slot):
                 """P^T from the logits' products; and the score's slope."""
@@ -105,16 +103,16 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
                         part[...] = jnp.where(common.row(lse_row, x.shape) < HIDDEN / 2, x, 0.0).astype(dtype)
 
             def accumulate(dk_acc, dv_acc):
-                def step(j, carry):
-                    e, suspected = carry
+                def step(j, e):
                     following = entry(jnp.minimum(j + 1, count - 1))
-                    then = suspicious(following)
                     slot, buffer = lax.rem(j, stages), lax.rem(j, 2)
                     zero = common.opaque_zero()
 
                     plgpu.barrier_wait(q_bar.at[slot])
 
-                    @pl.when(suspected > 0)
+                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+
+                    @pl.when(common.any_from(lse_col, HIDDEN / 2) > 0)
                     def _scrub():
                         pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
                         pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
@@ -124,7 +122,6 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
 
                     def logits(s_acc, dp_acc):
                         if not spec.score:
-                            lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
                             s_acc[...] = common.col(lse_col * (-1 / c), shape)
                         if not spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
@@ -172,9 +169,9 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
                         dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
                     plgpu.commit_smem()
                     plgpu.barrier_arrive(dq_full.at[out])
-                    return following, then
+                    return following
 
-                lax.fori_loop(0, count, step, (entry(0), suspicious(entry(0))))
+                lax.fori_loop(0, count, step, entry(0))
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, H), jnp.float32), plgpu.ACC((64, Hv), jnp.float32))
@@ -284,4 +281,4 @@ def backward(q, k, v, do, lse, delta, suspect, lists, ranks, operands, *, spec, 
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, do, lse, delta, suspect, lists, ranks, operands)
+    )(q, k, v, do, lse, delta, lists, ranks, operands)

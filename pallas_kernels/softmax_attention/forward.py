@@ -26,13 +26,13 @@ from pallas_kernels.softmax_attention import functions
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
-def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scale, stats=False):
+def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scale, stats=False):
     """softmax(score(scale * q k^T), masked) v.
 
     Args:
       q, k, v: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], 16-bit; T' and S' padded to 8, H and Hv to 64.
-      agenda: int32 [blocks, 2]: each block's first item in `order`, and how many it has.
-      order: int32 [items], the items (b * N + h) * query tiles + tile; None: ascending.
+      bounds: int32 [blocks + 1], order: int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]], each
+        (b * N + h) * query tiles + tile.
       lists: int32 [B or 1, N or 1, query tiles, 2 + n]: how many key tiles to visit, how many of them with the mask,
         and the key tiles, those with the mask first; or None.
       operands: arrays of the mask and score functions, laid out by `functions.prepare`.
@@ -57,15 +57,15 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
     c = scale * LOG2E
     piece = 128 if H % 128 == 0 and Hv % 128 == 0 else 64  # columns that leave, or are cleaned, at a time
 
-    def kernel(q_ref, k_ref, v_ref, agenda_ref, order_ref, lists_ref, operand_refs, sinks_ref, *rest):
+    def kernel(q_ref, k_ref, v_ref, bounds_ref, order_ref, lists_ref, operand_refs, sinks_ref, *rest):
         o_ref, lse_ref, top_ref, mean_ref, scratch = rest
         q_smem, k_smem, v_smem, o_smem, flags_smem, q_bar, q_free, k_bar, v_bar, k_free, v_free, turn, own = scratch
         wg, block = lax.axis_index('wg'), lax.axis_index('block')
-        start, mine = agenda_ref[block, 0], agenda_ref[block, 1]
+        start = bounds_ref[block]
+        mine = bounds_ref[block + 1] - start
 
         def item_at(n):
-            n = start + jnp.minimum(n, mine - 1)
-            return n if order_ref is None else order_ref[jnp.maximum(n, 0)]
+            return order_ref[jnp.minimum(start + n, order_ref.shape[0] - 1)]
 
         def position(item):
             """Batch, head and query tile."""
@@ -141,7 +141,6 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
                         ref.at[b, h, pl.ds(q0, 64)][...] = row
                 for at in range(0, Hv, piece):
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.commit_smem()
                     o_smem.at[wg][...] = out[:, at : at + piece].astype(dtype)
                     plgpu.commit_smem()
                     plgpu.copy_smem_to_gmem(o_smem.at[wg], o_ref.at[b, pl.ds(q0, 64), h, pl.ds(at, piece)])
@@ -242,13 +241,13 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
                     return pl.run_scoped(lambda acc: products(acc, *args, **kwargs), plgpu.ACC(shape, jnp.float32))
 
                 def item_step(n, carry):
-                    item, count, partial, tile0, base, *carried = carry
+                    item, count, partial, tile0, following, base, *carried = carry
                     b, h, qi = position(item)
                     q0 = qi * bq + wg * 64
                     _, _, entry = visits(item)
-                    following = item_at(n + 1)
+                    # Asked for one item ahead, the item's number two ahead: nothing here waits for memory.
                     counts = visits(following)
-                    ahead = (following, counts[0], counts[1], counts[2](0))
+                    ahead = (following, counts[0], counts[1], counts[2](0), item_at(n + 2))
                     buffer = lax.rem(n, buffers)
                     inputs = functions.Inputs(operand_refs, spec, b, h, padded, transposed=False)
                     plgpu.barrier_wait(q_bar.at[buffer * W + wg])
@@ -306,7 +305,7 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
                 counts = visits(item)
                 p = plgpu.layout_cast(jnp.zeros(shape, dtype), common.TILE)
                 zero = jnp.int32(0)
-                carry = (item, counts[0], counts[1], counts[2](0), zero, zero, zero, p, nothing_seen)
+                carry = (item, counts[0], counts[1], counts[2](0), item_at(1), zero, zero, zero, p, nothing_seen)
                 *_, base, before, spoilt, p, sums = lax.fori_loop(0, mine, item_step, carry)
 
                 def end():
@@ -399,7 +398,7 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
     return plgpu.kernel(
         entry_point,
         out_type=(jax.ShapeDtypeStruct((B, T, N, Hv), dtype), row, *((row, row) if stats else (None, None))),
-        grid=(agenda.shape[0],),
+        grid=(bounds.shape[0] - 1,),
         grid_names=('block',),
         num_threads=W + 1,
         thread_name='wg',
@@ -409,4 +408,4 @@ def forward(q, k, v, agenda, order, lists, operands, sinks, *, spec, tiles, scal
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, agenda, order, lists, operands, sinks)
+    )(q, k, v, bounds, order, lists, operands, sinks)

@@ -20,7 +20,7 @@ from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import backward as backward_kernel
 from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
-from pallas_kernels.softmax_attention.backward import HIDDEN
+from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
 
 WIDEST = 256
 ITEM_COST = 0.4  # what an item of the forward kernel costs beside its key tiles, in key tiles
@@ -197,13 +197,12 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
-    suspect = fit(~(base < HIDDEN / 2), False).reshape(B, N, nq, bq).any(-1).astype(jnp.int32)
     lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
     # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
     run = jax.custom_batching.sequential_vmap(run)
-    dq, dk, dv = run(q8, k8, v8, do8, fit(base, HIDDEN), fit(delta, 0.0), suspect, lists, ranks, operands)
+    dq, dk, dv = run(q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0), lists, ranks, operands)
     dq = dq[:, :T, :, :H] * scale
     if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
         rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
@@ -305,18 +304,23 @@ def forward_lists(classes):
 
 
 def agenda(B: int, N: int, nq: int, counts, together: int, processors: int):
-    """Which items each block of the forward kernel does: int32 [blocks, 2], its first item and how many, and the order.
+    """Which items each block of the forward kernel does.
 
-    An item is (b * N + h) * nq + q; `order` lists them, None for ascending. There is one block per multiprocessor. Where
-    the key tiles of each item are known while tracing (`counts`, NumPy [B or 1, N or 1, nq]), each item in turn goes to
-    the block that is free first, long items of `together` heads at a time before short ones. Where they depend on data,
-    each block gets a run of items, cut so that all have about the same work.
+    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
+    while tracing (`counts`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
+    items of `together` heads at a time before short ones. Where they depend on data, each block gets a run of items, cut
+    so that all have about the same work; items with the same count are neighbours.
+
+    Returns:
+      bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
-    items = np.arange(B * N * nq).reshape(B, N, nq)
+    items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
     cost = counts + ITEM_COST
     if not isinstance(counts, np.ndarray):
-        return _runs(jnp.broadcast_to(cost, (B, N, nq)), P), None
+        alike = 1 if cost.shape[1] > 1 else N  # heads with one mask
+        cost = jnp.broadcast_to(cost, (B, cost.shape[1], nq)).reshape(-1)
+        return _cuts(cost, alike, P), (items if alike == 1 else items.swapaxes(1, 2)).ravel()
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
@@ -329,21 +333,19 @@ def agenda(B: int, N: int, nq: int, counts, together: int, processors: int):
         t, p = heapq.heappop(free)
         rows[p].append(item)
         heapq.heappush(free, (t + work, p))
-    length = np.array([len(r) for r in rows])
-    return np.stack([np.cumsum(length) - length, length], -1).astype(np.int32), np.concatenate(rows).astype(np.int32)
+    return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
-def _runs(cost, P: int):
-    """Cuts items, in order, into P runs of about the same cost: int32 [P, 2], first item and length."""
-    before = lambda n: np.tril(np.ones((n, n), np.float32), -1)
-    B, N, nq = cost.shape
-    within = (cost[..., None, :] * before(nq)).sum(-1)
-    heads = cost.sum(-1).reshape(-1)
-    middle = (before(B * N) * heads).sum(-1)[:, None] + within.reshape(B * N, nq) + cost.reshape(B * N, nq) / 2
-    block = jnp.minimum(middle * (P / heads.sum()), P - 1).astype(jnp.int32)
-    length = (block.reshape(-1) == np.arange(P)[:, None]).sum(-1, dtype=jnp.int32)
-    first = (block.reshape(-1) < np.arange(P)[:, None]).sum(-1, dtype=jnp.int32)
-    return jnp.stack([first, length], -1)
+def _cuts(cost, alike: int, P: int):
+    """Where to cut a row of items into P runs of about the same cost; each entry of `cost` [n] stands for `alike` items."""
+    n = cost.size
+    if n <= 4096:
+        total = (cost * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
+    else:
+        total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost)])
+    target = total[-1] * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
+    passed = jnp.round((target - total[:-1]) / cost * alike).astype(jnp.int32)
+    return jnp.clip(passed, 0, alike).sum(-1, dtype=jnp.int32)
 
 
 def _processors() -> int:
