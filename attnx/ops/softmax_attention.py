@@ -30,8 +30,9 @@ from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, Operand, as_mask, as_score
+from pallas_kernels.statistics import Statistics, of_rows
 
-__all__ = ['Dropout', 'reference', 'softmax_attention', 'xla']
+__all__ = ['Dropout', 'Statistics', 'reference', 'softmax_attention', 'xla']
 
 
 def softmax_attention(
@@ -47,6 +48,7 @@ def softmax_attention(
     dropout=None,
     impl='auto',
     return_lse=False,
+    return_stats=False,
 ):
     """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245): head n reads key head n // (N / K).
 
@@ -64,9 +66,11 @@ def softmax_attention(
       impl: 'reference': quadratic, plain autodiff, forward-mode and higher derivatives. 'xla': blockwise, first-order
         reverse mode. A kernel's name. 'auto': a kernel where one takes the call, else 'xla'.
       return_lse: also returns the log-sum-exp of each row's visible logits and sink.
+      return_stats: also returns `Statistics` per head: largest logit, entropy, sink mass.
 
     Returns:
-      [B, T, N, Hv] in value's dtype; with `return_lse`, a pair of it and lse float32 [B, N, T] (float64 for float64).
+      [B, T, N, Hv] in value's dtype; with `return_lse` or `return_stats` a tuple of it, lse float32 [B, N, T] (float64 for
+      float64) and the statistics, as asked.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
@@ -75,7 +79,7 @@ def softmax_attention(
     """
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': _xla}
-    kwargs = {**options, 'return_lse': return_lse}
+    kwargs = {**options, 'return_lse': return_lse, 'return_stats': return_stats}
     return dispatch.run('softmax_attention', impl, forms, (query, key, value), kwargs)
 
 
@@ -91,10 +95,11 @@ def reference(
     sinks=None,
     dropout=None,
     return_lse=False,
+    return_stats=False,
 ):
     """The quadratic form, as `softmax_attention`: any dtype, and every derivative by plain autodiff."""
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
-    return _reference(query, key, value, **options, return_lse=return_lse)
+    return _reference(query, key, value, **options, return_lse=return_lse, return_stats=return_stats)
 
 
 def xla(
@@ -109,11 +114,13 @@ def xla(
     sinks=None,
     dropout=None,
     return_lse=False,
+    return_stats=False,
     block_sizes=None,
 ):
     """The blockwise form, as `softmax_attention`. block_sizes: (bq, bk), chosen by shape by default."""
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
-    return _xla(query, key, value, **options, return_lse=return_lse, block_sizes=block_sizes)
+    returned = {'return_lse': return_lse, 'return_stats': return_stats}
+    return _xla(query, key, value, **options, **returned, block_sizes=block_sizes)
 
 
 def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dict:
@@ -191,7 +198,14 @@ def _top(s):
 # Reference
 
 
-def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False):
+def _returned(out, lse, rows, sinks, return_lse, return_stats):
+    results = [out, *([lse] if return_lse else []), *([of_rows(lse, *rows, sinks)] if return_stats else [])]
+    return tuple(results) if len(results) > 1 else out
+
+
+def _reference(
+    query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False, return_stats=False
+):
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
     dtype = _accumulator(query.dtype)
     (q, poison_q), (k, poison_k), (v, poison_v) = _clean(query), _clean(key), _clean(value)
@@ -216,13 +230,14 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         total += jnp.exp(jnp.where(empty, -jnp.inf, sink - top))
     total = jnp.where(empty, 1, total)
     weights /= total
+    rows = (s.max(-1), (weights * jnp.where(s == -jnp.inf, 0, s)).sum(-1)) if return_stats else None
     if dropout is not None:
         kept = drop.keep(dropout.seed, *i[:4], dropout.rate)
         weights = jnp.where(kept, weights * dropout.inverse_keep, 0)
     out = jnp.einsum('bkgts,bskh->btkgh', weights.reshape(B, K, N // K, T, S), v.astype(dtype), **dots)
     out = out.reshape(B, T, N, -1).astype(value.dtype)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    return (out, lse) if return_lse else out
+    return _returned(out, lse, rows, sinks, return_lse, return_stats)
 
 
 def _whole(value, i):
@@ -244,6 +259,7 @@ class _Static(NamedTuple):
     bq: int
     bk: int
     scale: float
+    stats: bool
 
 
 def _block(n, limit):
@@ -263,10 +279,24 @@ def _block_sizes(B, N, T, S):
     return bq, _block(S, max(limit, limit * limit // bq))
 
 
-def _xla(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False, block_sizes=None):
+def _xla(
+    query,
+    key,
+    value,
+    *,
+    mask,
+    score,
+    bias=None,
+    scale,
+    sinks,
+    dropout,
+    return_lse=False,
+    return_stats=False,
+    block_sizes=None,
+):
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     bq, bk = block_sizes or _block_sizes(B, N, T, S)
-    st = _Static(T, S, bq, bk, scale)
+    st = _Static(T, S, bq, bk, scale, return_stats)
     nq, nk = -(-T // bq), -(-S // bk)
     q = _padded(jnp.asarray(query), 1, bq).reshape(B, nq, bq, K, N // K, H)
     q, poison_q = _clean(jnp.transpose(q, (1, 0, 3, 4, 2, 5)))
@@ -278,14 +308,14 @@ def _xla(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, re
     sinks = None if sinks is None else jnp.asarray(sinks, _accumulator(q.dtype))
     arrays = _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
     try:
-        out, lse = _attend(st, *arrays)
+        out, *rows = _attend(st, *arrays)
     except (TypeError, NotImplementedError) as error:
         if 'custom_vjp' in str(error) or 'custom_lin' in str(error):
             raise TypeError(_FIRST_ORDER) from error
         raise
     out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, nq * bq, N, -1)[:, :T]
-    lse = jnp.moveaxis(lse, 0, 3).reshape(B, N, nq * bq)[..., :T]
-    return (out, lse) if return_lse else out
+    lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, nq * bq)[..., :T] for x in rows)
+    return _returned(out, lse, rows, sinks, return_lse, return_stats)
 
 
 def _padded(x, axis, block):
@@ -444,7 +474,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
         q, poison = x
 
         def step(j, state):
-            top, total, acc = state
+            top, total, acc, *mean = state
             vj = _columns(v, st, j)
             tile = _logits(st, i, j, q, _columns(k, st, j), poison, _columns(poison_k, st, j), mask, score)
             new = jnp.maximum(top, _top(tile.s))
@@ -452,6 +482,8 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
             p = jnp.exp(tile.s - shift[..., None])
             decay = jnp.exp(top - shift)
             total = total * decay + p.sum(-1)
+            if st.stats:
+                mean = [mean[0] * decay + (p * jnp.where(tile.s == -jnp.inf, 0, tile.s)).sum(-1)]
             if dropout is not None:
                 p = jnp.where(drop.keep(dropout.seed, *tile.index[:4], dropout.rate), p, 0)
             read = jnp.einsum(
@@ -460,22 +492,25 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
                 vj,
                 preferred_element_type=dtype,
             )
-            return new, total, acc * decay[..., None] + read.reshape(B, N, bq, Hv)
+            return new, total, acc * decay[..., None] + read.reshape(B, N, bq, Hv), *mean
 
         rows = (B, N, bq)
-        top, total, acc = visit(step, _fresh(q, (rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype)))
+        start = [(rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype), *([(rows, 0, dtype)] * st.stats)]
+        top, total, acc, *mean = visit(step, _fresh(q, *start))
         empty = top == -jnp.inf
         shift = jnp.where(empty, 0, top)
         if sinks is not None:
             sink = sinks[:, None]
             shift, old = jnp.maximum(shift, sink), shift
             decay = jnp.exp(old - shift)
+            mean = [x * decay for x in mean]
             acc, total = acc * decay[..., None], total * decay + jnp.exp(sink - shift)
         total = jnp.where(empty, 1, total)
         keep = 1.0 if dropout is None else dropout.inverse_keep
         out = jnp.where(empty[..., None], 0, acc * (keep / total)[..., None]).astype(v.dtype)
         lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
-        return carry, (out.reshape(B, K, G, bq, Hv), lse.reshape(B, K, G, bq))
+        rows = [lse, *([top, mean[0] / total] if st.stats else [])]
+        return carry, (out.reshape(B, K, G, bq, Hv), *(x.reshape(B, K, G, bq) for x in rows))
 
     return _over_queries(visits, (), (q, poison_q), row)[1]
 
@@ -487,13 +522,13 @@ def _attend(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout
 
 def _attend_fwd(st, *arrays):
     arrays = _once(arrays)
-    out, lse = _forward(st, *arrays)
-    return (out, lse), (arrays, out, lse)
+    results = _forward(st, *arrays)
+    return results, (arrays, *results[:2])
 
 
 def _attend_bwd(st, saved, cotangents):
     (q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout), out, lse = _once(saved)
-    dout, dlse = _once(cotangents)
+    dout, dlse = _once(cotangents[:2])
     _, B, K, G, bq, H = q.shape
     N, Hv, dtype = K * G, v.shape[-1], _accumulator(q.dtype)
     operands = [] if score is None else elementwise.flatten(score)[0]

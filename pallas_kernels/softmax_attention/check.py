@@ -5,9 +5,10 @@ twice that of the oracle run in the kernel's own precision (16-bit operands of e
 float32 sums), and a second run must be bit-equal. Cases with poison put NaN or Inf into inputs: what may see it must be
 NaN, all else as if 0 stood there. On a GPU machine
 
-    python -m pallas_kernels.softmax_attention.check [words] [--part i/n]
+    python -m pallas_kernels.softmax_attention.check [words] [--part i/n] [--run]
 
-runs the whole grid, or the cases whose name contains one of the words, or every n-th of them.
+runs the whole grid, or the cases whose name contains one of the words, or every n-th of them; with --run only runs the
+kernels, without comparing, for compute-sanitizer.
 """
 
 import dataclasses
@@ -427,10 +428,39 @@ def batched(attention) -> str | None:
     return None if all(jax.tree.leaves(same)) else f'vmap differs from a run of each member: {same}'
 
 
+def statistics_agree(attention) -> str | None:
+    """What is wrong with the kernel's statistics, or None."""
+    case = Case('statistics', T=300, N=4, K=2, H=64, mask=ew.as_mask(window(100)), sinks=True)
+    (q, k, v, _, sinks), mask, *_ = case.inputs()
+    found = jax.jit(lambda *a: attention(*a, mask=mask, sinks=sinks, return_stats=True)[1])(q, k, v)
+    with jax.enable_x64(True):
+        wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k)]
+        x = np.einsum('btnh,bsnh->bnts', wide[0], np.repeat(wide[1], 2, 2)) * case.H**-0.5
+        t, s = np.arange(case.T)[:, None], np.arange(case.S)
+        x = np.where((s <= t) & (s > t - 100), x, -np.inf)
+        x = np.concatenate([x, np.broadcast_to(np.asarray(sinks)[:, None, None], (*x.shape[:3], 1))], -1)
+        p = np.exp(x - x.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+        truth = x[..., :-1].max((0, 2, 3)), entropy.mean((0, 2)), p[..., -1].mean((0, 2))
+    off = [float(np.abs(np.asarray(a) - b).max()) for a, b in zip(found, truth)]
+    return None if max(off) < 1e-3 else f'statistics are off by {off}'
+
+
+def run_only(case: Case, attention):
+    """Forward and backward once, nothing else: for compute-sanitizer."""
+    (q, k, v, score, sinks), mask, do, dlse = case.poisoned(case.inputs())
+    f = lambda q, k, v: attention(q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, return_lse=True)
+    run = jax.jit(lambda q, k, v, do, dlse: jax.vjp(f, q, k, v)[1]((do, dlse)))
+    jax.block_until_ready(run(q, k, v, do, dlse))
+
+
 def main(words):
     from pallas_kernels.softmax_attention import mosaic_gpu
 
     part, of = 0, 1
+    only = '--run' in words
+    words = [w for w in words if w != '--run']
     if '--part' in words:
         at = words.index('--part')
         part, of = map(int, words[at + 1].split('/'))
@@ -438,6 +468,9 @@ def main(words):
     failed, worst, start = [], 0.0, time.time()
     chosen = [c for c in grid() if not words or any(w in c.name for w in words)]
     for case in chosen[part::of]:
+        if only:
+            run_only(case, mosaic_gpu.softmax_attention)
+            continue
         try:
             result = errors(case, mosaic_gpu.softmax_attention)
             reason = verdict(result)
@@ -448,10 +481,11 @@ def main(words):
         print(f'{"FAIL" if reason else "ok  "} {case.name:24} {ratios} {reason or ""}', flush=True)
         if reason:
             failed.append(case.name)
-    if not part and (not words or 'vmap' in words):
-        reason = batched(mosaic_gpu.softmax_attention)
-        print(f'{"FAIL" if reason else "ok  "} vmap {reason or ""}', flush=True)
-        failed += ['vmap'] if reason else []
+    for name, extra in (('vmap', batched), ('statistics', statistics_agree)):
+        if not part and (not words or name in words):
+            reason = extra(mosaic_gpu.softmax_attention)
+            print(f'{"FAIL" if reason else "ok  "} {name} {reason or ""}', flush=True)
+            failed += [name] if reason else []
     print(f'{len(failed)} failed {failed}; worst ratio {worst}; {time.time() - start:.0f} s')
     return 1 if failed else 0
 

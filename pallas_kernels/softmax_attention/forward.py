@@ -107,11 +107,16 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     s = place.masked(s) if masked is True else lax.cond(masked, place.masked, lambda s: s, s)
                 m_new = jnp.maximum(m, s.max(axis=1) * factor)
                 alpha = jnp.exp2(m - m_new)
-                p = jnp.exp2(s * factor - common.row(m_new, s.shape))
-                l = l * alpha + p.sum(axis=1)
-                if stats:
-                    e = e * alpha + (p * jnp.maximum(s * factor, FLOOR)).sum(axis=1)
-                return p, (m_new, l, e), alpha
+                if stats:  # by halves, so that logits and weights are not all held at once
+                    parts, e = [], e * alpha
+                    for at in range(0, s.shape[1], 32):
+                        x = s[:, at : at + 32] * factor
+                        parts.append(jnp.exp2(x - common.row(m_new, x.shape)))
+                        e += (parts[-1] * jnp.maximum(x, FLOOR)).sum(axis=1)
+                    p = jnp.concatenate(parts, axis=1)
+                else:
+                    p = jnp.exp2(s * factor - common.row(m_new, s.shape))
+                return p, (m_new, l * alpha + p.sum(axis=1), e), alpha
 
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import blocks, common, tile_eval
+from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import backward as backward_kernel
 from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
@@ -27,7 +27,18 @@ ITEM_COST = 0.4  # what an item of the forward kernel costs beside its key tiles
 
 
 def unsupported(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
@@ -103,7 +114,18 @@ def _add(s, i, value):
 
 
 def softmax_attention(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ):
     """Softmax attention.
 
@@ -115,6 +137,7 @@ def softmax_attention(
       sinks: [N] logits of a key without value that every query sees.
       dropout: `pallas_kernels.dropout.Dropout`.
       return_lse: also return the log-sum-exp of the logits, float32 [B, N, T].
+      return_stats: also return `statistics.Statistics`, last.
 
     Raises:
       ValueError: `unsupported` has a reason.
@@ -129,16 +152,19 @@ def softmax_attention(
     if dropout is not None and isinstance(dropout.seed, int):
         dropout = dataclasses.replace(dropout, seed=np.uint32(dropout.seed & 0xFFFFFFFF))
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    out, lse = _attention(scale, query, key, value, mask, score, sinks, dropout)
-    return (out, lse) if return_lse else out
+    out, lse, rows = _attention(scale, return_stats, query, key, value, mask, score, sinks, dropout)
+    results = [out, *([lse] if return_lse else [])]
+    if return_stats:
+        results.append(statistics.of_rows(lse, *rows, sinks))
+    return tuple(results) if len(results) > 1 else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, q, k, v, mask, score, sinks, dropout):
-    return _forward(scale, q, k, v, mask, score, sinks, dropout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale, stats, q, k, v, mask, score, sinks, dropout):
+    return _forward(scale, stats, q, k, v, mask, score, sinks, dropout)[0]
 
 
-def _forward(scale, q, k, v, mask, score, sinks, dropout):
+def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     (B, T, N, H), (S, K), Hv = q.shape, k.shape[1:3], v.shape[3]
     q8, k8, v8 = _pad(q), _pad(k), _pad(v)
     shape = tiles.forward(q8.shape[3], v8.shape[3])
@@ -151,18 +177,19 @@ def _forward(scale, q, k, v, mask, score, sinks, dropout):
         counts = lists[..., 0]
     # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
     together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
-    todo, order = agenda(B, N, nq, counts, together, _processors())
+    todo = agenda(B, N, nq, counts, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
-    run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale)
-    out, lse2, *_ = run(q8, k8, v8, todo, order, lists, operands, sinks)
-    out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
-    return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
+    run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
+    out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
+    out, (lse2, *rows) = out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]
+    rows = [x * common.LN2 for x in rows] if stats else None
+    return (out, lse2 * common.LN2, rows), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
 
-def _backward(scale, saved, cotangents):
+def _backward(scale, _, saved, cotangents):
     q, k, v, mask, score, sinks, dropout, out, lse2 = saved
-    do, dlse = cotangents
-    B, T, N, H = q.shape
+    do, dlse, _ = cotangents
+    H = q.shape[3]
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
     # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN; one whose output,
     # lse or cotangent is not finite makes all it sees NaN.

@@ -66,19 +66,42 @@ def test_schedule_ends_and_is_ordered(c, together):
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 9), st.integers(1, 6), st.integers(1, 20), st.booleans())
-def test_agenda_holds_each_item_once(B, N, nq, together, processors, known):
-    counts = np.arange(nq).reshape(1, 1, nq) if known else None
-    rows = mosaic_gpu.agenda(B, N, nq, counts, together, processors)
-    items = [x for count, *rest in rows for x in rest[:count]]
-    assert sorted(items) == list(range(B * N * nq))
-    assert len(rows) == (min(processors, B * N * nq) if known else B * N * nq)
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 9),
+    st.integers(1, 6),
+    st.integers(1, 20),
+    st.sampled_from(['known', 'by data', 'by data and head']),
+)
+def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
+    counts = np.arange(B * N * nq).reshape(B, N, nq) % 7
+    counts = counts if kind == 'by data and head' else counts[:, :1]
+    bounds, order = mosaic_gpu.agenda(B, N, nq, counts if kind == 'known' else jnp.asarray(counts), together, processors)
+    assert sorted(order) == list(range(B * N * nq))
+    assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
+    assert len(bounds) == min(processors, B * N * nq) + 1
+
+
+def shares(agenda, counts):
+    """The key tiles of each block, each item's cost included."""
+    bounds, order = agenda
+    work = np.concatenate([[0], np.cumsum(counts.ravel()[order] + mosaic_gpu.ITEM_COST)])
+    return np.diff(work[np.asarray(bounds)])
 
 
 def test_agenda_is_balanced():
-    rows = mosaic_gpu.agenda(2, 16, 64, np.arange(1, 65).reshape(1, 1, 64), 4, 132)
-    work = [sum(x % 64 + 2 for x in rest[:count]) for count, *rest in rows]
-    assert max(work) < 1.02 * np.mean(work)
+    counts = np.broadcast_to(np.arange(1, 65), (2, 16, 64))
+    work = shares(mosaic_gpu.agenda(2, 16, 64, counts[:1, :1], 4, 132), counts)
+    assert work.max() < 1.02 * work.mean()
+
+
+@pytest.mark.parametrize('heads', [1, 16])
+def test_agenda_by_data_is_balanced(heads):
+    """No block has more than its share and about one item."""
+    counts = np.random.default_rng(0).integers(0, 13, (2, heads, 64))
+    work = shares(mosaic_gpu.agenda(2, 16, 64, jnp.asarray(counts), 4, 132), np.broadcast_to(counts, (2, 16, 64)))
+    assert work.max() < work.mean() + 13
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
@@ -171,7 +194,7 @@ def arrays(H=64, dtype=jnp.bfloat16, T=100, S=100, N=4, K=2):
     [
         ('cast', lambda: (arrays(dtype=jnp.float32), {})),
         ('differ in dtype', lambda: ((*arrays()[:2], arrays(dtype=jnp.float16)[2]), {})),
-        ('head widths up to 128', lambda: (arrays(H=256), {})),
+        ('head widths up to 256', lambda: (arrays(H=264), {})),
         ("primitive 'lgamma'", lambda: (arrays(), {'score': lambda s, i: jax.lax.lgamma(s)})),
         ('captures an array', lambda: (arrays(), {'mask': lambda i: TABLE[i.k] < 3})),
     ],
