@@ -196,7 +196,7 @@ def timed_jax(f, args, target=0.03) -> float:
     start = time.perf_counter()
     jax.block_until_ready(f(*args))
     one = time.perf_counter() - start
-    n = max(3, min(100, int(target / max(one, 1e-5))))
+    n = max(2, min(100, int(target / max(one, 1e-5))))
     start = time.perf_counter()
     for _ in range(n):
         out = f(*args)
@@ -272,7 +272,7 @@ def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
             elif times[name]:
                 fwd, both = (statistics.median(x) for x in zip(*times[name]))
                 temp = compiled[1].memory_analysis()
-                more = dict(compile_s=round(seconds, 1), temp_mib=temp and temp.temp_size_in_bytes >> 20)
+                more = {'compile_s': round(seconds, 1), 'temp_mib': temp and temp.temp_size_in_bytes >> 20}
                 figures(results, row, name, fwd, both, **more)
 
 

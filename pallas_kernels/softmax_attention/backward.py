@@ -84,7 +84,6 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                     p = jnp.exp2(s * c)
                 if spec.mask:
 
-
                     def hide(*tiles):
                         seen = place.visible()
                         return tuple(x if x is None else jnp.where(seen, x, 0.0) for x in tiles)

@@ -227,7 +227,7 @@ class Case:
         hit = back[..., None] & seen
         of_keys = hit.any(2).reshape(c.B, c.K, G, c.S).any(2).swapaxes(1, 2)[..., None]
         rows = lambda x: x.swapaxes(1, 2)[..., None]
-        spoilt = dict(out=rows(row), lse=row, dq=rows(back), dk=of_keys, dv=of_keys, dsinks=back.any((0, 2)))
+        spoilt = {'out': rows(row), 'lse': row, 'dq': rows(back), 'dk': of_keys, 'dv': of_keys, 'dsinks': back.any((0, 2))}
         if score is not None:
             (operand,) = ew.flatten(score)[0]
             if operand.index == 'hd':
@@ -386,7 +386,9 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
             equal = np.array_equal(np.asarray(x).view(np.uint8), np.asarray(x2).view(np.uint8))
             if name in spoilt:
                 where = np.broadcast_to(spoilt[name], np.shape(z))
-                own = ~np.isfinite(np.asarray(given[0][grads[name]], np.float32)) if name in grads else np.array(False)
+                own = np.array(False)
+                if name in grads:
+                    own = ~np.isfinite(np.asarray(given[0][grads[name]], np.float32))
                 equal &= bool(np.isnan(np.asarray(x, np.float32)[where & ~own]).all())
                 where = where | own  # the gradient of an element that is not finite itself may be anything
                 x, y, z = (np.where(where, 0, np.asarray(a, np.float64)) for a in (x, y, z))
@@ -411,7 +413,9 @@ def verdict(result: dict) -> str | None:
         for name, (ours, theirs, _) in result.items()
         if not ours <= max(FACTOR * theirs, FLOOR)
     ]
-    bad += [f'{name}: a second run differs, or what sees poison is finite' for name, (_, _, equal) in result.items() if not equal]
+    bad += [
+        f'{name}: a second run differs, or what sees poison is finite' for name, (_, _, equal) in result.items() if not equal
+    ]
     return '; '.join(bad) or None
 
 

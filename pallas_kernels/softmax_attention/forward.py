@@ -269,7 +269,6 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         plgpu.wgmma_wait(0)
                         p = used(weights, place)
 
-
                         def end():
                             plgpu.barrier_arrive(v_free.at[last])
                             return spoilt | finish(before, o_acc, sums)
