@@ -6,7 +6,8 @@ Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_a
 with the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a
 small size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
 PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Both processes compile everything first; then they time, one after the
-other, this one in rounds over the implementations of a row, so that all meet the same clocks. Times are medians; TFLOP/s
+other, this one in rounds over the implementations of a row, each round in another order: what runs after a program that
+hardly warms the card meets higher clocks. Times are medians; TFLOP/s
 count visible pairs, 3.5 times the forward for forward + backward. Prints a table, one JSON line a figure, and writes them
 all to FILE. Several of these processes may run at once: they take turns in timing.
 """
@@ -258,8 +259,9 @@ def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
         times: dict[str, list] = {name: [] for name, *_ in mine}
         args, do = jax_inputs(row)
         with turn():
-            for _ in range(ROUNDS):
-                for name, compiled, _ in mine:
+            for turn_of in range(ROUNDS):
+                at = turn_of % len(mine)
+                for name, compiled, _ in mine[at:] + mine[:at]:
                     if not isinstance(compiled, str):
                         try:
                             times[name].append((timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))))
@@ -305,7 +307,7 @@ def run_torch(chosen, wanted, results):
     torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 256
     jobs = []
     for row in chosen:
-        B, T, N, K, H = row.shape
+        _, T, N, K, _ = row.shape
         grouped = N != K
         peers = {}
         if row.kind in ('full', 'causal'):
@@ -393,7 +395,7 @@ def table(results) -> str:
         peers = {n: r for n, r in found.items() if n != 'ours' and n.split('-')[0] in ('jax', 'tokamax', 'torch')}
         cell, ratio, flex = [], [], []
         for key in ('fwd', 'fwdbwd'):
-            best = min((r[f'{key}_ms'], n) for n, r in peers.items() if r.get(f'{key}_ms')) if peers else None
+            best = min(((r[f'{key}_ms'], n) for n, r in peers.items() if r.get(f'{key}_ms')), default=None)
             cell.append(f'{peers[best[1]][f"{key}_tflops"]:.0f} {best[1]}' if best else '-')
             ratio.append(f'{best[0] / mine[f"{key}_ms"]:.2f}' if best else '-')
             other = peers.get('torch-flex', {}).get(f'{key}_ms')

@@ -225,9 +225,17 @@ class Case:
         live = np.asarray((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & seen.any(-1)
         back = live & (row | bad(do).swapaxes(1, 2) | ~np.isfinite(dlse))
         hit = back[..., None] & seen
-        of_keys = hit.any(2).reshape(c.B, c.K, G, c.S).any(2).swapaxes(1, 2)[..., None]
+        of_keys = lambda hit: hit.any(2).reshape(c.B, c.K, G, c.S).any(2).swapaxes(1, 2)[..., None]
+        kept = hit if c.dropout is None else hit & np.asarray(dropout_lib.keep(c.dropout.seed, *i[:4], c.dropout.rate))
         rows = lambda x: x.swapaxes(1, 2)[..., None]
-        spoilt = {'out': rows(row), 'lse': row, 'dq': rows(back), 'dk': of_keys, 'dv': of_keys, 'dsinks': back.any((0, 2))}
+        spoilt = {
+            'out': rows(row),
+            'lse': row,
+            'dq': rows(back),
+            'dk': of_keys(hit),
+            'dv': of_keys(kept),
+            'dsinks': back.any((0, 2)),
+        }
         if score is not None:
             (operand,) = ew.flatten(score)[0]
             if operand.index == 'hd':

@@ -14,6 +14,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
@@ -23,7 +24,8 @@ from pallas_kernels.softmax_attention import forward as forward_kernel
 from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
 
 WIDEST = 256
-ITEM_COST = 0.4  # what an item of the forward kernel costs beside its key tiles, in key tiles
+# What an item of the forward kernel costs beside its key tiles, and a key tile more with the mask, in key tiles.
+ITEM_COST, MASK_COST = 1.0, 0.3
 
 
 def unsupported(
@@ -171,13 +173,13 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists, counts = None, np.full((1, 1, nq), nk)
+    lists, cost = None, np.full((1, 1, nq), nk)
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
-        counts = lists[..., 0]
+        cost = lists[..., 0] + MASK_COST * lists[..., 1]
     # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
     together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
-    todo = agenda(B, N, nq, counts, together, _processors())
+    todo = agenda(B, N, nq, cost + ITEM_COST, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
@@ -226,7 +228,13 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
+    kernel = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
+
+    def run(*args):
+        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
+        # is to find at 0 are another buffer than the one that was set to 0.
+        return lax.optimization_barrier(kernel(*lax.optimization_barrier(args)))
+
     # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
     run = jax.custom_batching.sequential_vmap(run)
     dq, dk, dv = run(q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0), lists, ranks, operands)
@@ -330,24 +338,21 @@ def forward_lists(classes):
     return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
-def agenda(B: int, N: int, nq: int, counts, together: int, processors: int):
+def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     """Which items each block of the forward kernel does.
 
     An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
-    while tracing (`counts`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
+    while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
     items of `together` heads at a time before short ones. Where they depend on data, each block gets a run of items, cut
-    so that all have about the same work; items with the same count are neighbours.
+    so that all have about the same work.
 
     Returns:
       bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
-    cost = counts + ITEM_COST
-    if not isinstance(counts, np.ndarray):
-        alike = 1 if cost.shape[1] > 1 else N  # heads with one mask
-        cost = jnp.broadcast_to(cost, (B, cost.shape[1], nq)).reshape(-1)
-        return _cuts(cost, alike, P), (items if alike == 1 else items.swapaxes(1, 2)).ravel()
+    if not isinstance(cost, np.ndarray):
+        return _cuts(jnp.broadcast_to(cost, (B, cost.shape[1], nq)), N // cost.shape[1], P), items.ravel()
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
@@ -363,16 +368,21 @@ def agenda(B: int, N: int, nq: int, counts, together: int, processors: int):
     return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
-def _cuts(cost, alike: int, P: int):
-    """Where to cut a row of items into P runs of about the same cost; each entry of `cost` [n] stands for `alike` items."""
+def _cuts(cost, heads: int, P: int):
+    """Where to cut the items, in ascending order, into P runs of about the same cost, [B, N / heads, nq] of each."""
+    B, L, nq = cost.shape
     n = cost.size
     if n <= 4096:
-        total = (cost * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
+        before = (cost.reshape(-1) * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
     else:
-        total = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost)])
-    target = total[-1] * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
-    passed = jnp.round((target - total[:-1]) / cost * alike).astype(jnp.int32)
-    return jnp.clip(passed, 0, alike).sum(-1, dtype=jnp.int32)
+        before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost.reshape(-1))])
+    start = before[:-1].reshape(B, L, 1, nq)
+    row = before[::nq]
+    first, whole = row[:-1].reshape(B, L, 1, 1), (row[1:] - row[:-1]).reshape(B, L, 1, 1)
+    middle = first * heads + np.arange(heads)[:, None] * whole + (start - first) + cost[:, :, None] / 2
+    target = before[-1] * heads * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
+    last = np.arange(P + 1)[:, None] == P  # all of them, whatever rounding says
+    return ((middle.reshape(-1) < target) | last).sum(-1, dtype=jnp.int32)
 
 
 def _processors() -> int:

@@ -45,8 +45,8 @@ def tune(shapes, causal: bool = False, timer=None) -> dict:
     best: dict = {}
     for B, T, N, K, H in shapes:
         width = -(-H // 64) * 64
-        draw = lambda n, heads: jax.random.normal(jax.random.key(n), (B, T, heads, H), jnp.bfloat16)
-        args = draw(0, N), draw(1, K), draw(2, K)
+        keys = jax.random.split(jax.random.key(0), 3)
+        args = [jax.random.normal(key, (B, T, heads, H), jnp.bfloat16) for key, heads in zip(keys, (N, K, K))]
         before, key = dict(tiles._pinned), tiles.name(tiles.Forward, width, width)
         programs = {}
         for choice in candidates(width):

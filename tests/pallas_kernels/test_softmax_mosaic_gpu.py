@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnx.ops import softmax_attention
+from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
@@ -67,7 +67,7 @@ def test_schedule_ends_and_is_ordered(c, together):
         assert done == list((c[at] != 0).sum(-1))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 5),
@@ -77,33 +77,33 @@ def test_schedule_ends_and_is_ordered(c, together):
     st.sampled_from(['known', 'by data', 'by data and head']),
 )
 def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
-    counts = np.arange(B * N * nq).reshape(B, N, nq) % 7
-    counts = counts if kind == 'by data and head' else counts[:, :1]
-    bounds, order = mosaic_gpu.agenda(B, N, nq, counts if kind == 'known' else jnp.asarray(counts), together, processors)
+    cost = np.arange(B * N * nq).reshape(B, N, nq) % 7 + 0.5
+    cost = cost if kind == 'by data and head' else cost[:, :1]
+    bounds, order = mosaic_gpu.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
     assert sorted(order) == list(range(B * N * nq))
     assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
     assert len(bounds) == min(processors, B * N * nq) + 1
 
 
-def shares(agenda, counts):
-    """The key tiles of each block, each item's cost included."""
+def shares(agenda, cost):
+    """The cost of each block's items."""
     bounds, order = agenda
-    work = np.concatenate([[0], np.cumsum(counts.ravel()[order] + mosaic_gpu.ITEM_COST)])
+    work = np.concatenate([[0], np.cumsum(cost.ravel()[order])])
     return np.diff(work[np.asarray(bounds)])
 
 
 def test_agenda_is_balanced():
-    counts = np.broadcast_to(np.arange(1, 65), (2, 16, 64))
-    work = shares(mosaic_gpu.agenda(2, 16, 64, counts[:1, :1], 4, 132), counts)
+    cost = np.broadcast_to(np.arange(2, 66), (2, 16, 64))
+    work = shares(mosaic_gpu.agenda(2, 16, 64, cost[:1, :1], 4, 132), cost)
     assert work.max() < 1.02 * work.mean()
 
 
 @pytest.mark.parametrize('heads', [1, 16])
 def test_agenda_by_data_is_balanced(heads):
     """No block has more than its share and about one item."""
-    counts = np.random.default_rng(0).integers(0, 13, (2, heads, 64))
-    work = shares(mosaic_gpu.agenda(2, 16, 64, jnp.asarray(counts), 4, 132), np.broadcast_to(counts, (2, 16, 64)))
-    assert work.max() < work.mean() + 13
+    cost = np.random.default_rng(0).integers(1, 14, (2, heads, 64))
+    work = shares(mosaic_gpu.agenda(2, 16, 64, jnp.asarray(cost), 4, 132), np.broadcast_to(cost, (2, 16, 64)))
+    assert work.max() <= work.mean() + 13
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
@@ -209,14 +209,14 @@ def test_refusals(message, call):
         mosaic_gpu.softmax_attention(*args, **options)
 
 
-@pytest.mark.parametrize('form', ['reference', 'xla'])
-@pytest.mark.parametrize('name', ['poison causal H=64', 'poison padding', 'poison cache'])
+@pytest.mark.parametrize(
+    'form, name', [(xla, 'poison causal H=64'), (xla, 'poison padding'), (reference, 'poison causal H=64')]
+)
 def test_gate_expects_what_the_op_promises(form, name):
     """What the gate demands of the kernel about NaN and Inf holds for the op's other forms, so that none disagrees."""
     (case,) = (c for c in check.grid() if c.name == name)
     case = dataclasses.replace(case, H=16, Hv=16)
-    f = getattr(softmax_attention, form)
-    assert check.verdict(check.errors(case, f, repeat=False)) is None
+    assert check.verdict(check.errors(case, form, repeat=False)) is None
 
 
 OPTIONS = {
@@ -256,7 +256,10 @@ def test_lowers_under_vmap():
     step = jax.jit(jax.vmap(jax.grad(loss, (0, 1, 2))))
     exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*stacked)
     assert [x.shape for x in exported.out_avals] == [x.shape for x in stacked]
-    assert 'stablehlo.while' in exported.mlir_module()
+    module = exported.mlir_module()
+    assert 'stablehlo.while' in module
+    # XLA must not fuse the loop's slices with the kernel: the counters would not be those that it set to 0.
+    assert module.count('optimization_barrier') >= 2
 
 
 def test_tuned_tiles_are_pinned_and_replayed(tmp_path, monkeypatch):
