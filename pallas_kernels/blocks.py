@@ -169,7 +169,9 @@ class _Evaluator:
             return unknown
         if name in _INLINE:
             inner = next((params[key] for key in ('jaxpr', 'call_jaxpr', 'fun_jaxpr') if key in params), None)
-            return unknown if inner is None else self.run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), xs)
+            return (
+                unknown if inner is None else self.run(getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ()), xs)
+            )
         if name == 'cond':
             branches = [self.run(b.jaxpr, b.consts, xs[1:]) for b in params['branches']]
             return [self.join(*outs) for outs in zip(*branches)]

@@ -139,7 +139,9 @@ def as_score(x) -> Score | None:
         raise ValueError('a score is wanted, a mask was given; pass it as mask=')
     if callable(x):
         return Score((Term(x),))
-    raise ValueError(f'a score is None, a Score or a function of a logit and an Index, given {_what(x)}; for an array: bias=')
+    raise ValueError(
+        f'a score is None, a Score or a function of a logit and an Index, given {_what(x)}; for an array: bias='
+    )
 
 
 def _what(x):
@@ -196,7 +198,9 @@ def check(value: Mask | Score | None, B: int, N: int, T: int, S: int, name: str 
         if twice or set(letters) - set(LETTERS):
             raise ValueError(f"{name}: operand index {letters!r}: letters of 'bhqkd', each once, d without q and k")
         want = tuple(sizes[c] for c in letters)
-        fits = len(shape) == len(want) and all(n == w or (n == 1 and c in 'bh') for n, w, c in zip(shape, want, letters))
+        fits = len(shape) == len(want) and all(
+            n == w or (n == 1 and c in 'bh') for n, w, c in zip(shape, want, letters)
+        )
         if not fits:
             raise ValueError(
                 f'{name}: an operand indexed {letters!r} has shape {shape}, expected {want} '

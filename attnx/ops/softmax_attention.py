@@ -128,12 +128,15 @@ def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dic
     q, k, v = jnp.shape(query), jnp.shape(key), jnp.shape(value)
     given = f'given query {q}, key {k}, value {v}'
     if not len(q) == len(k) == len(v) == 4:
-        raise ValueError(f'softmax_attention: expected query [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv]; {given}')
+        raise ValueError(
+            f'softmax_attention: expected query [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv]; {given}'
+        )
     B, T, N, H = q
     _, S, K, _ = k
     if not q[0] == k[0] == v[0] or k[1:3] != v[1:3] or q[3] != k[3]:
         raise ValueError(
-            'softmax_attention: query [B, T, N, H], key [B, S, K, H] and value [B, S, K, Hv] disagree in B, S, K or H; ' + given
+            'softmax_attention: query [B, T, N, H], key [B, S, K, H] and value [B, S, K, Hv] disagree in B, S, K or H; '
+            + given
         )
     if K == 0 or N % K:
         raise ValueError(f'softmax_attention: K={K} key heads must divide N={N} query heads; {given}')
@@ -151,7 +154,9 @@ def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dic
     if scale is None:
         scale = H**-0.5
     elif isinstance(scale, jax.Array) or not isinstance(scale, int | float | np.number):
-        raise ValueError(f'softmax_attention: scale must be a number, given {scale!r}; a learned one: scores.temperature')
+        raise ValueError(
+            f'softmax_attention: scale must be a number, given {scale!r}; a learned one: scores.temperature'
+        )
     mask, score = as_mask(mask), as_score(score)
     if bias is not None:
         lead = scores.bias(bias)
