@@ -5,9 +5,11 @@
 Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_attention:xla` adds an implementation
 with the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a
 small size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
-PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Times are medians; TFLOP/s count visible pairs, 3.5 times the
-forward for forward + backward. Prints a table, one JSON line a figure, and writes them all to FILE. Several of these
-processes may run at once: they compile side by side and take turns in timing.
+PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Both processes compile everything first; then they time, one after the
+other, this one in rounds over the implementations of a row, each round in another order: what runs after a program that
+hardly warms the card meets higher clocks. Times are medians; TFLOP/s
+count visible pairs, 3.5 times the forward for forward + backward. Prints a table, one JSON line a figure, and writes them
+all to FILE. Several of these processes may run at once: they take turns in timing.
 """
 
 import argparse
@@ -20,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import os
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -186,27 +189,26 @@ def gate(row: Row) -> str | None:
         return f'{type(error).__name__}: {str(error)[:300]}'
 
 
-def timed_jax(f, args, target=0.2) -> float:
+def timed_jax(f, args, target=0.03) -> float:
+    """Milliseconds a call, over about `target` seconds of them."""
     import jax
-    import numpy as np
 
-    jax.block_until_ready(f(*args))
     jax.block_until_ready(f(*args))
     start = time.perf_counter()
     jax.block_until_ready(f(*args))
     one = time.perf_counter() - start
-    n = max(5, min(100, int(target / max(one, 1e-5))))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(n):
-            out = f(*args)
-        jax.block_until_ready(out)
-        times.append((time.perf_counter() - start) / n * 1e3)
-    return float(np.median(times))
+    n = max(2, min(100, int(target / max(one, 1e-5))))
+    start = time.perf_counter()
+    for _ in range(n):
+        out = f(*args)
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / n * 1e3
 
 
-def run_jax(chosen, extra, with_gate, peers, results):
+ROUNDS = 7
+
+
+def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
     import jax
 
     from pallas_kernels.softmax_attention import mosaic_gpu
@@ -250,22 +252,30 @@ def run_jax(chosen, extra, with_gate, peers, results):
             elif f is not None:
                 jobs.append((row, name, f))
     jobs = [job for job in jobs if not peers or job[1] in peers]
-    data = None, None
-    for row, name, compiled, seconds in pool.map(compile_all, jobs):
-        if isinstance(compiled, str):
-            emit(results, case=row.name, peer=name, error=compiled)
-            continue
-        if data[0] != row:
-            data = row, jax_inputs(row)
-        args, do = data[1]
-        try:
-            with turn():
-                fwd, both = timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))
-        except Exception as error:
-            emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:300]}')
-            continue
-        temp = compiled[1].memory_analysis()
-        figures(results, row, name, fwd, both, compile_s=round(seconds, 1), temp_mib=temp and temp.temp_size_in_bytes >> 20)
+    done = list(pool.map(compile_all, jobs))
+    ready()
+    for row in chosen:
+        mine = [(name, compiled, seconds) for r, name, compiled, seconds in done if r == row]
+        times: dict[str, list] = {name: [] for name, *_ in mine}
+        args, do = jax_inputs(row)
+        with turn():
+            for turn_of in range(ROUNDS):
+                at = turn_of % len(mine)
+                for name, compiled, _ in mine[at:] + mine[:at]:
+                    if not isinstance(compiled, str):
+                        try:
+                            times[name].append((timed_jax(compiled[0], args), timed_jax(compiled[1], (do, *args))))
+                        except Exception as error:
+                            emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:300]}')
+                            break
+        for name, compiled, seconds in mine:
+            if isinstance(compiled, str):
+                emit(results, case=row.name, peer=name, error=compiled)
+            elif times[name]:
+                fwd, both = (statistics.median(x) for x in zip(*times[name]))
+                temp = compiled[1].memory_analysis()
+                more = {'compile_s': round(seconds, 1), 'temp_mib': temp and temp.temp_size_in_bytes >> 20}
+                figures(results, row, name, fwd, both, **more)
 
 
 def figures(results, row, name, fwd, both, **more):
@@ -294,8 +304,10 @@ def run_torch(chosen, wanted, results):
     flex = torch.compile(flex_attention, dynamic=False)
     timed = lambda f: do_bench(f, warmup=20, rep=80, return_mode='median')
     draw = lambda *shape: torch.randn(*shape, device='cuda', dtype=torch.bfloat16)
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.cache_size_limit = 256
+    jobs = []
     for row in chosen:
-        B, T, N, K, H = row.shape
+        _, T, N, K, _ = row.shape
         grouped = N != K
         peers = {}
         if row.kind in ('full', 'causal'):
@@ -326,31 +338,49 @@ def run_torch(chosen, wanted, results):
         peers['torch-flex'] = lambda q, k, v, score=score, block_mask=block_mask, grouped=grouped: flex(
             q, k, v, score_mod=score, block_mask=block_mask, enable_gqa=grouped
         )
-        for name, f in peers.items():
-            if wanted and name not in wanted:
-                continue
-            try:
-                q, k, v = draw(B, N, T, H), draw(B, K, T, H), draw(B, K, T, H)
+        jobs += [(row, name, f, strip) for name, f in peers.items() if not wanted or name in wanted]
+
+    def attempt(row, name, f, strip, compile_only):
+        """Compiles, or times; whether it ran."""
+        B, T, N, K, H = row.shape
+        try:
+            q, k, v = draw(B, N, T, H), draw(B, K, T, H), draw(B, K, T, H)
+            do = draw(B, N, T, H)
+            leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+
+            def forward():
                 with torch.no_grad():
-                    f(q, k, v)  # compiles
-                    with turn():
-                        fwd = timed(lambda f=f, args=(q, k, v): f(*args))
-                leaves = [x.requires_grad_() for x in (q, k, v)]
-                do = draw(B, N, T, H)
+                    f(q, k, v)
 
-                def both(f=f, leaves=leaves, do=do, strip=strip):
-                    f(*leaves).backward(do)
-                    for x in (*leaves, strip):
-                        x.grad = None
+            def both():
+                f(*leaves).backward(do)
+                for x in (*leaves, strip):
+                    x.grad = None
 
+            forward()
+            fwd = None if compile_only else timed(forward)
+            try:
                 both()
-                with turn():
-                    fwdbwd = timed(both)
-                figures(results, row, name, fwd, fwdbwd)
+                fwdbwd = None if compile_only else timed(both)
             except Exception as error:
-                emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:200]}')
+                if compile_only:
+                    emit(results, case=row.name, peer=name, error=f'backward: {type(error).__name__}: {str(error)[:200]}')
+                fwdbwd = None
+            if not compile_only:
+                figures(results, row, name, fwd, fwdbwd)
+            return True
+        except Exception as error:
+            emit(results, case=row.name, peer=name, error=f'{type(error).__name__}: {str(error)[:200]}')
+            return False
+        finally:
             torch.cuda.empty_cache()
-            torch._dynamo.reset()
+
+    jobs = [job for job in jobs if attempt(*job, compile_only=True)]
+    print('READY', flush=True)
+    sys.stdin.readline()
+    with turn():
+        for job in jobs:
+            attempt(*job, compile_only=False)
 
 
 def table(results) -> str:
@@ -365,7 +395,7 @@ def table(results) -> str:
         peers = {n: r for n, r in found.items() if n != 'ours' and n.split('-')[0] in ('jax', 'tokamax', 'torch')}
         cell, ratio, flex = [], [], []
         for key in ('fwd', 'fwdbwd'):
-            best = min((r[f'{key}_ms'], n) for n, r in peers.items() if r.get(f'{key}_ms')) if peers else None
+            best = min(((r[f'{key}_ms'], n) for n, r in peers.items() if r.get(f'{key}_ms')), default=None)
             cell.append(f'{peers[best[1]][f"{key}_tflops"]:.0f} {best[1]}' if best else '-')
             ratio.append(f'{best[0] / mine[f"{key}_ms"]:.2f}' if best else '-')
             other = peers.get('torch-flex', {}).get(f'{key}_ms')
@@ -394,14 +424,27 @@ def main(argv=None):
     for spec in args.extra:
         module, _, function = spec.partition(':')
         extra[spec] = getattr(importlib.import_module(module), function)
-    run_jax(chosen, extra, not args.no_gate, peers, results)
+    torch = None
     if not args.no_torch and importlib.util.find_spec('torch'):
         command = [sys.executable, '-m', 'pallas_kernels.bench', '--torch-only', *args.words]
         command += ['--peers', args.peers] if args.peers else []
-        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-            for line in process.stdout:
-                if line.startswith('RESULT '):
-                    emit(results, **json.loads(line[7:]))
+        pipe = subprocess.PIPE
+        torch = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+
+    def lines(until=None):
+        for line in torch.stdout if torch else ():
+            if line.startswith('RESULT '):
+                emit(results, **json.loads(line[7:]))
+            if line.strip() == until:
+                return
+
+    run_jax(chosen, extra, not args.no_gate, peers, results, ready=lambda: lines('READY'))
+    if torch:
+        with contextlib.suppress(BrokenPipeError):
+            torch.stdin.write('go\n')
+            torch.stdin.flush()
+        lines()
+        torch.wait()
     print(table(results))
     if args.json:
         with open(args.json, 'w') as file:

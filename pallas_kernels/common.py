@@ -1,7 +1,11 @@
 """What the Mosaic GPU kernels share: layouts, memory shapes, and the few operations the DSL has no word for."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
@@ -57,3 +61,54 @@ def opaque_zero():
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return zero()
+
+
+def any_not_finite(row):
+    """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
+
+    @plgpu.inline_mgpu(arg_types=(ROW,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def vote(_, row):
+        i32 = ir.IntegerType.get_signless(32)
+        bits = [llvm.bitcast(i32, x) for x in row.registers.flat]
+        # Barriers 8 .. 15 are free: Mosaic uses one for the block and one for each warpgroup.
+        code = """{ .reg .pred p, q; .reg .u32 t, x;
+            and.b32 x, $1, 0x7f800000; setp.eq.u32 p, x, 0x7f800000;
+            and.b32 x, $2, 0x7f800000; setp.eq.or.u32 p, x, 0x7f800000, p;
+            mov.u32 t, %tid.x; shr.u32 t, t, 7; add.u32 t, t, 8;
+            barrier.cta.red.or.pred q, t, 128, p; selp.u32 $0, 1, 0, q; }"""
+        value = llvm.inline_asm(i32, bits, code, '=r' + ',r' * len(bits), has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return vote(row)
+
+
+def any_from(col, limit: float):
+    """Whether a float32 column vector, which each warp holds whole, has an entry that is not below `limit`: int32 0 or 1."""
+
+    @plgpu.inline_mgpu(arg_types=(COL,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def vote(_, col):
+        pairs = [llvm.bitcast(ir.IntegerType.get_signless(64), x) for x in col.registers.flat]
+        bound = f'0f{np.float32(limit).view(np.uint32):08X}'
+        code = '{ .reg .pred p; .reg .f32 x, y; setp.ne.u32 p, 0, 0; '
+        for n in range(1, len(pairs) + 1):
+            code += f'mov.b64 {{x, y}}, ${n}; setp.geu.or.f32 p, x, {bound}, p; setp.geu.or.f32 p, y, {bound}, p; '
+        code += 'vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
+        i32 = ir.IntegerType.get_signless(32)
+        value = llvm.inline_asm(i32, pairs, code, '=r' + ',l' * len(pairs), has_side_effects=True)
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    return vote(col)
+
+
+def clean(refs):
+    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows."""
+    parts = [ref.at[:, pl.ds(at, 64)] for ref in refs for at in range(0, ref.shape[-1], 64)]
+    load = lambda part: plgpu.load(part, layout=TILE).astype(jnp.float32)
+    peak = functools.reduce(jnp.maximum, (jnp.abs(load(part)).max(axis=1) for part in parts))
+
+    @pl.when(any_not_finite(peak) > 0)
+    def _():
+        for part in parts:
+            x = load(part)
+            part[...] = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0).astype(part.dtype)
+        plgpu.commit_smem()

@@ -17,6 +17,7 @@ from attnx.ops.derivatives import with_forward_mode
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Index, Operand
+from pallas_kernels.statistics import of_rows
 
 
 def accumulator(dtype):
@@ -36,12 +37,24 @@ def hidden(seen, x, fill):
     return jnp.where(seen, x, fill) if seen is not None and jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
+def largest(s):
+    """The maximum over keys, +inf where there is NaN: XLA's on a CPU drops NaN, and a row of NaN would look empty."""
+    return jnp.where(jnp.isnan(s), jnp.inf, s).max(-1)
+
+
+def returned(out, lse, rows, sinks, return_lse, return_stats):
+    """What the op returns. rows: largest logit and mean of the logits under the weights, where statistics are asked for."""
+    results = [out, *([lse] if return_lse else []), *([of_rows(lse, *rows, sinks)] if return_stats else [])]
+    return tuple(results) if len(results) > 1 else out
+
+
 class _Static(NamedTuple):
     T: int
     S: int
     bq: int
     bk: int
     scale: float
+    stats: bool
 
 
 def _block(n, limit):
@@ -61,10 +74,24 @@ def _block_sizes(B, N, T, S):
     return bq, _block(S, max(limit, limit * limit // bq))
 
 
-def attend(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False, block_sizes=None):
+def attend(
+    query,
+    key,
+    value,
+    *,
+    mask,
+    score,
+    bias=None,
+    scale,
+    sinks,
+    dropout,
+    return_lse=False,
+    return_stats=False,
+    block_sizes=None,
+):
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     bq, bk = block_sizes or _block_sizes(B, N, T, S)
-    st = _Static(T, S, bq, bk, scale)
+    st = _Static(T, S, bq, bk, scale, return_stats)
     nq, nk = -(-T // bq), -(-S // bk)
     q = _padded(jnp.asarray(query), 1, bq).reshape(B, nq, bq, K, N // K, H)
     q, poison_q = clean(jnp.transpose(q, (1, 0, 3, 4, 2, 5)))
@@ -75,10 +102,10 @@ def attend(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, 
     mask, score = (jax.tree.map(fit, x, is_leaf=lambda y: isinstance(y, Operand)) for x in (mask, score))
     sinks = None if sinks is None else jnp.asarray(sinks, accumulator(q.dtype))
     arrays = _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
-    out, lse = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
+    out, *rows = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
     out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, nq * bq, N, -1)[:, :T]
-    lse = jnp.moveaxis(lse, 0, 3).reshape(B, N, nq * bq)[..., :T]
-    return (out, lse) if return_lse else out
+    lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, nq * bq)[..., :T] for x in rows)
+    return returned(out, lse, rows, sinks, return_lse, return_stats)
 
 
 def _padded(x, axis, block):
@@ -234,14 +261,16 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
         q, poison = x
 
         def step(j, state):
-            top, total, acc = state
+            top, total, acc, *mean = state
             vj = _columns(v, st, j)
             tile = _logits(st, i, j, q, _columns(k, st, j), poison, _columns(poison_k, st, j), mask, score)
-            new = lax.stop_gradient(jnp.maximum(top, tile.s.max(-1)))
+            new = lax.stop_gradient(jnp.maximum(top, largest(tile.s)))
             shift = jnp.where(new == -jnp.inf, 0, new)
             p = jnp.exp(tile.s - shift[..., None])
             decay = jnp.exp(top - shift)
             total = total * decay + p.sum(-1)
+            if st.stats:
+                mean = [mean[0] * decay + (p * jnp.where(tile.s == -jnp.inf, 0, tile.s)).sum(-1)]
             if dropout is not None:
                 p = jnp.where(drop.keep(dropout.seed, *tile.index[:4], dropout.rate), p, 0)
             read = jnp.einsum(
@@ -250,22 +279,25 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
                 vj,
                 preferred_element_type=dtype,
             )
-            return new, total, acc * decay[..., None] + read.reshape(B, N, bq, Hv)
+            return new, total, acc * decay[..., None] + read.reshape(B, N, bq, Hv), *mean
 
         rows = (B, N, bq)
-        top, total, acc = visit(step, _fresh(q, (rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype)))
+        start = [(rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype), *([(rows, 0, dtype)] * st.stats)]
+        top, total, acc, *mean = visit(step, _fresh(q, *start))
         empty = top == -jnp.inf
         shift = jnp.where(empty, 0, top)
         if sinks is not None:
             sink = sinks[:, None]
             shift, old = lax.stop_gradient(jnp.maximum(shift, sink)), shift
             decay = jnp.exp(old - shift)
+            mean = [x * decay for x in mean]
             acc, total = acc * decay[..., None], total * decay + jnp.exp(sink - shift)
         total = jnp.where(empty, 1, total)
         keep = 1.0 if dropout is None else dropout.inverse_keep
         out = jnp.where(empty[..., None], 0, acc * (keep / total)[..., None]).astype(v.dtype)
         lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
-        return carry, (out.reshape(B, K, G, bq, Hv), lse.reshape(B, K, G, bq))
+        rows = [lse, *([top, mean[0] / total] if st.stats else [])]
+        return carry, (out.reshape(B, K, G, bq, Hv), *(x.reshape(B, K, G, bq) for x in rows))
 
     return _over_queries(visits, (), (q, poison_q), row)[1]
 
@@ -277,13 +309,13 @@ def _attend(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout
 
 def _attend_fwd(st, *arrays):
     arrays = _once(arrays)
-    out, lse = _forward(st, *arrays)
-    return (out, lse), (arrays, out, lse)
+    results = _forward(st, *arrays)
+    return results, (arrays, *results[:2])
 
 
 def _attend_bwd(st, saved, cotangents):
     (q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout), out, lse = _once(saved)
-    dout, dlse = _once(cotangents)
+    dout, dlse = _once(cotangents[:2])
     _, B, K, G, bq, H = q.shape
     N, Hv, dtype = K * G, v.shape[-1], accumulator(q.dtype)
     operands = [] if score is None else elementwise.flatten(score)[0]

@@ -49,12 +49,14 @@ class Choice(NamedTuple):
     pairs: tuple[tuple[int, int], ...] = ((0, 0),)  # ring: pieces of queries and keys that meet on some device
 
 
-def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sinks, dropout, return_lse):
+def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sinks, dropout, return_lse, return_stats):
     """`attnx.ops.softmax_attention` on each device's part, options as the op has checked them.
 
     Raises:
       ValueError: the method that `attnx.sharding.use` was given can't serve this call.
     """
+    if return_stats:
+        raise ValueError('softmax_attention: return_stats is of a whole batch on one device, and not served on a mesh')
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
     where = layout(B, T, (N, K))
     dense = [o for f in (mask, score) if f is not None for o in elementwise.flatten(f)[0] if {'q', 'k'} <= set(o.index)]

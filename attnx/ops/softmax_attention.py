@@ -21,13 +21,14 @@ import numpy as np
 from jax import lax
 
 from attnx.ops import parallel, scores
-from attnx.ops.blockwise import accumulator, attend, clean, hidden
+from attnx.ops.blockwise import accumulator, attend, clean, hidden, largest, returned
 from pallas_kernels import dropout as drop
 from pallas_kernels import elementwise
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, as_mask, as_score
+from pallas_kernels.statistics import Statistics
 
-__all__ = ['Dropout', 'reference', 'softmax_attention', 'xla']
+__all__ = ['Dropout', 'Statistics', 'reference', 'softmax_attention', 'xla']
 
 
 def softmax_attention(
@@ -43,6 +44,7 @@ def softmax_attention(
     dropout=None,
     impl='auto',
     return_lse=False,
+    return_stats=False,
 ):
     """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245): head n reads key head n // (N / K).
 
@@ -60,9 +62,11 @@ def softmax_attention(
       impl: 'reference': quadratic, plain autodiff, every derivative. 'xla': blockwise, first-order derivatives in
         forward and reverse mode. A kernel's name. 'auto': a kernel where one takes the call, else 'xla'.
       return_lse: also returns the log-sum-exp of each row's visible logits and sink.
+      return_stats: also returns `Statistics` per head: largest logit, entropy, sink mass.
 
     Returns:
-      [B, T, N, Hv] in value's dtype; with `return_lse`, a pair of it and lse float32 [B, N, T] (float64 for float64).
+      [B, T, N, Hv] in value's dtype; with `return_lse` or `return_stats` a tuple of it, lse float32 [B, N, T] (float64 for
+      float64) and the statistics, as asked.
 
     Raises:
       ValueError: shapes, dtypes or options that do not fit.
@@ -70,7 +74,7 @@ def softmax_attention(
     """
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': attend}
-    kwargs = {**options, 'return_lse': return_lse}
+    kwargs = {**options, 'return_lse': return_lse, 'return_stats': return_stats}
     return parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
 
 
@@ -86,10 +90,11 @@ def reference(
     sinks=None,
     dropout=None,
     return_lse=False,
+    return_stats=False,
 ):
     """The quadratic form, as `softmax_attention`: any dtype, and every derivative by plain autodiff."""
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
-    return _reference(query, key, value, **options, return_lse=return_lse)
+    return _reference(query, key, value, **options, return_lse=return_lse, return_stats=return_stats)
 
 
 def xla(
@@ -104,11 +109,13 @@ def xla(
     sinks=None,
     dropout=None,
     return_lse=False,
+    return_stats=False,
     block_sizes=None,
 ):
     """The blockwise form, as `softmax_attention`. block_sizes: (bq, bk), chosen by shape by default."""
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
-    return attend(query, key, value, **options, return_lse=return_lse, block_sizes=block_sizes)
+    wanted = {'return_lse': return_lse, 'return_stats': return_stats}
+    return attend(query, key, value, **options, **wanted, block_sizes=block_sizes)
 
 
 def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dict:
@@ -164,7 +171,7 @@ def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dic
 # Reference
 
 
-def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False):
+def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropout, return_lse=False, return_stats=False):
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
     dtype = accumulator(query.dtype)
     (q, poison_q), (k, poison_k), (v, poison_v) = clean(query), clean(key), clean(value)
@@ -179,7 +186,7 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         call, values = _whole(score, i)
         s = call(hidden(seen, s, 0), i, [hidden(seen, x, 1) for x in values])
     s = hidden(seen, s, -jnp.inf)
-    top = lax.stop_gradient(s.max(-1, keepdims=True))
+    top = lax.stopgradient(largest(s)[..., None])
     empty = top == -jnp.inf
     sink = None if sinks is None else jnp.asarray(sinks, dtype)[:, None, None]
     top = jnp.where(empty, 0, top if sink is None else jnp.maximum(top, lax.stop_gradient(sink)))
@@ -189,13 +196,14 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         total += jnp.exp(jnp.where(empty, -jnp.inf, sink - top))
     total = jnp.where(empty, 1, total)
     weights /= total
+    rows = (s.max(-1), (weights * jnp.where(s == -jnp.inf, 0, s)).sum(-1)) if return_stats else None
     if dropout is not None:
         kept = drop.keep(dropout.seed, *i[:4], dropout.rate)
         weights = jnp.where(kept, weights * dropout.inverse_keep, 0)
     out = jnp.einsum('bkgts,bskh->btkgh', weights.reshape(B, K, N // K, T, S), v.astype(dtype), **dots)
     out = out.reshape(B, T, N, -1).astype(value.dtype)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))[..., 0]
-    return (out, lse) if return_lse else out
+    return returned(out, lse, rows, sinks, return_lse, return_stats)
 
 
 def _whole(value, i):

@@ -6,6 +6,9 @@ operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for d
 add dQ tiles to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
 counter per tile, so that a second run is bit-equal; blocks start at different tiles, so that in the steady state none
 waits. The key blocks of a head are neighbours in the grid, which keeps the head's dQ in the L2 cache.
+
+What is not finite meets a zero weight only as 0: a block cleans its keys and values, and tiles that hold rows without
+weight, or rows whose weights are all NaN, have those rows' q and do set to 0. NaN comes in by `lse` alone.
 """
 
 import jax
@@ -15,10 +18,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, LOG2E
+from pallas_kernels.common import COL, LOG2E, ROW, TILE
 from pallas_kernels.softmax_attention import functions
 
 KEYS = 128  # keys a block, 64 per consumer
+
+
+HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
 def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, ordered=True):
@@ -26,7 +32,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
 
     Args:
       q, k, v, do: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], [B, T', N, Hv]; padded as in the forward kernel.
-      lse, delta: float32 [B, N, padded T]; lse in base 2 and huge where a row sees nothing; delta = sum(o * do) - dlse.
+      lse, delta: float32 [B, N, padded T]; lse in base 2, HIDDEN for rows that add nothing, NaN for rows that turn all
+        they see into NaN, PADDING beyond T; delta = sum(o * do) - dlse, finite.
       lists: int32 [B or 1, N or 1, key tiles, 1 + n]: per key tile the count and then 2 * query tile + partial.
       ranks: int32 [B or 1, N or 1, key tiles, n]: when this contribution is added to its dQ tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
@@ -48,7 +55,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, ranks_ref, operand_refs, *rest):
         dq_ref, dk_ref, dv_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
-        kv_bar, q_bar, do_bar, q_free, ds_bar, dq_full, dq_free = scratch[8:]
+        kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
         b, h, ki = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('k')
         wg = lax.axis_index('wg')
@@ -63,6 +70,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             k0 = ki * KEYS + wg * 64
             inputs = functions.Inputs(operand_refs, spec, b, h, (nq * bq, nk * KEYS), transposed=True)
             plgpu.barrier_wait(kv_bar)
+            common.clean([k_smem.at[0, mine], v_smem.at[0, mine]])
 
             def weights(s, e, slot):
                 """P^T from the logits' products; and the score's slope."""
@@ -75,9 +83,23 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                 else:
                     p = jnp.exp2(s * c)
                 if spec.mask:
-                    hide = lambda p: jnp.where(place.visible(), p, 0.0)
-                    p = lax.cond(lax.rem(e, 2) == 1, hide, lambda p: p, p)
+
+                    def hide(*tiles):
+                        seen = place.visible()
+                        return tuple(x if x is None else jnp.where(seen, x, 0.0) for x in tiles)
+
+                    p, slope = lax.cond(lax.rem(e, 2) == 1, hide, lambda *tiles: tiles, p, slope)
                 return p, slope, place
+
+            def scrub(ref, lse_ref):
+                """Sets rows without a finite weight to 0."""
+                for at in range(0, bq, 64):
+                    rows = pl.ds(at, 64)
+                    lse_row = plgpu.load(lse_ref.at[rows], layout=ROW, optimized=False)
+                    for column in range(0, ref.shape[-1], 64):
+                        part = ref.at[rows, pl.ds(column, 64)]
+                        x = plgpu.load(part, layout=TILE).astype(jnp.float32)
+                        part[...] = jnp.where(common.row(lse_row, x.shape) < HIDDEN / 2, x, 0.0).astype(dtype)
 
             def accumulate(dk_acc, dv_acc):
                 def step(j, e):
@@ -85,16 +107,25 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                     slot, buffer = lax.rem(j, stages), lax.rem(j, 2)
                     zero = common.opaque_zero()
 
+                    plgpu.barrier_wait(q_bar.at[slot])
+
+                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+
+                    @pl.when(common.any_from(lse_col, HIDDEN / 2) > 0)
+                    def _scrub():
+                        pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
+                        pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(scrubbed)
+                        plgpu.barrier_wait(scrubbed)
+
                     def logits(s_acc, dp_acc):
-                        plgpu.barrier_wait(q_bar.at[slot])
                         if not spec.score:
-                            lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
                             s_acc[...] = common.col(lse_col * (-1 / c), shape)
                         if not spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
                             dp_acc[...] = common.col(-delta_col, shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
-                        plgpu.barrier_wait(do_bar.at[slot])
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         p, slope, place = weights(s, e, slot)
@@ -180,7 +211,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_bar.at[slot])
                         plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_bar.at[slot])
                         plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], q_bar.at[slot])
-                        plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], do_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], q_bar.at[slot])
 
                     @pl.loop(jnp.maximum(count - stages, 0), count)
                     def _(j):
@@ -223,12 +254,12 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             common.swizzled((2, KEYS, bq), dtype),
             common.swizzled((outs, bq, H), jnp.float32),
             plgpu.Barrier(num_arrivals=2),
-            plgpu.Barrier(num_arrivals=3, num_barriers=stages),
-            plgpu.Barrier(num_barriers=stages),
+            plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=2, num_barriers=outs),
             plgpu.Barrier(num_barriers=outs),
+            plgpu.Barrier(num_arrivals=2),
             collective_axes='wg',
         )
 

@@ -2,11 +2,13 @@
 
 The kernel's output, log-sum-exp and every gradient are compared with the oracle in float64. Its error may be at most
 twice that of the oracle run in the kernel's own precision (16-bit operands of every product and a 16-bit output,
-float32 sums), and a second run must be bit-equal. On a GPU machine
+float32 sums), and a second run must be bit-equal. Cases with poison put NaN or Inf into inputs: what may see it must be
+NaN, all else as if 0 stood there. On a GPU machine
 
-    python -m pallas_kernels.softmax_attention.check [words] [--part i/n]
+    python -m pallas_kernels.softmax_attention.check [words] [--part i/n] [--run]
 
-runs the whole grid, or the cases whose name contains one of the words, or every n-th of them.
+runs the whole grid, or the cases whose name contains one of the words, or every n-th of them; with --run only runs the
+kernels, without comparing, for compute-sanitizer.
 """
 
 import dataclasses
@@ -179,6 +181,8 @@ class Case:
     dropout: Any = None
     dtype: Any = jnp.bfloat16
     dlse: bool = True
+    poison: Any = None  # {'q', 'k', 'v', 'do', 'dlse' or 'score': [(index, value), ...]}; values at the same places of
+    # the case without poison are 0
 
     def __post_init__(self):
         self.S, self.K, self.Hv = self.S or self.T, self.K or self.N, self.Hv or self.H
@@ -194,6 +198,53 @@ class Case:
         score = c.score(rng, c) if callable(c.score) else c.score
         mask = c.mask(c) if callable(c.mask) else c.mask
         return (q, k, v, score, sinks), mask, do, dlse
+
+    def poisoned(self, inputs, clean=False):
+        """The inputs with the poison in its places, or with 0 there."""
+        (q, k, v, score, sinks), mask, do, dlse = inputs
+
+        def put(x, name):
+            for index, value in (self.poison or {}).get(name, []):
+                x = x.at[index].set(0.0 if clean else value)
+            return x
+
+        score = jax.tree.map(lambda x: put(x, 'score'), score)
+        return (put(q, 'q'), put(k, 'k'), put(v, 'v'), score, sinks), mask, put(do, 'do'), put(dlse, 'dlse')
+
+    def spoilt(self, inputs) -> dict:
+        """Where NaN must come out, for poisoned inputs: {name: boolean array or one boolean}."""
+        (q, k, v, score, _), mask, do, dlse = inputs
+        c, G = self, self.N // self.K
+        bad = lambda x: np.asarray(~jnp.isfinite(x).all(-1))
+        i = ew.Index(*np.ogrid[: c.B, : c.N, : c.T, : c.S], c.T, c.S)
+        i = i._replace(**{x: jnp.asarray(getattr(i, x)) for x in 'bhqk'})
+        seen = np.ones((c.B, c.N, c.T, c.S), bool) if mask is None else np.asarray(_call(mask, i))
+        seen = np.broadcast_to(seen, (c.B, c.N, c.T, c.S))
+        keys = np.repeat((bad(k) | bad(v)).swapaxes(1, 2), G, 1)
+        row = (seen & keys[:, :, None]).any(-1) | (bad(q).swapaxes(1, 2) & seen.any(-1))
+        live = np.asarray((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & seen.any(-1)
+        back = live & (row | bad(do).swapaxes(1, 2) | ~np.isfinite(dlse))
+        hit = back[..., None] & seen
+        of_keys = lambda hit: hit.any(2).reshape(c.B, c.K, G, c.S).any(2).swapaxes(1, 2)[..., None]
+        kept = hit if c.dropout is None else hit & np.asarray(dropout_lib.keep(c.dropout.seed, *i[:4], c.dropout.rate))
+        rows = lambda x: x.swapaxes(1, 2)[..., None]
+        spoilt = {
+            'out': rows(row),
+            'lse': row,
+            'dq': rows(back),
+            'dk': of_keys(hit),
+            'dv': of_keys(kept),
+            'dsinks': back.any((0, 2)),
+        }
+        if score is not None:
+            (operand,) = ew.flatten(score)[0]
+            if operand.index == 'hd':
+                d = np.arange(c.S) - np.arange(c.T)[:, None] + c.T - 1
+                count = lambda x: np.bincount(d[x], minlength=c.T + c.S - 1)
+                spoilt['dscore'] = np.stack([count(x) for x in hit.any(0)]) > 0
+            else:
+                spoilt['dscore'] = hit.any(tuple(a for a, x in enumerate('bhqk') if x not in operand.index))
+        return spoilt
 
 
 def _random(index):
@@ -261,13 +312,46 @@ def grid() -> list[Case]:
             score=lambda r, c: _random('hd')(r, c) >> softcap(8.0),
             dropout=dropout_lib.Dropout(0.1, 9),
         ),
+        Case('H=256', T=300, S=500, H=256, mask=plain(causal)),
+        Case('H=256 full', T=200, H=256, N=4, K=2),
+        Case('H=192 Hv=128', T=300, H=192, Hv=128, mask=plain(causal), sinks=True),
+        Case('H=136', T=100, H=136, Hv=200, score=_random('hd'), mask=plain(window(50))),
+        Case('H=256 everything', T=200, H=256, score=softcap(5.0), mask=of_docs(80), dropout=dropout_lib.Dropout(0.1, 3)),
+        Case('long keys', B=1, T=1000, S=17100, mask=plain(causal)),
+        Case('long queries', B=1, T=17100, S=1000, mask=plain(lambda i: i.k <= i.q)),
+    ]
+    nan, inf, at = float('nan'), float('inf'), np.s_
+    future = {
+        'k': [(at[0, 250], nan), (at[1, 130, 0, 3], inf)],
+        'v': [(at[0, 251, 1, 5], nan), (at[1, 200], inf)],
+        'q': [(at[0, 100, 0], nan), (at[1, 50, 1, 2], inf)],
+        'do': [(at[1, 60, 0, 7], nan), (at[0, 20], inf)],
+    }
+    dead = {'q': [(at[:, 5:9], nan)], 'do': [(at[:, 5:9], 0.0)], 'dlse': [(at[:, :, 5:9], 0.0)]}
+    padding = {x: [(at[:, 270:], nan)] for x in ('q', 'k', 'v')}
+    beyond = lambda c: ew.as_mask(lambda i: i.k < 150)
+    cases += [
+        Case('poison causal', T=300, H=128, mask=plain(causal), poison=future),
+        Case('poison causal H=64', T=300, H=64, N=4, mask=plain(causal), poison=future, sinks=True),
+        Case('poison H=256', T=300, H=256, mask=plain(causal), poison=future),
+        Case('poison window', T=300, H=128, N=4, K=2, mask=plain(window(40)), poison=future, dtype=jnp.float16),
+        Case('poison padding', T=300, H=128, mask=of_docs(80), poison=padding),
+        Case('poison cache', T=20, S=300, H=64, mask=beyond, poison={x: [(at[:, 150:], inf)] for x in ('k', 'v')}),
+        Case('poison full', T=300, H=128, poison={'k': [(at[0, 7, 0, 1], -inf)], **dead}),
+        Case('poison dropout', T=300, H=64, mask=plain(causal), poison=future, dropout=dropout_lib.Dropout(0.3, 1)),
+        Case('poison bias', T=300, mask=plain(causal), score=_random('hqk'), poison={'score': [(at[:, 3, 9:], nan)]}),
+        Case('poison and bias', T=300, mask=plain(causal), score=_random('hqk'), poison=future),
+        Case('poison strip', T=300, H=128, mask=plain(causal), score=_random('hd'), poison={'k': [(at[:, 299], nan)]}),
     ]
     return cases
 
 
 def errors(case: Case, attention, seed=0, repeat=True) -> dict:
     """{name: (error of `attention`, of the oracle in its precision, second run equal)}, relative in the 2-norm."""
-    diff, mask, do, dlse = case.inputs(seed)
+    inputs = case.inputs(seed)
+    poisoned = case.poisoned(inputs)
+    spoilt = case.spoilt(poisoned) if case.poison else {}
+    diff, mask, do, dlse = case.poisoned(inputs, clean=True)
 
     def compiled(f):
         def call(diff, do, dlse):
@@ -286,8 +370,9 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
         )
     )
     run = compiled(kernel)
-    ours = jax.device_get(run(diff, do, dlse))
-    again = jax.device_get(run(diff, do, dlse)) if repeat else ours
+    given = (poisoned[0], *poisoned[2:]) if case.poison else (diff, do, dlse)
+    ours = jax.device_get(run(*given))
+    again = jax.device_get(run(*given)) if repeat else ours
     theirs = jax.device_get(compiled(same(case.dtype))(diff, do, dlse))
     with jax.enable_x64(True):
         widen = lambda x: x.astype(jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
@@ -299,6 +384,7 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
 
         truth = jax.device_get(jax.jit(exact)(wide, widen(do), widen(dlse)))
     names = ['out', 'lse', 'dq', 'dk', 'dv', 'dscore', 'dsinks']
+    grads = {'dq': 0, 'dk': 1, 'dv': 2}
     flat = lambda r: [*r[0], *r[1]]
     result = {}
     for name, a, a2, b, c in zip(names, flat(ours), flat(again), flat(theirs), flat(truth)):
@@ -306,6 +392,14 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
             if not np.issubdtype(np.asarray(z).dtype, np.floating):
                 continue
             equal = np.array_equal(np.asarray(x).view(np.uint8), np.asarray(x2).view(np.uint8))
+            if name in spoilt:
+                where = np.broadcast_to(spoilt[name], np.shape(z))
+                own = np.array(False)
+                if name in grads:
+                    own = ~np.isfinite(np.asarray(given[0][grads[name]], np.float32))
+                equal &= bool(np.isnan(np.asarray(x, np.float32)[where & ~own]).all())
+                where = where | own  # the gradient of an element that is not finite itself may be anything
+                x, y, z = (np.where(where, 0, np.asarray(a, np.float64)) for a in (x, y, z))
             result[name] = (_error(x, z), _error(y, z), equal)
     return result
 
@@ -327,14 +421,58 @@ def verdict(result: dict) -> str | None:
         for name, (ours, theirs, _) in result.items()
         if not ours <= max(FACTOR * theirs, FLOOR)
     ]
-    bad += [f'{name}: a second run differs' for name, (_, _, equal) in result.items() if not equal]
+    bad += [
+        f'{name}: a second run differs, or what sees poison is finite' for name, (_, _, equal) in result.items() if not equal
+    ]
     return '; '.join(bad) or None
+
+
+def batched(attention) -> str | None:
+    """What is wrong with the kernel under `jax.vmap`, forward and backward: each member equals a run of its own."""
+    case = Case('vmap', B=1, T=300, H=64, N=4, K=2, mask=ew.as_mask(causal))
+    members = [case.inputs(seed) for seed in range(3)]
+    loss = lambda q, k, v, do: (attention(q, k, v, mask=case.mask).astype(jnp.float32) * do).sum()
+    run = jax.value_and_grad(loss, (0, 1, 2))
+    arrays = [(*diff[:3], do.astype(jnp.float32)) for diff, _, do, _ in members]
+    apart = [jax.jit(run)(*a) for a in arrays]
+    together = jax.jit(jax.vmap(run))(*map(jnp.stack, zip(*arrays)))
+    same = jax.tree.map(lambda x, *each: np.array_equal(x, np.stack(each)), together[1], *(g for _, g in apart))
+    return None if all(jax.tree.leaves(same)) else f'vmap differs from a run of each member: {same}'
+
+
+def statistics_agree(attention) -> str | None:
+    """What is wrong with the kernel's statistics, or None."""
+    case = Case('statistics', T=300, N=4, K=2, H=64, mask=ew.as_mask(window(100)), sinks=True)
+    (q, k, v, _, sinks), mask, *_ = case.inputs()
+    found = jax.jit(lambda *a: attention(*a, mask=mask, sinks=sinks, return_stats=True)[1])(q, k, v)
+    with jax.enable_x64(True):
+        wide = [np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k)]
+        x = np.einsum('btnh,bsnh->bnts', wide[0], np.repeat(wide[1], 2, 2)) * case.H**-0.5
+        t, s = np.arange(case.T)[:, None], np.arange(case.S)
+        x = np.where((s <= t) & (s > t - 100), x, -np.inf)
+        x = np.concatenate([x, np.broadcast_to(np.asarray(sinks)[:, None, None], (*x.shape[:3], 1))], -1)
+        p = np.exp(x - x.max(-1, keepdims=True))
+        p /= p.sum(-1, keepdims=True)
+        entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+        truth = x[..., :-1].max((0, 2, 3)), entropy.mean((0, 2)), p[..., -1].mean((0, 2))
+    off = [float(np.abs(np.asarray(a) - b).max()) for a, b in zip(found, truth)]
+    return None if max(off) < 1e-3 else f'statistics are off by {off}'
+
+
+def run_only(case: Case, attention):
+    """Forward and backward once, nothing else: for compute-sanitizer."""
+    (q, k, v, score, sinks), mask, do, dlse = case.poisoned(case.inputs())
+    f = lambda q, k, v: attention(q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, return_lse=True)
+    run = jax.jit(lambda q, k, v, do, dlse: jax.vjp(f, q, k, v)[1]((do, dlse)))
+    jax.block_until_ready(run(q, k, v, do, dlse))
 
 
 def main(words):
     from pallas_kernels.softmax_attention import mosaic_gpu
 
     part, of = 0, 1
+    only = '--run' in words
+    words = [w for w in words if w != '--run']
     if '--part' in words:
         at = words.index('--part')
         part, of = map(int, words[at + 1].split('/'))
@@ -342,6 +480,9 @@ def main(words):
     failed, worst, start = [], 0.0, time.time()
     chosen = [c for c in grid() if not words or any(w in c.name for w in words)]
     for case in chosen[part::of]:
+        if only:
+            run_only(case, mosaic_gpu.softmax_attention)
+            continue
         try:
             result = errors(case, mosaic_gpu.softmax_attention)
             reason = verdict(result)
@@ -352,6 +493,11 @@ def main(words):
         print(f'{"FAIL" if reason else "ok  "} {case.name:24} {ratios} {reason or ""}', flush=True)
         if reason:
             failed.append(case.name)
+    for name, extra in (('vmap', batched), ('statistics', statistics_agree)):
+        if not part and (not words or name in words):
+            reason = extra(mosaic_gpu.softmax_attention)
+            print(f'{"FAIL" if reason else "ok  "} {name} {reason or ""}', flush=True)
+            failed += [name] if reason else []
     print(f'{len(failed)} failed {failed}; worst ratio {worst}; {time.time() - start:.0f} s')
     return 1 if failed else 0
 

@@ -16,8 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import blocks, common
 from pallas_kernels.common import LOG2E, ROW, TILE
 from pallas_kernels.softmax_attention import functions
+from pallas_kernels.softmax_attention.backward import HIDDEN
 
-QUERIES, KEYS, STAGES = 128, 64, 2
+QUERIES, KEYS = 128, 64
 
 
 def lists(classes):
@@ -67,6 +68,7 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
     nq, nk = common.cdiv(T, QUERIES), common.cdiv(S, KEYS)
     X = todo.shape[1]
     group = N // K
+    stages = 2 if max(H, Hv) <= 128 else 1
     shape = (64, KEYS)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, todo_ref, operand_refs, out_ref, scratch):
@@ -88,7 +90,7 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
             mine = pl.ds(wg * 64, 64)
 
             def step(j, total):
-                slot = lax.rem(j, STAGES)
+                slot = lax.rem(j, stages)
                 b, q0, k0, partial = locate(j)
                 inputs = functions.Inputs(operand_refs, spec, b, h, (nq * QUERIES, nk * KEYS), transposed=False)
                 place = inputs.at(q0 + wg * 64, k0, shape)
@@ -101,16 +103,17 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
                     s, factor, slope = place.score_by_operand(s, scale, which)
                     base = plgpu.load(lse_smem.at[slot, mine], layout=ROW, optimized=False)
                     p = jnp.exp2(s * (factor * LOG2E) - common.row(base, shape))
-                    if spec.mask:
-                        hide = lambda p: jnp.where(place.visible(), p, 0.0)
-                        p = lax.cond(partial, hide, lambda p: p, p)
                     dp = dp_acc[...]
                     if spec.dropout:
                         dp = jnp.where(place.kept(), dp * spec.dropout.inverse_keep, 0.0)
                     less = plgpu.load(delta_smem.at[slot, mine], layout=ROW, optimized=False)
                     plgpu.barrier_arrive(free.at[slot])
                     ds = p * (dp - common.row(less, shape))
-                    return ds if slope is None else ds * slope
+                    ds = jnp.where(common.row(base, shape) > HIDDEN / 2, 0.0, ds if slope is None else ds * slope)
+                    if spec.mask:  # last, for 0 times what is not finite is NaN
+                        hide = lambda ds: jnp.where(place.visible(), ds, 0.0)
+                        ds = lax.cond(partial, hide, lambda ds: ds, ds)
+                    return ds
 
                 return total + pl.run_scoped(products, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
 
@@ -131,10 +134,10 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
                 def _():
                     @pl.loop(0, count)
                     def _step(j):
-                        slot = lax.rem(j, STAGES)
+                        slot = lax.rem(j, stages)
                         b, q0, k0, _ = locate(j)
                         rows, keys = pl.ds(q0, QUERIES), pl.ds(k0, KEYS)
-                        pl.when(j >= STAGES)(lambda: plgpu.barrier_wait(free.at[slot]))
+                        pl.when(j >= stages)(lambda: plgpu.barrier_wait(free.at[slot]))
                         for source, target in (
                             (q_ref.at[b, rows, h], q_smem),
                             (k_ref.at[b, keys, g], k_smem),
@@ -145,22 +148,22 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
                         ):
                             plgpu.copy_gmem_to_smem(source, target.at[slot], full.at[slot])
 
-                    @pl.loop(jnp.maximum(count - STAGES, 0), count)
+                    @pl.loop(jnp.maximum(count - stages, 0), count)
                     def _drain(j):
-                        plgpu.barrier_wait(free.at[lax.rem(j, STAGES)])
+                        plgpu.barrier_wait(free.at[lax.rem(j, stages)])
 
     def entry_point(*refs):
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch),
-            common.swizzled((STAGES, QUERIES, H), dtype),
-            common.swizzled((STAGES, QUERIES, Hv), dtype),
-            common.swizzled((STAGES, KEYS, H), dtype),
-            common.swizzled((STAGES, KEYS, Hv), dtype),
-            plgpu.SMEM((STAGES, QUERIES), jnp.float32),
-            plgpu.SMEM((STAGES, QUERIES), jnp.float32),
+            common.swizzled((stages, QUERIES, H), dtype),
+            common.swizzled((stages, QUERIES, Hv), dtype),
+            common.swizzled((stages, KEYS, H), dtype),
+            common.swizzled((stages, KEYS, Hv), dtype),
+            plgpu.SMEM((stages, QUERIES), jnp.float32),
+            plgpu.SMEM((stages, QUERIES), jnp.float32),
             common.swizzled((2, 64, KEYS), jnp.float32),
-            plgpu.Barrier(num_arrivals=6, num_barriers=STAGES),
-            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            plgpu.Barrier(num_arrivals=6, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=2, num_barriers=stages),
             collective_axes='wg',
         )
 

@@ -14,19 +14,33 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
-from pallas_kernels import blocks, common, tile_eval
+from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.softmax_attention import backward as backward_kernel
-from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles
+from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
+from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
 
-WIDEST = 128
-HIDDEN = 1e30  # base-2 log-sum-exp given to the backward kernel for rows that see nothing: all weights become 0
+WIDEST = 256
+# What an item of the forward kernel costs beside its key tiles, and a key tile more with the mask, in key tiles.
+ITEM_COST, MASK_COST = 1.0, 0.3
 
 
 def unsupported(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
@@ -40,7 +54,7 @@ def unsupported(
     if N % K:
         return f'{N} query heads are no multiple of {K} key heads'
     if max(H, Hv) > WIDEST:
-        return f'head widths up to {WIDEST} have a backward kernel, given {max(H, Hv)}; use impl="xla"'
+        return f'head widths up to {WIDEST} fit, given {max(H, Hv)}; use impl="xla"'
     if min(B, T, S, H, Hv) < 1:
         return 'an empty dimension; use impl="xla"'
     reason = _hardware()
@@ -102,7 +116,18 @@ def _add(s, i, value):
 
 
 def softmax_attention(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ):
     """Softmax attention.
 
@@ -114,6 +139,7 @@ def softmax_attention(
       sinks: [N] logits of a key without value that every query sees.
       dropout: `pallas_kernels.dropout.Dropout`.
       return_lse: also return the log-sum-exp of the logits, float32 [B, N, T].
+      return_stats: also return `statistics.Statistics`, last.
 
     Raises:
       ValueError: `unsupported` has a reason.
@@ -128,79 +154,118 @@ def softmax_attention(
     if dropout is not None and isinstance(dropout.seed, int):
         dropout = dataclasses.replace(dropout, seed=np.uint32(dropout.seed & 0xFFFFFFFF))
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    out, lse = _attention(scale, query, key, value, mask, score, sinks, dropout)
-    return (out, lse) if return_lse else out
+    out, lse, rows = _attention(scale, return_stats, query, key, value, mask, score, sinks, dropout)
+    results = [out, *([lse] if return_lse else [])]
+    if return_stats:
+        results.append(statistics.of_rows(lse, *rows, sinks))
+    return tuple(results) if len(results) > 1 else out
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(scale, q, k, v, mask, score, sinks, dropout):
-    return _forward(scale, q, k, v, mask, score, sinks, dropout)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale, stats, q, k, v, mask, score, sinks, dropout):
+    return _forward(scale, stats, q, k, v, mask, score, sinks, dropout)[0]
 
 
-def _forward(scale, q, k, v, mask, score, sinks, dropout):
+def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     (B, T, N, H), (S, K), Hv = q.shape, k.shape[1:3], v.shape[3]
     q8, k8, v8 = _pad(q), _pad(k), _pad(v)
     shape = tiles.forward(q8.shape[3], v8.shape[3])
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists, counts = None, np.full((1, 1, nq), nk)
+    lists, cost = None, np.full((1, 1, nq), nk)
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
-        counts = lists[..., 0] if isinstance(lists, np.ndarray) else None
+        cost = lists[..., 0] + MASK_COST * lists[..., 1]
     # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
     together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
-    items = agenda(B, N, nq, counts, together, _processors())
+    todo = agenda(B, N, nq, cost + ITEM_COST, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
-    out, lse2 = forward_kernel.forward(q8, k8, v8, items, lists, operands, sinks, spec=spec, tiles=shape, scale=scale)
-    out, lse2 = out[:, :T, :, :Hv], lse2[..., :T]
-    return (out, lse2 * common.LN2), (q, k, v, mask, score, sinks, dropout, out, lse2)
+    run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
+    out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
+    out, (lse2, *rows) = out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]
+    rows = [x * common.LN2 for x in rows] if stats else None
+    return (out, lse2 * common.LN2, rows), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
 
-def _backward(scale, saved, cotangents):
+def _backward(scale, _, saved, cotangents):
     q, k, v, mask, score, sinks, dropout, out, lse2 = saved
-    do, dlse = cotangents
-    B, T, N, H = q.shape
+    do, dlse, _ = cotangents
+    H = q.shape[3]
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
-    least = 128 if max(H, Hv) > 64 else 64  # the backward kernel has one width for q and k of at least v's class
-    q8, k8, v8, do8 = _pad(q, least), _pad(k, least), _pad(v), _pad(do)
-    shape = tiles.backward(q8.shape[3], v8.shape[3])
-    bq, bk = shape.queries, backward_kernel.KEYS
-    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
-    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN.
+    # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN; one whose output,
+    # lse or cotangent is not finite makes all it sees NaN.
     live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
     delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
-    delta = jnp.where(live, delta, 0.0)
-    pad = [(0, 0), (0, 0), (0, nq * bq - T)]
-    lse_in = jnp.pad(jnp.where(live, lse2, HIDDEN), pad, constant_values=HIDDEN)
-    classes = blocks.classify(mask, B, N, T, S, bq, bk)
-    lists, ranks, touched = schedule(classes)
-    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    delta_in = jnp.pad(delta, pad)
-    run = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
-    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
-    run = jax.custom_batching.sequential_vmap(run)
-    dq, dk, dv = run(q8, k8, v8, do8, lse_in, delta_in, lists, ranks, operands)
-    dq = dq[:, :T, :, :H] * scale
-    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
-        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
-        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    finite = jnp.isfinite(delta)
+    base = jnp.where(live, jnp.where(finite, lse2, jnp.nan), HIDDEN)
+    delta = jnp.where(live & finite, delta, 0.0)
+    sweep = _wide if max(H, Hv) > 128 else _fused
+    dq, dk, dv = sweep(scale, q, k, v, do, base, delta, mask, score, dropout)
     dk, dv = _over_groups(dk[:, :S, :, :H], K), _over_groups(dv[:, :S, :, :Hv], K)
     dsinks = None
     if sinks is not None:
-        weight = jnp.where(live, jnp.exp2(sinks[:, None] * common.LOG2E - lse2), 0.0)
+        weight = jnp.where(live, jnp.exp2(sinks[:, None] * common.LOG2E - base), 0.0)
         dsinks = -(weight * delta).sum((0, 2))
     dscore = None
     if score is not None:
-        dscore = _score_gradient(scale, q8, k8, v8, do8, lse_in, delta, mask, score, dropout, T, S)
+        dscore = _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout)
     return dq.astype(q.dtype), dk, dv, None, dscore, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
 
 
-def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S):
+def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
+    """dq, and dk and dv for each query head, padded, by the fused kernel."""
+    (B, T, N, H), S, Hv = q.shape, k.shape[1], v.shape[3]
+    least = 128 if max(H, Hv) > 64 else 64  # it has one width for q and k of at least v's class
+    q8, k8, v8, do8 = _pad(q, least), _pad(k, least), _pad(v), _pad(do)
+    shape = tiles.backward(q8.shape[3], v8.shape[3])
+    bq, bk = shape.queries, backward_kernel.KEYS
+    nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
+    spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
+    fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
+    lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
+    operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
+    kernel = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
+
+    def run(*args):
+        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
+        # is to find at 0 are another buffer than the one that was set to 0.
+        return lax.optimization_barrier(kernel(*lax.optimization_barrier(args)))
+
+    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
+    run = jax.custom_batching.sequential_vmap(run)
+    dq, dk, dv = run(q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0), lists, ranks, operands)
+    dq = dq[:, :T, :, :H] * scale
+    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
+        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
+        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
+    return dq, dk, dv
+
+
+def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
+    """As `_fused`, by one sweep a gradient."""
+    (B, T, N, H), S = q.shape, k.shape[1]
+    arrays = [jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, do)]
+    own, other = wide.OWN, wide.STREAMED
+    Tp, Sp = (common.cdiv(n, own) * own for n in (T, S))
+    fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
+    rows = fit(base, HIDDEN), fit(delta, 0.0)
+    found = []
+    for which in ('dq', 'dk', 'dv'):
+        by_key = which != 'dq'
+        spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
+        classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
+        lists = forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
+        operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
+        run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
+        found.append(run(*map(_pad, arrays), *rows, lists, operands))
+    return found[0][:, :T, :, :H], *found[1:]
+
+
+def _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout):
     """The gradient of `score`: the same pytree, None for what is not floating. XLA drops what is not asked for."""
     leaves, tree = jax.tree.flatten(score)
     operands = ew.flatten(score)[0]
@@ -209,8 +274,8 @@ def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S)
     strips = [n for n in floating if set(operands[n].index) in ({'d'}, {'h', 'd'})]
     rest = [n for n in floating if n not in strips]
     found = [None] * len(leaves)
+    (B, T, N, _), S = q.shape, k.shape[1]
     if strips:
-        B, N = q.shape[0], q.shape[2]
         nq, nk = common.cdiv(T, diagonal.QUERIES), common.cdiv(S, diagonal.KEYS)
         classes = blocks.classify(mask, B, N, T, S, diagonal.QUERIES, diagonal.KEYS)
         xp = np if isinstance(classes, np.ndarray) else jnp
@@ -219,19 +284,16 @@ def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout, T, S)
         Tp, Sp = nq * diagonal.QUERIES, nk * diagonal.KEYS
         arrays = [functions.prepare(o, T, S, Tp, Sp, False) for o in spec.operands]
         fit = lambda x, fill: jnp.pad(x[..., :T], [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
-        rows = fit(lse2, HIDDEN), fit(delta, 0.0)
+        rows = fit(base, HIDDEN), fit(delta, 0.0)
         for n in strips:
-            tiles_ = diagonal.diagonal(q, k, v, do, *rows, todo, arrays, spec=spec, which=n, scale=scale)
+            tiles_ = diagonal.diagonal(*map(_pad, (q, k, v, do)), *rows, todo, arrays, spec=spec, which=n, scale=scale)
             x = diagonal.strip(tiles_, T, S)  # [N, d]
             index, shape = operands[n].index, leaves[n].shape
             if 'h' not in index or shape[index.index('h')] == 1:
                 x = x.sum(0, keepdims='h' in index)
             found[n] = (x.T if index == 'dh' else x).astype(leaves[n].dtype)
     if rest:
-        cut = lambda x, length: x[:, :length]
-        gradients = operand_gradients.of_score(
-            scale, cut(q, T), cut(k, S), cut(v, S), cut(do, T), lse2[..., :T], delta, mask, score, dropout, rest
-        )
+        gradients = operand_gradients.of_score(scale, q, k, v, do, base, delta, mask, score, dropout, rest)
         for n, x in zip(rest, gradients):
             found[n] = x
     return jax.tree.unflatten(tree, found)
@@ -276,19 +338,22 @@ def forward_lists(classes):
     return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
-def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> np.ndarray:
-    """Which items each block of the forward kernel does, in order: int32 [blocks, 1 + n], the count first.
+def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
+    """Which items each block of the forward kernel does.
 
-    An item is (b * N + h) * nq + q. Where the work per item is known (`counts`, NumPy [B or 1, N or 1, nq]), there is
-    one block per multiprocessor, and each item in turn goes to the block that is free first, long items of `together`
-    heads at a time before short ones. Where it depends on data (None), each item is its own block and the hardware
-    deals them out.
+    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
+    while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
+    items of `together` heads at a time before short ones. Where they depend on data, each block gets a run of items, cut
+    so that all have about the same work.
+
+    Returns:
+      bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
-    items = np.arange(B * N * nq).reshape(B, N, nq)
-    if counts is None:
-        return np.stack([np.ones(items.size), items.ravel()], -1).astype(np.int32)
+    items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
-    cost = np.broadcast_to(counts, (B, N, nq)) + 1.0  # an item's first product and last store overlap with nothing
+    if not isinstance(cost, np.ndarray):
+        return _cuts(jnp.broadcast_to(cost, (B, cost.shape[1], nq)), N // cost.shape[1], P), items.ravel()
+    cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
     else:
@@ -300,8 +365,24 @@ def agenda(B: int, N: int, nq: int, counts, together: int, processors: int) -> n
         t, p = heapq.heappop(free)
         rows[p].append(item)
         heapq.heappush(free, (t + work, p))
-    longest = max(map(len, rows))
-    return np.array([[len(r), *r, *[0] * (longest - len(r))] for r in rows], np.int32)
+    return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
+
+
+def _cuts(cost, heads: int, P: int):
+    """Where to cut the items, in ascending order, into P runs of about the same cost, [B, N / heads, nq] of each."""
+    B, L, nq = cost.shape
+    n = cost.size
+    if n <= 4096:
+        before = (cost.reshape(-1) * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
+    else:
+        before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost.reshape(-1))])
+    start = before[:-1].reshape(B, L, 1, nq)
+    row = before[::nq]
+    first, whole = row[:-1].reshape(B, L, 1, 1), (row[1:] - row[:-1]).reshape(B, L, 1, 1)
+    middle = first * heads + np.arange(heads)[:, None] * whole + (start - first) + cost[:, :, None] / 2
+    target = before[-1] * heads * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
+    last = np.arange(P + 1)[:, None] == P  # all of them, whatever rounding says
+    return ((middle.reshape(-1) < target) | last).sum(-1, dtype=jnp.int32)
 
 
 def _processors() -> int:

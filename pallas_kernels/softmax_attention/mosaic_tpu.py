@@ -30,7 +30,18 @@ PART = 512
 
 
 def unsupported(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
@@ -51,6 +62,8 @@ def unsupported(
         return f'the table of tiles of {T} queries and {S} keys exceeds the scalar memory; use impl="xla"'
     if reason := tpu.partitioned():
         return reason
+    if return_stats:
+        return 'it makes no statistics of heads (return_stats)'
     for name, f in (('mask', ew.as_mask(mask)), ('score', mosaic_gpu._with_bias(score, bias))):
         reason = f and mosaic_gpu._refuse(name, f, T, S)
         if reason:
@@ -59,7 +72,18 @@ def unsupported(
 
 
 def softmax_attention(
-    query, key, value, *, mask=None, score=None, bias=None, scale=None, sinks=None, dropout=None, return_lse=False
+    query,
+    key,
+    value,
+    *,
+    mask=None,
+    score=None,
+    bias=None,
+    scale=None,
+    sinks=None,
+    dropout=None,
+    return_lse=False,
+    return_stats=False,
 ):
     """Softmax attention.
 
@@ -72,6 +96,7 @@ def softmax_attention(
       sinks: [N] logits of a key without value that every query sees.
       dropout: `pallas_kernels.dropout.Dropout`.
       return_lse: also return the log-sum-exp of the logits, float32 [B, N, T].
+      return_stats: refused.
 
     Raises:
       ValueError: `unsupported` has a reason.

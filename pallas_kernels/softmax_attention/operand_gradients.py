@@ -45,6 +45,7 @@ def of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout, wanted):
     G = N // K
     steps = common.cdiv(T, ROWS)
     fit = lambda x, axis: jnp.pad(x, [(0, steps * ROWS - T if a == axis else 0) for a in range(x.ndim)])
+    q, k, v, do = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, do))  # NaN comes in by lse2 alone
     q, do, lse2, delta = fit(q, 1), fit(do, 1), fit(lse2, 2), fit(delta, 2)
     mask_operands, mask_call = ew.flatten(mask) if mask is not None else ([], None)
 
@@ -68,12 +69,15 @@ def of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout, wanted):
             for at, x in zip(wanted, floats):
                 full[at] = x
             operands, call = ew.flatten(jax.tree.unflatten(tree, full))
-            return call(raw, i, [_tile(o, jnp.asarray(o.array), q0, ROWS, T, S) for o in operands])
+            values = [_tile(o, jnp.asarray(o.array), q0, ROWS, T, S) for o in operands]
+            # Where nothing is seen, harmless values: 0 times the derivative of what is not finite would be NaN.
+            tame = lambda x: jnp.where(visible, x, 1) if jnp.issubdtype(x.dtype, jnp.floating) else x
+            return call(tame(raw), i, [tame(x) for x in values])
 
-        s, pull = jax.vjp(scored, floats)
-        visible = jnp.broadcast_to(i.q < T, s.shape)
+        visible = jnp.broadcast_to(i.q < T, raw.shape)
         if mask is not None:
             visible &= mask_call(i, [_tile(o, jnp.asarray(o.array), q0, ROWS, T, S) for o in mask_operands])
+        s, pull = jax.vjp(scored, floats)
         p = jnp.where(visible, jnp.exp2(s * common.LOG2E - part(lse2, 2)[..., None]), 0.0)
         dp = pairs(do, v)
         if dropout is not None and dropout.threshold:

@@ -1,6 +1,11 @@
-"""Tile sizes by shape class. The figures behind them are in README.md."""
+"""Tile sizes by shape class: the table, and choices pinned in a file over it.
+
+The figures behind the table are in README.md. `tune` writes the file; `pin` makes it hold in this process. Programs that
+`jax.jit` has traced before keep the tiles that they were traced with, so pin first.
+"""
 
 import dataclasses
+import json
 
 
 @dataclasses.dataclass(frozen=True)
@@ -10,6 +15,7 @@ class Forward:
     stages: int  # key and value tiles in flight
     registers: tuple[int, int]  # consumer, producer
     turns: bool = True  # consumers issue in turns
+    buffers: int = 2  # query tiles in flight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,17 +25,57 @@ class Backward:
     registers: tuple[int, int]
 
 
+_pinned: dict = {}
+
+
+def name(kind: type, H: int, Hv: int) -> str:
+    return f'{kind.__name__} H={H} Hv={Hv}'
+
+
 def forward(H: int, Hv: int) -> Forward:
     """Tiles for head widths H and Hv (multiples of 64)."""
     wide = max(H, Hv)
     if wide <= 64:
-        return Forward(3, 128, 2, (160, 32))
-    if wide <= 128:
-        return Forward(2, 128, 2, (240, 24))
-    return Forward(2, 64, 2, (240, 24))
+        default = Forward(3, 128, 2, (160, 32))
+    elif wide <= 128:
+        default = Forward(2, 128, 2, (240, 24))
+    else:
+        default = Forward(2, 64, 2, (240, 24), buffers=1)
+    return _pinned.get(name(Forward, H, Hv), default)
 
 
 def backward(H: int, Hv: int) -> Backward:
-    if max(H, Hv) <= 64:
-        return Backward(128, 2, (240, 24))
-    return Backward(64, 2, (240, 24))
+    default = Backward(128 if max(H, Hv) <= 64 else 64, 2, (240, 24))
+    return _pinned.get(name(Backward, H, Hv), default)
+
+
+def save(path: str, choices: dict) -> None:
+    """Writes {name: `Forward` or `Backward`} as JSON."""
+    with open(path, 'w') as file:
+        json.dump({key: dataclasses.asdict(value) for key, value in sorted(choices.items())}, file, indent=1)
+
+
+def load(path: str) -> dict:
+    """Reads what `save` wrote.
+
+    Raises:
+      ValueError: an entry that is none of these classes, or has other fields.
+    """
+    with open(path) as file:
+        found = json.load(file)
+    choices = {}
+    for key, fields in found.items():
+        kind = {'Forward': Forward, 'Backward': Backward}.get(key.split()[0])
+        try:
+            if kind is None:
+                raise TypeError('expected "Forward H=.. Hv=.." or "Backward H=.. Hv=.."')
+            choices[key] = kind(**{**fields, 'registers': tuple(fields['registers'])})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f'{path}: {key!r}: {error}') from error
+    return choices
+
+
+def pin(choices: dict | None) -> None:
+    """From now on these tiles hold instead of the table's; None or {}: the table again."""
+    _pinned.clear()
+    _pinned.update(choices or {})

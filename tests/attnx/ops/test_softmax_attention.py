@@ -432,3 +432,35 @@ def test_bad_input(name):
     attempt, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         attempt()
+
+
+@pytest.mark.parametrize('form', [reference, xla])
+def test_a_row_of_nan_is_no_empty_row(form):
+    """At lengths where XLA vectorises the maximum, it drops NaN."""
+    q, k, v = (np.array(x) for x in inputs(300, B=1, N=2))
+    q[0, 5, 0] = np.nan
+    _, lse = jax.jit(lambda *a: form(*a, mask=masks.causal(), return_lse=True))(q, k, v)
+    np.testing.assert_array_equal(np.argwhere(np.isnan(lse)), [[0, 0, 5]])
+
+
+@pytest.mark.parametrize('sinks', [None, normal(4)])
+def test_statistics(sinks):
+    q, k, v = inputs(20, S=25)
+    mask = lambda i: (i.k <= i.q) & (i.q > 2)
+    x = np.einsum('btnh,bsnh->bnts', q, np.repeat(k, 2, 2)) * 8**-0.5
+    x = np.where(np.arange(25) <= np.arange(20)[:, None], x, -np.inf)[:, :, 3:]
+    sink = np.full(4, -np.inf) if sinks is None else sinks
+    x = np.concatenate([x, np.broadcast_to(sink[:, None, None], (*x.shape[:3], 1))], -1)
+    p = np.exp(x - x.max(-1, keepdims=True))
+    p /= p.sum(-1, keepdims=True)
+    entropy = -(p * np.log(np.where(p > 0, p, 1))).sum(-1)
+    want = x[..., :-1].max((0, 2, 3)), entropy.mean((0, 2)), p[..., -1].mean((0, 2))
+    for form in (reference, functools.partial(xla, block_sizes=(8, 8))):
+        out, lse, found = jax.jit(lambda *a, f=form: f(*a, mask=mask, sinks=sinks, return_lse=True, return_stats=True))(q, k, v)
+        plain = jax.jit(lambda *a, f=form: f(*a, mask=mask, sinks=sinks, return_lse=True))(q, k, v)
+        np.testing.assert_allclose(out, plain[0])
+        np.testing.assert_allclose(lse, plain[1])
+        for a, b in zip(found, want):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        pull = jax.jit(jax.grad(lambda q, f=form: f(q, k, v, mask=mask, sinks=sinks, return_stats=True)[0].sum()))
+        assert np.isfinite(pull(q)).all()
