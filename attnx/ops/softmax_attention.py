@@ -186,7 +186,7 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         call, values = _whole(score, i)
         s = call(hidden(seen, s, 0), i, [hidden(seen, x, 1) for x in values])
     s = hidden(seen, s, -jnp.inf)
-    top = lax.stopgradient(largest(s)[..., None])
+    top = lax.stop_gradient(largest(s)[..., None])
     empty = top == -jnp.inf
     sink = None if sinks is None else jnp.asarray(sinks, dtype)[:, None, None]
     top = jnp.where(empty, 0, top if sink is None else jnp.maximum(top, lax.stop_gradient(sink)))
