@@ -1,4 +1,4 @@
-"""The correctness gate and the clock of the delta rule kernel: `python -m pallas_kernels.delta_rule.check [words]`.
+"""The correctness gate of the delta rule kernel: `python -m pallas_kernels.delta_rule.check [words]`.
 
 As `pallas_kernels.gated_linear.check`. What the recurrence writes is held in 16 bits here, and the kernel's float32 results
 carry that rounding: they are held to `FLOORS`.
@@ -86,23 +86,5 @@ def check(case: Case, interpret=False) -> tuple[bool, dict]:
     return linear.compare(mosaic_gpu.delta_rule, oracle, case, NAMES, FLOORS, interpret)
 
 
-def timings():
-    """(name, forward ms, forward and backward ms) of the shapes that the README lists."""
-    for name, B, T, decay in (
-        ('delta B8 T2048', 8, 2048, 'none'),
-        ('gated delta B8 T2048', 8, 2048, 'token'),
-        ('gated delta B1 T65536', 1, 65536, 'token'),
-    ):
-        arrays, _, (cotangent, _) = Case(name, B=B, T=T, N=16, decay=decay, state=False).arrays()
-        arrays = [x for x in arrays if x is not None]
-        op = lambda *a: mosaic_gpu.delta_rule(*a)[0]
-
-        def both(cotangent, *arrays, op=op):
-            out, pull = jax.vjp(op, *arrays)
-            return out, pull(cotangent)
-
-        yield name, linear.clock(op, *arrays), linear.clock(both, cotangent, *arrays, calls=5)
-
-
 if __name__ == '__main__':
-    sys.exit(linear.main(sys.argv[1:], CASES, check, timings))
+    sys.exit(linear.main(sys.argv[1:], CASES, check))

@@ -1,0 +1,273 @@
+"""Gate and clock of the recurrent kernels, beside flash-linear-attention where it is installed.
+
+    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--no-gate] [--no-torch]
+
+Words keep the rows whose name contains one of them. `--with attnx.ops.{op}:xla` adds an implementation, {op} standing for
+gated_linear or delta_rule. The gate is that of `gated_linear.check` and `delta_rule.check`. Every row has a process of its
+own: all compile side by side, while the gate runs, and are timed one after another when nothing else runs; PyTorch comes
+last. Prints a JSON line a figure and a table; milliseconds are medians, `kernels` their parts by CUPTI.
+"""
+
+import argparse
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+
+os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # many processes share the card
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    op: str
+    decay: str  # none, head, token, channel
+    B: int
+    T: int
+    N: int = 16
+    H: int = 128
+    backward: bool = True
+
+    @property
+    def name(self) -> str:
+        kind = {
+            'gated_linear': {'none': 'linear', 'head': 'lightning', 'token': 'scalar', 'channel': 'gla'},
+            'delta_rule': {'none': 'delta', 'token': 'gated-delta', 'channel': 'kda'},
+        }[self.op][self.decay]
+        return f'{kind} B{self.B}T{self.T}N{self.N}H{self.H}'
+
+
+LINEAR, DELTA = 'gated_linear', 'delta_rule'
+KINDS = [(LINEAR, 'head'), (LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'none'), (DELTA, 'token')]
+ROWS = [Row(op, decay, B, T) for B, T in ((8, 2048), (1, 65536)) for op, decay in KINDS]
+ROWS += [Row(LINEAR, 'head', 1, T, backward=False) for T in (16384, 131072)]
+ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
+SHARDS = 6  # processes of each gate
+
+
+def arrays(row: Row):
+    """The op's arguments and the cotangent of its output."""
+    import jax
+    import jax.numpy as jnp
+
+    keys = jax.random.split(jax.random.key(0), 6)
+    shape = row.B, row.T, row.N, row.H
+    q, k, v, c = (jax.random.normal(key, shape, jnp.bfloat16) for key in keys[:4])
+    k = (k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True)).astype(jnp.bfloat16)
+    decay = {
+        'none': lambda: None,
+        'head': lambda: -8.0 / row.N * jnp.arange(row.N, dtype=jnp.float32),
+        'token': lambda: jax.nn.log_sigmoid(jax.random.normal(keys[4], shape[:3])),
+        'channel': lambda: jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) / 16,
+    }[row.decay]()
+    beta = (jax.random.uniform(keys[5], shape[:3]),) if row.op == DELTA else ()
+    return (q, k, v, *beta, decay), c
+
+
+def clock(function, args, target=0.15, rounds=5) -> float:
+    """Median milliseconds of a call, in batches that take `target` seconds."""
+    import jax
+    import numpy as np
+
+    jax.block_until_ready(function(*args))
+    start = time.perf_counter()
+    jax.block_until_ready(function(*args))
+    calls = max(2, min(100, int(target / (time.perf_counter() - start))))
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = function(*args)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls * 1e3)
+    return float(np.median(times))
+
+
+def parts(function, args) -> dict | None:
+    """{kernel: microseconds} of one call, summed by name."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    try:
+        _, found = profiler.Cupti().measure(function, aggregate=False)(*args)
+    except Exception as error:
+        return {f'{type(error).__name__}: {error}'[:200]: 0.0}
+    total = {}
+    for name, ms in found or []:
+        total[name] = round(total.get(name, 0.0) + ms * 1e3, 1)
+    return dict(sorted(total.items(), key=lambda x: -x[1])[:14])
+
+
+def worker(row: Row, peer: str, spec: str | None):
+    """Compiles and runs once, says so, waits for its turn, then times."""
+    import jax
+
+    spec = spec or f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}'
+    module, _, function = spec.format(op=row.op).partition(':')
+    op = getattr(importlib.import_module(module), function)
+    args, cotangent = arrays(row)
+    rest = args[-1:] if row.decay in ('none', 'head') else ()  # constants are not trained, as in lightning attention
+    trained = args[: len(args) - len(rest)]
+    forward = jax.jit(lambda *a: op(*a)[0])
+
+    @jax.jit
+    def both(c, *a):
+        out, pull = jax.vjp(lambda *a: op(*a, *rest)[0], *a)
+        return out, pull(c)  # without out, the forward sweep would be left out
+
+    def guarded(f):
+        try:
+            return f()
+        except Exception as error:
+            return f'{type(error).__name__}: {str(error)[:300]}'
+
+    jobs = {'fwd': (forward, args)} | ({'fwdbwd': (both, (cotangent, *trained))} if row.backward else {})
+    broken = {key: guarded(lambda f=f, a=a: jax.block_until_ready(f(*a)) and None) for key, (f, a) in jobs.items()}
+    print('READY', flush=True)
+    sys.stdin.readline()
+    figure = {'case': row.name, 'peer': peer}
+    for key, (f, a) in jobs.items():
+        if broken[key]:
+            figure[f'{key}_error'] = broken[key]
+        else:
+            figure[f'{key}_ms'] = guarded(lambda f=f, a=a: round(clock(f, a), 4))
+            if peer == 'ours':
+                figure[f'{key}_kernels'] = guarded(lambda f=f, a=a: parts(f, a))
+    emit(figure)
+
+
+def fla(row: Row):
+    """flash-linear-attention's function of row's arguments, and these."""
+    import torch
+    import torch.nn.functional as F
+    from fla.ops.delta_rule import chunk_delta_rule
+    from fla.ops.gated_delta_rule import chunk_gated_delta_rule
+    from fla.ops.gla import chunk_gla
+    from fla.ops.simple_gla import chunk_simple_gla
+
+    shape = row.B, row.T, row.N, row.H
+    draw = functools.partial(torch.randn, device='cuda', dtype=torch.bfloat16)
+    gate = lambda shape: F.logsigmoid(torch.randn(shape, device='cuda'))
+    beta = torch.rand(shape[:3], device='cuda', dtype=torch.bfloat16)
+    q, k, v = draw(shape), F.normalize(draw(shape), dim=-1), draw(shape)
+    constant = -8.0 / row.N * torch.arange(row.N, device='cuda', dtype=torch.float32)
+    match row.op, row.decay:
+        case 'gated_linear', 'head':
+            return lambda *a: chunk_simple_gla(*a, g_gamma=constant)[0], (q, k, v)
+        case 'gated_linear', 'token':
+            return lambda q, k, v, g: chunk_simple_gla(q, k, v, g=g)[0], (q, k, v, gate(shape[:3]))
+        case 'gated_linear', 'channel':
+            return lambda *a: chunk_gla(*a)[0], (q, k, v, gate(shape) / 16)
+        case 'delta_rule', 'none':
+            return lambda *a: chunk_delta_rule(*a)[0], (q, k, v, beta)
+        case 'delta_rule', 'token':
+            return lambda *a: chunk_gated_delta_rule(*a)[0], (q, k, v, gate(shape[:3]), beta)
+    raise ValueError(row)
+
+
+def run_torch(rows):
+    import torch
+    from triton.testing import do_bench
+
+    timed = functools.partial(do_bench, warmup=10, rep=60, return_mode='median')
+
+    def both(f, leaves, cotangent):
+        f(*leaves).backward(cotangent)
+        for x in leaves:
+            x.grad = None
+
+    for row in rows:
+        figure = {'case': row.name, 'peer': 'fla'}
+        try:
+            f, args = fla(row)
+            with torch.no_grad():
+                figure['fwd_ms'] = round(timed(functools.partial(f, *args)), 4)
+            if row.backward:
+                leaves = [x.requires_grad_() for x in args]
+                figure['fwdbwd_ms'] = round(timed(functools.partial(both, f, leaves, torch.randn_like(args[2]))), 4)
+        except Exception as error:
+            figure['error'] = f'{type(error).__name__}: {str(error)[:200]}'
+        emit(figure)
+        torch.cuda.empty_cache()
+
+
+def emit(figure):
+    print('RESULT ' + json.dumps(figure), flush=True)
+
+
+def start(*arguments):
+    command = [sys.executable, *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def read(process, results, until=None):
+    """Collects a process's results; prints everything else it says. True if it said `until`."""
+    for line in process.stdout:
+        if line.startswith('RESULT '):
+            results.append(json.loads(line[7:]))
+            if 'fwd_ms' in results[-1] or 'error' in line:
+                print(line[7:].rstrip(), flush=True)
+        elif until and line.strip() == until:
+            return True
+        elif line.startswith(('ok', 'FAIL')) or 'Error' in line:
+            print(line.rstrip()[:600], flush=True)
+    process.wait()
+    return False
+
+
+def table(results) -> str:
+    lines = [f'{"case":36} {"ours fwd / +bwd ms":>22} {"peer":>6} {"fwd / +bwd ms":>22} {"times faster":>16}']
+    for case in dict.fromkeys(r['case'] for r in results if 'case' in r):
+        found = {r['peer']: r for r in results if r.get('case') == case}
+        cell = lambda r: tuple(r.get(key) if isinstance(r.get(key), float) else None for key in ('fwd_ms', 'fwdbwd_ms'))
+        text = lambda pair: ' / '.join(f'{x:.3f}' if x else '-' for x in pair)
+        own = cell(found.get('ours', {}))
+        for peer in [p for p in found if p != 'ours'] or ['']:
+            other = cell(found.get(peer, {}))
+            ratio = tuple(y / x if x and y else None for x, y in zip(own, other))
+            lines.append(f'{case:36} {text(own):>22} {peer[-6:]:>6} {text(other):>22} {text(ratio):>16}')
+    return '\n'.join(lines)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('words', nargs='*')
+    parser.add_argument('--json')
+    parser.add_argument('--with', dest='extra', action='append', default=[])
+    parser.add_argument('--no-gate', action='store_true')
+    parser.add_argument('--no-torch', action='store_true')
+    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument('--torch-only', action='store_true', help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.worker:
+        name, peer = args.worker
+        return worker(next(r for r in ROWS if r.name == name), peer, None if peer == 'ours' else peer)
+    rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
+    if args.torch_only:
+        return run_torch(rows)
+    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), [], True
+    jobs = [start(*me, '--worker', row.name, peer) for row in rows for peer in ('ours', *args.extra)]
+    if not args.no_gate:
+        gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
+        for process in [gate(op, i) for i in range(SHARDS) for op in (LINEAR, DELTA)]:
+            read(process, results)
+            good &= process.returncode == 0
+    waiting = [job for job in jobs if read(job, results, until='READY')]
+    for job in waiting:
+        job.stdin.write('go\n')
+        job.stdin.flush()
+        read(job, results)
+    if not args.no_torch and importlib.util.find_spec('fla'):
+        read(start(*me, '--torch-only', *args.words), results)
+    print(table(results), flush=True)
+    if args.json:
+        with open(args.json, 'w') as file:
+            json.dump(results, file, indent=1)
+    return 0 if good else 1
+
+
+if __name__ == '__main__':
+    sys.exit(main())
