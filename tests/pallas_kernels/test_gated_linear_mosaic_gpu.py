@@ -18,15 +18,20 @@ def plain_sweep(
     state,
     partner=None,
     *,
+    k_low=None,
+    base=None,
     reverse=False,
     strict=False,
+    precise=False,
+    wide=False,
     every=None,
     scale=1.0,
     heads=0,
     interpret=False,
 ):
     """What `sweep` promises, token by token in float64."""
-    del interpret
+    del interpret, precise, wide
+    k = k if k_low is None else k + k_low
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -54,6 +59,7 @@ def plain_sweep(
             S = a * S
         states[:, :, t // 64 // every] = S
     as_input = lambda x: jnp.asarray(x, jnp.float32)
+    out = out if base is None else out + base
     return None if q is None else as_input(out), as_input(states), None if partner is None else as_input(dots)
 
 
