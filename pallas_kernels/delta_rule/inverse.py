@@ -1,11 +1,12 @@
-"""T = (I + diag(b) L)^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one block a chunk.
+"""T = (I + diag(b) L)^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one warpgroup a chunk.
 
 Blocks of 1, 2, 4, ... tokens are merged, all of one size at once:
 
     [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        T <- T - T (A o M) T
 
 with A = diag(b) L and M the mask of the corners c. Each factor is a true inverse, of moderate size; a series in powers of A
-would cancel all digits for keys that repeat. Products are of 16-bit terms, high and low, summed in float32.
+would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One step of Newton's,
+T <- T + T (I - (I + A) T), A as two terms, then squares the error.
 """
 
 import jax
@@ -20,13 +21,14 @@ from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
+TOGETHER = 3  # chunks a block: 168 registers a thread
 
 
 def inverses(k, beta, decay, *, interpret=False):
     """The inverses of all chunks.
 
     Args:
-      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64.
+      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 beta far below 65504.
       beta: float32 [B, N, chunks, 64], N a multiple of heads.
       decay: as in the gated linear sweep, or None.
 
@@ -34,68 +36,89 @@ def inverses(k, beta, decay, *, interpret=False):
       bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is T to 16 bits.
     """
     (B, _, heads, K), (N, chunks), dtype = k.shape, beta.shape[1:3], k.dtype
+    W = min(TOGETHER, B * N * chunks)
+    f16, f32 = jnp.float16, jnp.float32
 
-    def kernel(k_ref, beta_ref, decay_ref, out_ref, k_smem, t_smem, bar):
-        b, h, c = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('c')
-        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], k_smem, bar)
-        i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
-        j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
+    def kernel(k_ref, beta_ref, decay_ref, out_ref, k_smem, a_smem, t_smem, o_smem, bar):
+        wg = lax.axis_index('wg')
+        mine = lax.axis_index('block') * W + wg
+        number = jnp.minimum(mine, B * N * chunks - 1)  # the last block may do its last chunk again
+        b, h, c = number // (N * chunks), lax.rem(number // chunks, N), lax.rem(number, chunks)
+        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], k_smem.at[wg], bar.at[wg])
+        tile = lambda dim: plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE)
+        identity = lambda: jnp.where(tile(0) == tile(1), 1.0, 0.0)
 
-        def split(x):
-            high = x.astype(dtype)
-            return high, (x - high.astype(jnp.float32)).astype(dtype)
+        def zero():
+            """What keeps the compiler from preparing the next levels' masks and addresses, for which registers are few."""
+            return 0 if interpret else common.opaque_zero()
 
-        def store(x):
-            for term, part in enumerate(split(x)):
-                t_smem.at[term][...] = part
-            plgpu.commit_smem()
+        def product(base, *lefts):
+            """base + left @ what is stored."""
 
-        def times_stored(x):
             def run(acc):
-                high, low = split(x)
-                acc.add(high, t_smem.at[0])
-                acc.add(low, t_smem.at[0])
-                acc.add(high, t_smem.at[1])
+                if base is not None:
+                    acc.set(base)
+                right = t_smem.at[wg + zero()]
+                for left in lefts:
+                    acc.add(left, right)
                 return acc.load(0)
 
             return accumulate.scoped(run, SQUARE, interpret=interpret)
 
-        def products(acc):
-            acc.add(k_smem, k_smem.T)
+        def store(x):
+            t_smem.at[wg][...] = x.astype(f16)
+            plgpu.commit_smem()
+
+        def pairs(acc):
+            acc.add(k_smem.at[wg], k_smem.at[wg].T)
             return acc.load(0)
 
-        plgpu.barrier_wait(bar)
-        A = accumulate.scoped(products, SQUARE, interpret=interpret)
+        plgpu.barrier_wait(bar.at[wg])
+        A = accumulate.scoped(pairs, SQUARE, interpret=interpret)
         A *= common.row(plgpu.load(beta_ref.at[b, h, c], layout=ROW, optimized=False), SQUARE)
         if decay_ref is not None:
             at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
             row = plgpu.load(decay_ref.at[*at], layout=ROW, optimized=False)
             col = plgpu.load(decay_ref.at[*at], layout=COL, optimized=False)
             A *= jnp.exp2(common.row(row, SQUARE) - common.col(col, SQUARE))
+        A = jnp.where(tile(0) > tile(1), -A, 0.0)
+        high = A.astype(f16)
+        a_smem.at[wg][...] = (A - high.astype(f32)).astype(f16)
 
         def corner(level):
-            """Pairs (i, j) of the later and the earlier half of one block of 2 ** (level + 1) tokens."""
-            return (i >> level == (j >> level) + 1) & ((i >> level) & 1 == 1)
+            """-A between the later and the earlier half of one block of 2 ** (level + 1) tokens."""
+            i, j = tile(0) + zero(), tile(1)
+            return jnp.where((i >> level == (j >> level) + 1) & ((i >> level) & 1 == 1), high.astype(f32), 0.0)
 
-        inverse = jnp.where(i == j, 1.0, jnp.where(corner(0), -A, 0.0))
+        rough = (identity() + corner(0)).astype(f16)
         for level in range(1, 6):
-            store(inverse)
-            store(times_stored(jnp.where(corner(level), A, 0.0)))
-            inverse -= times_stored(inverse)
-        store(inverse)
-        plgpu.copy_smem_to_gmem(t_smem, out_ref.at[b, h, c])
+            store(rough)
+            store(product(None, corner(level).astype(f16)))
+            rough = product(rough.astype(f32), rough).astype(f16)
+        store(rough)
+        store(product(identity() - rough.astype(f32), high, a_smem.at[wg]))
+        inverse = product(rough.astype(f32), rough)
+        high = inverse.astype(dtype)
+        o_smem.at[wg, 0][...] = high
+        o_smem.at[wg, 1][...] = (inverse - high.astype(f32)).astype(dtype)
+        plgpu.commit_smem()
+        pl.when(number == mine)(lambda: plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, h, c]))
         plgpu.wait_smem_to_gmem(0)
 
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((B, N, chunks, 2, CHUNK, CHUNK), dtype),
         scratch_types=(
-            common.swizzled((CHUNK, K), dtype),
-            common.swizzled((2, CHUNK, CHUNK), dtype),
-            plgpu.Barrier(),
+            common.swizzled((W, CHUNK, K), dtype),
+            common.swizzled((W, CHUNK, CHUNK), f16),
+            common.swizzled((W, CHUNK, CHUNK), f16),
+            common.swizzled((W, 2, CHUNK, CHUNK), dtype),
+            plgpu.Barrier(num_barriers=W),
         ),
-        grid=(B, N, chunks),
-        grid_names=('b', 'h', 'c'),
+        grid=(common.cdiv(B * N * chunks, W),),
+        grid_names=('block',),
+        num_threads=W,
+        thread_name='wg',
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,

@@ -229,8 +229,9 @@ class Pieces:
     """A sequence of T tokens cut into `count` pieces of `size`, which become part of the batch; idle tokens fill the last."""
 
     def __init__(self, T: int, count: int):
-        self.T, self.size = T, common.cdiv(common.cdiv(T, count), GROUP * CHUNK) * GROUP * CHUNK
-        self.count = common.cdiv(T, self.size)
+        self.T, size = T, common.cdiv(common.cdiv(T, count), GROUP * CHUNK) * GROUP * CHUNK
+        self.count = common.cdiv(T, size)
+        self.size = size if self.count > 1 else T
 
     def cut(self, x, axis=1, unit=1):
         """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]."""
@@ -244,7 +245,7 @@ class Pieces:
 
     def cut_decay(self, decay, B: int):
         """`cumulative` of the tokens -> of the pieces."""
-        if decay is None or decay.shape[2] == 1 and self.T % self.size == 0:
+        if decay is None or self.count == 1 or (decay.shape[2] == 1 and self.T % self.size == 0):
             return decay
         decay = jnp.broadcast_to(decay, (B, decay.shape[1], self.T // CHUNK, CHUNK))
         return self.cut(decay, 2, CHUNK)
