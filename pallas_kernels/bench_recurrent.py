@@ -40,17 +40,23 @@ class Row:
         }[self.op][self.decay]
         return f'{kind} B{self.B}T{self.T}N{self.N}H{self.H}'
 
+    @property
+    def copied(self) -> int:
+        """Bytes that a step of decoding cannot but move: the state, read and written."""
+        return 2 * 4 * self.B * self.N * self.H**2 if self.T == 1 else 0
+
 
 LINEAR, DELTA = 'gated_linear', 'delta_rule'
 KINDS = [(LINEAR, 'head'), (LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'none'), (DELTA, 'token')]
 ROWS = [Row(op, decay, B, T) for B, T in ((8, 2048), (1, 65536)) for op, decay in KINDS]
 ROWS += [Row(LINEAR, 'head', 1, T, backward=False) for T in (16384, 131072)]
 ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
-SHARDS = 6  # processes of each gate
+ROWS += [Row(op, decay, 64, 1, backward=False) for op, decay in ((LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token'))]
+SHARDS = 5  # processes of each gate
 
 
 def arrays(row: Row):
-    """The op's arguments and the cotangent of its output."""
+    """The op's arguments, `initial_state` last, and the cotangent of its output."""
     import jax
     import jax.numpy as jnp
 
@@ -65,7 +71,8 @@ def arrays(row: Row):
         'channel': lambda: jax.nn.log_sigmoid(jax.random.normal(keys[4], shape)) / 16,
     }[row.decay]()
     beta = (jax.random.uniform(keys[5], shape[:3]),) if row.op == DELTA else ()
-    return (q, k, v, *beta, decay), c
+    state = jax.random.normal(keys[5], (row.B, row.N, row.H, row.H)) if row.T == 1 else None
+    return (q, k, v, *beta, decay, state), c
 
 
 def clock(function, args, target=0.15, rounds=5) -> float:
@@ -109,9 +116,9 @@ def worker(row: Row, peer: str, spec: str | None):
     module, _, function = spec.format(op=row.op).partition(':')
     op = getattr(importlib.import_module(module), function)
     args, cotangent = arrays(row)
-    rest = args[-1:] if row.decay in ('none', 'head') else ()  # constants are not trained, as in lightning attention
-    trained = args[: len(args) - len(rest)]
-    forward = jax.jit(lambda *a: op(*a)[0])
+    trained = args[: -2 if row.decay in ('none', 'head') else -1]  # constants are not trained, as in lightning attention
+    rest = args[len(trained) : -1]
+    forward = jax.jit(lambda *a: op(*a[:-1], initial_state=a[-1])[: 1 if row.T > 1 else 2])
 
     @jax.jit
     def both(c, *a):
@@ -125,7 +132,7 @@ def worker(row: Row, peer: str, spec: str | None):
             return f'{type(error).__name__}: {str(error)[:300]}'
 
     jobs = {'fwd': (forward, args)} | ({'fwdbwd': (both, (cotangent, *trained))} if row.backward else {})
-    broken = {key: guarded(lambda f=f, a=a: jax.block_until_ready(f(*a)) and None) for key, (f, a) in jobs.items()}
+    broken = {key: guarded(lambda f=f, a=a: jax.block_until_ready(f(*a)) is None) for key, (f, a) in jobs.items()}
     print('READY', flush=True)
     sys.stdin.readline()
     figure = {'case': row.name, 'peer': peer}
@@ -134,8 +141,10 @@ def worker(row: Row, peer: str, spec: str | None):
             figure[f'{key}_error'] = broken[key]
         else:
             figure[f'{key}_ms'] = guarded(lambda f=f, a=a: round(clock(f, a), 4))
-            if peer == 'ours':
-                figure[f'{key}_kernels'] = guarded(lambda f=f, a=a: parts(f, a))
+            figure[f'{key}_kernels'] = found = guarded(lambda f=f, a=a: parts(f, a))
+            if row.copied and not isinstance(found, str):
+                figure['device_ms'] = sum(found.values()) * 1e-3
+                figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
     emit(figure)
 
 
@@ -247,7 +256,7 @@ def main(argv=None):
         return worker(next(r for r in ROWS if r.name == name), peer, None if peer == 'ours' else peer)
     rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
     if args.torch_only:
-        return run_torch(rows)
+        return run_torch([r for r in rows if r.T > 1])
     me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), [], True
     jobs = [start(*me, '--worker', row.name, peer) for row in rows for peer in ('ours', *args.extra)]
     if not args.no_gate:

@@ -1,12 +1,12 @@
-"""T = (I + diag(b) L)^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one warpgroup a chunk.
+"""Z = (I + diag(s) L diag(s))^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one warpgroup a chunk.
 
 Blocks of 1, 2, 4, ... tokens are merged, all of one size at once:
 
-    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        T <- T - T (A o M) T
+    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        Z <- Z - Z (A o M) Z
 
-with A = diag(b) L and M the mask of the corners c. Each factor is a true inverse, of moderate size; a series in powers of A
-would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One step of Newton's,
-T <- T + T (I - (I + A) T), A as two terms, then squares the error.
+with A = diag(s) L diag(s) and M the mask of the corners c. Each factor is a true inverse, of moderate size; a series in powers
+of A would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One step of Newton's,
+Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error.
 """
 
 import jax
@@ -24,22 +24,22 @@ SQUARE = (CHUNK, CHUNK)
 TOGETHER = 3  # chunks a block: 168 registers a thread
 
 
-def inverses(k, beta, decay, *, interpret=False):
+def inverses(k, strength, decay, *, interpret=False):
     """The inverses of all chunks.
 
     Args:
-      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 beta far below 65504.
-      beta: float32 [B, N, chunks, 64], N a multiple of heads.
+      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 s^2 far below 65504.
+      strength: s, the square root of beta, float32 [B, N, chunks, 64], N a multiple of heads.
       decay: as in the gated linear sweep, or None.
 
     Returns:
-      bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is T to 16 bits.
+      bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is Z to 16 bits.
     """
-    (B, _, heads, K), (N, chunks), dtype = k.shape, beta.shape[1:3], k.dtype
+    (B, _, heads, K), (N, chunks), dtype = k.shape, strength.shape[1:3], k.dtype
     W = min(TOGETHER, B * N * chunks)
     f16, f32 = jnp.float16, jnp.float32
 
-    def kernel(k_ref, beta_ref, decay_ref, out_ref, k_smem, a_smem, t_smem, o_smem, bar):
+    def kernel(k_ref, strength_ref, decay_ref, out_ref, k_smem, a_smem, t_smem, o_smem, bar):
         wg = lax.axis_index('wg')
         mine = lax.axis_index('block') * W + wg
         number = jnp.minimum(mine, B * N * chunks - 1)  # the last block may do its last chunk again
@@ -75,7 +75,8 @@ def inverses(k, beta, decay, *, interpret=False):
 
         plgpu.barrier_wait(bar.at[wg])
         A = accumulate.scoped(pairs, SQUARE, interpret=interpret)
-        A *= common.row(plgpu.load(beta_ref.at[b, h, c], layout=ROW, optimized=False), SQUARE)
+        A *= common.row(plgpu.load(strength_ref.at[b, h, c], layout=ROW, optimized=False), SQUARE)
+        A *= common.col(plgpu.load(strength_ref.at[b, h, c], layout=COL, optimized=False), SQUARE)
         if decay_ref is not None:
             at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
             row = plgpu.load(decay_ref.at[*at], layout=ROW, optimized=False)
@@ -125,4 +126,4 @@ def inverses(k, beta, decay, *, interpret=False):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(k, beta, decay)
+    )(k, strength, decay)

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
+from pallas_kernels.gated_linear import decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
@@ -27,7 +28,7 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     width = max(key.shape[3], value.shape[3])
-    if width > WIDEST:
+    if width > WIDEST and query.shape[1] > 1:
         return f'widths up to {WIDEST}, given {width}; use impl="xla"'
     return linear.refuse(query, key, value, log_decay, scale, chunk)
 
@@ -48,9 +49,10 @@ def delta_rule(
     """The (gated) delta rule.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2, |key| <= 1.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16 (T = 1: float16, float32 too), N a multiple of
+        K, |key| <= 1.
       beta: [B, T, N] in [0, 2].
-      log_decay: None, [N] or [B, T, N], natural log.
+      log_decay: None, [N] or [B, T, N] (T = 1: [B, T, N, H] too), natural log.
       initial_state: [B, N, H, Hv] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
@@ -65,6 +67,8 @@ def delta_rule(
     if reason := unsupported(query, key, value, beta, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'delta_rule on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
+    if query.shape[1] == 1:
+        return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
     return _delta_rule((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
@@ -79,14 +83,15 @@ def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
 
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
-    """The schedule, the arrays cut by it, and what both sweeps take: beta, the inverses and the decays."""
+    """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
     B, T, N = beta.shape
     decay = linear.cumulative(linear.steps(log_decay, segment_ids), T)
     arrays = [linear.pad(x) for x in arrays]
     length, K, V = arrays[0].shape[1], arrays[1].shape[3], arrays[2].shape[3]
     cut = linear.Pieces(length, linear.pieces(B, T, N, K, V))
     q, k, *rest = map(cut.cut, arrays)
-    strength = jnp.pad(jnp.maximum(beta.astype(jnp.float32), FAINTEST), [(0, 0), (0, length - T), (0, 0)])
+    strength = jnp.sqrt(jnp.maximum(beta.astype(jnp.float32), FAINTEST))
+    strength = jnp.pad(strength, [(0, 0), (0, length - T), (0, 0)])
     strength = cut.cut(strength).swapaxes(1, 2).reshape(-1, N, cut.size // CHUNK, CHUNK)
     decay = cut.cut_decay(decay, B)
     return cut, (q, k, *rest), (strength, inverses(k, strength, decay, interpret=interpret), decay)

@@ -5,12 +5,12 @@
 
 A chunk's u (or w) solve a triangular system whose inverse, the same for both, is computed before, for all chunks at once:
 
-    T = (I + diag(b) L)^-1        L_ij = k_i . k_j decayed from j to i, j < i
-    u = T diag(b) (V - K S)       w = diag(b) T^T (K D)
+    Z = (I + diag(s) L diag(s))^-1        s^2 = b        L_ij = k_i . k_j decayed from j to i, j < i
+    u = diag(s) Z diag(s) (V - K S)       w = diag(s) Z^T diag(s) (K D)
 
-The inverse comes as two 16-bit terms, high and low. Its right side, the state that the keys read, and u (w) where it enters the
-state are split likewise: a key that repeats makes large terms cancel. Blocks, rings and the state are those of
-`pallas_kernels.gated_linear.sweep`.
+so that u / b, what a token would have written, is exact however little it writes. The inverse comes as two 16-bit terms, high
+and low. Its right side, the state that the keys read, and u (w) where it enters the state are split likewise: a key that
+repeats makes large terms cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
 """
 
 import jax
@@ -28,14 +28,14 @@ SQUARE = (CHUNK, CHUNK)
 RING = 2
 
 
-def write(q, k, v, beta, inverse, decay, state, *, every=None, scale=1.0, only_states=False, interpret=False):
+def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, only_states=False, interpret=False):
     """Forward in time.
 
     Args:
       q, k: [B, T', heads, K], bfloat16, K 64 or 128, T' a multiple of 8; heads divide N.
       v: [B, T', N, V], V a multiple of 64; None is zero.
-      beta: float32 [B, N, chunks, 64], 0 past the end.
-      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of T.
+      strength: s, float32 [B, N, chunks, 64], 0 past the end.
+      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of Z.
       decay: as in the gated linear sweep, or None.
       state: float32 [B, N, K, V] or None.
       every: chunks between two emitted states; None emits the last only.
@@ -46,17 +46,17 @@ def write(q, k, v, beta, inverse, decay, state, *, every=None, scale=1.0, only_s
       With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its two 16-bit terms, each as v, and states.
     """
     results = () if only_states else ('u', 'low') if q is None else ('out',)
-    return _sweep(q, k, v, beta, inverse, decay, state, False, every, scale, results, interpret)
+    return _sweep(q, k, v, strength, inverse, decay, state, False, every, scale, results, interpret)
 
 
-def reach(q, k, do, beta, inverse, decay, state, *, every=None, only_states=False, interpret=False):
+def reach(q, k, do, strength, inverse, decay, state, *, every=None, only_states=False, interpret=False):
     """Backward in time: w [B, T', N, V] and the states D, before each group of chunks and decayed to its first token."""
     results = () if only_states else ('u',)
-    return _sweep(q, k, do, beta, inverse, decay, state, True, every, 1.0, results, interpret)
+    return _sweep(q, k, do, strength, inverse, decay, state, True, every, 1.0, results, interpret)
 
 
-def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results, interpret):
-    (B, T, heads, K), N, V, dtype = k.shape, beta.shape[1], (state if v is None else v).shape[3], k.dtype
+def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, results, interpret):
+    (B, T, heads, K), N, V, dtype = k.shape, strength.shape[1], (state if v is None else v).shape[3], k.dtype
     chunks = common.cdiv(T, CHUNK)
     every = min(every or chunks, chunks)
     groups = common.cdiv(chunks, every)
@@ -69,7 +69,7 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
 
     def kernel(*refs_and_scratch):
         *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, full, free) = refs_and_scratch
-        q_ref, k_ref, v_ref, beta_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, low_ref, states_ref = refs
+        q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, low_ref, states_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
@@ -116,9 +116,9 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
                 between, read, written, total = factors(slot)
-                strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
+                own_strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
                 value = None if v_smem is None else v_smem.at[slot, :, mine]
-                T_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
+                Z_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
 
                 def weigh(a, b):
                     def run(acc):
@@ -130,15 +130,14 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def right_side():
-                    """What the inverse multiplies: diag(b) (V - K S), or K D with D as the token finds it."""
+                    """What the inverse multiplies, before diag(s): V - K S, or K D with D as the token finds it."""
 
                     def run(acc):
                         for term in range(2):
                             acc.add(k_smem.at[slot], s_smem.at[here, term])
                         if not reverse:
                             predicted = times(acc.load(0), read)
-                            error = -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
-                            return times(error, strength)
+                            return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
                         weights = split(weigh(k_smem, q_smem))
                         if read is not None:
                             acc.set(times(acc.load(0), read))
@@ -150,9 +149,9 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
 
                 def solve():
                     def run(acc):
-                        acc.add(T_of(0), r_smem.at[here, 0])
-                        acc.add(T_of(1), r_smem.at[here, 0])
-                        acc.add(T_of(0), r_smem.at[here, 1])
+                        acc.add(Z_of(0), r_smem.at[here, 0])
+                        acc.add(Z_of(1), r_smem.at[here, 0])
+                        acc.add(Z_of(0), r_smem.at[here, 1])
                         return acc.load(0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
@@ -163,9 +162,8 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                keep(split(right_side()))
-                u = solve()
-                keep(split(times(u, strength) if reverse else u))
+                keep(split(times(right_side(), own_strength)))
+                keep(split(times(solve(), own_strength)))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate((u_ref, low_ref)):
                     if ref is not None:
@@ -249,7 +247,7 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
                             copy(q_ref.at[b, rows, shared], q_smem)
                         if v_ref is not None:
                             copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
-                        copy(beta_ref.at[b, h, c], b_smem)
+                        copy(strength_ref.at[b, h, c], b_smem)
                         copy(inverse_ref.at[b, h, c], i_smem)
                         if decay_ref is not None:
                             batch = b if decay_ref.shape[0] > 1 else 0
@@ -293,6 +291,6 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, results,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, beta, inverse, decay, state)
+    )(q, k, v, strength, inverse, decay, state)
     found = [x for x in found if x is not None]
     return (found[0] if len(found) == 1 else tuple(found)), states

@@ -15,6 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
+from pallas_kernels.gated_linear import decode
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep
 
 WIDEST = 256
@@ -33,17 +34,18 @@ def unsupported(
 
 def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str | None:
     """The reasons that the recurrent kernels share."""
-    dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
-    if dtypes != ['bfloat16']:
-        return f'query, key and value must be bfloat16, given {", ".join(dtypes)}; cast, or use impl="xla"'
     (_, T, heads, K), (N, V) = query.shape, value.shape[2:]
+    dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
     if T == 1:
-        return 'one token at a time is one fused step of impl="xla"; the kernel takes 2 tokens or more'
+        if not set(dtypes) <= {'bfloat16', 'float16', 'float32'}:
+            return f'query, key and value must be bfloat16, float16 or float32, given {", ".join(dtypes)}; use impl="xla"'
+    elif dtypes != ['bfloat16']:
+        return f'query, key and value must be bfloat16, given {", ".join(dtypes)}; cast, or use impl="xla"'
     if N % heads:
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(K, V) > WIDEST:
         return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
-    if log_decay is not None and log_decay.ndim == 4 and not per_channel:
+    if log_decay is not None and log_decay.ndim == 4 and not per_channel and T > 1:
         return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
     if chunk not in (None, CHUNK):
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
@@ -76,7 +78,7 @@ def gated_linear(
     """Linear attention with decay.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16 (T = 1: float16, float32 too), N a multiple of K.
       log_decay: None, [N], [B, T, N] or [B, T, N, H], natural log.
       initial_state: [B, N, H, Hv] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
@@ -92,6 +94,8 @@ def gated_linear(
     if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
+    if query.shape[1] == 1:
+        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel  # it stands on this module
 

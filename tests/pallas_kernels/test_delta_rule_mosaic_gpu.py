@@ -17,7 +17,7 @@ def plain_delta(
     q,
     k,
     v,
-    beta,
+    strength,
     inverses,
     decay,
     state,
@@ -30,13 +30,13 @@ def plain_delta(
 ):
     """What `write` (and `reach`, in reverse) promise, token by token in float64."""
     del inverses, interpret
-    (B, T, _, K), N, V = k.shape, beta.shape[1], (state if v is None else v).shape[3]
+    (B, T, _, K), N, V = k.shape, strength.shape[1], (state if v is None else v).shape[3]
     v = jnp.zeros((B, T, N, V)) if v is None else v
     has_q, q = q is not None, k if q is None else q
     wide = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
     q, k, v = wide(q), wide(k), wide(v)
-    chunks = beta.shape[2]
-    beta = np.asarray(beta, np.float64).reshape(B, N, -1)
+    chunks = strength.shape[2]
+    beta = np.square(np.asarray(strength, np.float64)).reshape(B, N, -1)
     step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
     step = np.exp2(np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1))
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
@@ -100,12 +100,13 @@ def test_inverse(collinear):
     k = case.arrays()[0][1]
     beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
     decay = np.cumsum(np.random.default_rng(1).uniform(-0.1, 0, (1, 2, 2, 64)), -1).astype(np.float32)
-    got = np.asarray(inverse.inverses(k, jnp.asarray(beta), jnp.asarray(decay), interpret=True), np.float64).sum(3)
+    strength = np.sqrt(beta)
+    got = np.asarray(inverse.inverses(k, jnp.asarray(strength), jnp.asarray(decay), interpret=True), np.float64).sum(3)
     rows = np.zeros((128, 64))
     rows[:104] = np.asarray(k, np.float64)[0, :, 0]
     rows = rows.reshape(2, 64, 64)
     between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0).astype(np.float64))
-    A = np.tril((rows @ rows.swapaxes(1, 2)) * beta[..., None] * between, -1)
+    A = np.tril((rows @ rows.swapaxes(1, 2)) * strength[..., None] * strength[..., None, :] * between, -1)
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=1e-5)
 
 
