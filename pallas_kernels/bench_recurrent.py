@@ -3,12 +3,14 @@
     python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--no-gate] [--no-torch]
 
 Words keep the rows whose name contains one of them. `--with attnx.ops.{op}:xla` adds an implementation, {op} standing for
-gated_linear or delta_rule. The gate is that of `gated_linear.check` and `delta_rule.check`. Every row has a process of its
-own: all compile side by side, while the gate runs, and are timed one after another when nothing else runs; PyTorch comes
-last. Prints a JSON line a figure and a table; milliseconds are medians, `kernels` their parts by CUPTI.
+gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate is that of `gated_linear.check` and
+`delta_rule.check`. A few processes compile the rows, while others run the gate; then rows are timed one after another, when
+nothing else runs, and PyTorch comes last. Prints a JSON line a figure and a table; milliseconds are medians, `kernels` their
+parts by CUPTI.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import functools
 import importlib
@@ -52,7 +54,8 @@ ROWS = [Row(op, decay, B, T) for B, T in ((8, 2048), (1, 65536)) for op, decay i
 ROWS += [Row(LINEAR, 'head', 1, T, backward=False) for T in (16384, 131072)]
 ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
 ROWS += [Row(op, decay, 64, 1, backward=False) for op, decay in ((LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token'))]
-SHARDS = 5  # processes of each gate
+WORKERS, SHARDS = 4, 5  # processes that time, and processes of each gate
+SEPARATOR = '::'
 
 
 def arrays(row: Row):
@@ -108,44 +111,60 @@ def parts(function, args) -> dict | None:
     return dict(sorted(total.items(), key=lambda x: -x[1])[:14])
 
 
-def worker(row: Row, peer: str, spec: str | None):
-    """Compiles and runs once, says so, waits for its turn, then times."""
+def build(row: Row, peer: str):
+    """{figure: (compiled function, its arguments' maker)} or {figure: error}, each run once."""
     import jax
 
-    spec = spec or f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}'
+    spec = f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}' if peer == 'ours' else peer
     module, _, function = spec.format(op=row.op).partition(':')
     op = getattr(importlib.import_module(module), function)
-    args, cotangent = arrays(row)
-    trained = args[: -2 if row.decay in ('none', 'head') else -1]  # constants are not trained, as in lightning attention
-    rest = args[len(trained) : -1]
+    constant = row.decay in ('none', 'head')  # constants are not trained, as in lightning attention
+    count = (4 if row.op == DELTA else 3) + (not constant)
     forward = jax.jit(lambda *a: op(*a[:-1], initial_state=a[-1])[: 1 if row.T > 1 else 2])
 
     @jax.jit
     def both(c, *a):
-        out, pull = jax.vjp(lambda *a: op(*a, *rest)[0], *a)
+        out, pull = jax.vjp(lambda *trained: op(*trained, *a[count:-1])[0], *a[:count])
         return out, pull(c)  # without out, the forward sweep would be left out
 
-    def guarded(f):
-        try:
-            return f()
-        except Exception as error:
-            return f'{type(error).__name__}: {str(error)[:300]}'
+    jobs = {'fwd': (forward, lambda a, c: a)} | ({'fwdbwd': (both, lambda a, c: (c, *a))} if row.backward else {})
+    return {key: guarded(lambda f=f, pick=pick: run_once(f, pick, row)) for key, (f, pick) in jobs.items()}
 
-    jobs = {'fwd': (forward, args)} | ({'fwdbwd': (both, (cotangent, *trained))} if row.backward else {})
-    broken = {key: guarded(lambda f=f, a=a: jax.block_until_ready(f(*a)) is None) for key, (f, a) in jobs.items()}
+
+def run_once(function, pick, row):
+    import jax
+
+    jax.block_until_ready(function(*pick(*arrays(row))))
+    return function, pick
+
+
+def guarded(f):
+    try:
+        return f()
+    except Exception as error:
+        return f'{type(error).__name__}: {str(error)[:300]}'
+
+
+def worker(jobs):
+    """Compiles and runs every row once, says so, waits for its turn, then times."""
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        built = list(pool.map(lambda job: build(*job), jobs))
     print('READY', flush=True)
     sys.stdin.readline()
-    figure = {'case': row.name, 'peer': peer}
-    for key, (f, a) in jobs.items():
-        if broken[key]:
-            figure[f'{key}_error'] = broken[key]
-        else:
-            figure[f'{key}_ms'] = guarded(lambda f=f, a=a: round(clock(f, a), 4))
-            figure[f'{key}_kernels'] = found = guarded(lambda f=f, a=a: parts(f, a))
+    for (row, peer), functions in zip(jobs, built):
+        figure, made = {'case': row.name, 'peer': peer}, arrays(row)
+        for key, found in functions.items():
+            if isinstance(found, str):
+                figure[f'{key}_error'] = found
+                continue
+            function, pick = found
+            a = pick(*made)
+            figure[f'{key}_ms'] = guarded(lambda f=function, a=a: round(clock(f, a), 4))
+            figure[f'{key}_kernels'] = found = guarded(lambda f=function, a=a: parts(f, a))
             if row.copied and not isinstance(found, str):
                 figure['device_ms'] = sum(found.values()) * 1e-3
                 figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
-    emit(figure)
+        emit(figure)
 
 
 def fla(row: Row):
@@ -248,17 +267,19 @@ def main(argv=None):
     parser.add_argument('--with', dest='extra', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
-    parser.add_argument('--worker', nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument('--worker', nargs='+', help=argparse.SUPPRESS)
     parser.add_argument('--torch-only', action='store_true', help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        name, peer = args.worker
-        return worker(next(r for r in ROWS if r.name == name), peer, None if peer == 'ours' else peer)
+        pairs = (job.split(SEPARATOR) for job in args.worker)
+        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs])
     rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
     if args.torch_only:
         return run_torch([r for r in rows if r.T > 1])
+    others = lambda row: args.extra if row.B * row.T <= 2**14 else ()
     me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), [], True
-    jobs = [start(*me, '--worker', row.name, peer) for row in rows for peer in ('ours', *args.extra)]
+    jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *others(row))]
+    jobs = [start(*me, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
     if not args.no_gate:
         gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
         for process in [gate(op, i) for i in range(SHARDS) for op in (LINEAR, DELTA)]:

@@ -1,12 +1,12 @@
-"""Z = (I + diag(s) L diag(s))^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one warpgroup a chunk.
+"""Z = (I + diag(s) L diag(s))^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one block a chunk.
 
 Blocks of 1, 2, 4, ... tokens are merged, all of one size at once:
 
-    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        Z <- Z - Z (A o M) Z
+    [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        Z <- Z - (Z A Z) o M
 
-with A = diag(s) L diag(s) and M the mask of the corners c. Each factor is a true inverse, of moderate size; a series in powers
-of A would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One step of Newton's,
-Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error.
+with A = diag(s) L diag(s) and M the mask of the corners c, which are 0 before. Each factor is a true inverse, of moderate size;
+a series in powers of A would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One
+step of Newton's, Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error.
 """
 
 import jax
@@ -21,7 +21,6 @@ from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
-TOGETHER = 3  # chunks a block: 168 registers a thread
 
 
 def inverses(k, strength, decay, *, interpret=False):
@@ -36,15 +35,11 @@ def inverses(k, strength, decay, *, interpret=False):
       bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is Z to 16 bits.
     """
     (B, _, heads, K), (N, chunks), dtype = k.shape, strength.shape[1:3], k.dtype
-    W = min(TOGETHER, B * N * chunks)
     f16, f32 = jnp.float16, jnp.float32
 
     def kernel(k_ref, strength_ref, decay_ref, out_ref, k_smem, a_smem, t_smem, o_smem, bar):
-        wg = lax.axis_index('wg')
-        mine = lax.axis_index('block') * W + wg
-        number = jnp.minimum(mine, B * N * chunks - 1)  # the last block may do its last chunk again
-        b, h, c = number // (N * chunks), lax.rem(number // chunks, N), lax.rem(number, chunks)
-        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], k_smem.at[wg], bar.at[wg])
+        b, h, c = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('c')
+        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], k_smem, bar)
         tile = lambda dim: plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE)
         identity = lambda: jnp.where(tile(0) == tile(1), 1.0, 0.0)
 
@@ -58,22 +53,26 @@ def inverses(k, strength, decay, *, interpret=False):
             def run(acc):
                 if base is not None:
                     acc.set(base)
-                right = t_smem.at[wg + zero()]
+                right = t_smem.at[zero()]
                 for left in lefts:
                     acc.add(left, right)
                 return acc.load(0)
 
             return accumulate.scoped(run, SQUARE, interpret=interpret)
 
+        def corner(level):
+            """Between the halves of one block of 2 ** (level + 1) tokens; above the diagonal too, where A and Z are 0."""
+            return ((tile(0) + zero()) ^ tile(1)) >> level == 1
+
         def store(x):
-            t_smem.at[wg][...] = x.astype(f16)
+            t_smem.at[0][...] = x.astype(f16)
             plgpu.commit_smem()
 
         def pairs(acc):
-            acc.add(k_smem.at[wg], k_smem.at[wg].T)
+            acc.add(k_smem, k_smem.T)
             return acc.load(0)
 
-        plgpu.barrier_wait(bar.at[wg])
+        plgpu.barrier_wait(bar)
         A = accumulate.scoped(pairs, SQUARE, interpret=interpret)
         A *= common.row(plgpu.load(strength_ref.at[b, h, c], layout=ROW, optimized=False), SQUARE)
         A *= common.col(plgpu.load(strength_ref.at[b, h, c], layout=COL, optimized=False), SQUARE)
@@ -84,42 +83,36 @@ def inverses(k, strength, decay, *, interpret=False):
             A *= jnp.exp2(common.row(row, SQUARE) - common.col(col, SQUARE))
         A = jnp.where(tile(0) > tile(1), -A, 0.0)
         high = A.astype(f16)
-        a_smem.at[wg][...] = (A - high.astype(f32)).astype(f16)
+        a_smem[...] = (A - high.astype(f32)).astype(f16)
 
-        def corner(level):
-            """-A between the later and the earlier half of one block of 2 ** (level + 1) tokens."""
-            i, j = tile(0) + zero(), tile(1)
-            return jnp.where((i >> level == (j >> level) + 1) & ((i >> level) & 1 == 1), high.astype(f32), 0.0)
-
-        rough = (identity() + corner(0)).astype(f16)
+        rough = jnp.where(corner(0), A, identity()).astype(f16)
         for level in range(1, 6):
             store(rough)
-            store(product(None, corner(level).astype(f16)))
-            rough = product(rough.astype(f32), rough).astype(f16)
+            store(product(None, high))
+            rough = jnp.where(corner(level), product(None, rough).astype(f16), rough)
         store(rough)
-        store(product(identity() - rough.astype(f32), high, a_smem.at[wg]))
+        store(product(identity() - rough.astype(f32), high, a_smem))
         inverse = product(rough.astype(f32), rough)
         high = inverse.astype(dtype)
-        o_smem.at[wg, 0][...] = high
-        o_smem.at[wg, 1][...] = (inverse - high.astype(f32)).astype(dtype)
+        o_smem.at[0][...] = high
+        o_smem.at[1][...] = (inverse - high.astype(f32)).astype(dtype)
         plgpu.commit_smem()
-        pl.when(number == mine)(lambda: plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, h, c]))
+        plgpu.copy_smem_to_gmem(o_smem, out_ref.at[b, h, c])
         plgpu.wait_smem_to_gmem(0)
 
+    kernel.__name__ = 'inverses'  # what profilers show
     return plgpu.kernel(
         kernel,
         out_type=jax.ShapeDtypeStruct((B, N, chunks, 2, CHUNK, CHUNK), dtype),
         scratch_types=(
-            common.swizzled((W, CHUNK, K), dtype),
-            common.swizzled((W, CHUNK, CHUNK), f16),
-            common.swizzled((W, CHUNK, CHUNK), f16),
-            common.swizzled((W, 2, CHUNK, CHUNK), dtype),
-            plgpu.Barrier(num_barriers=W),
+            common.swizzled((CHUNK, K), dtype),
+            common.swizzled((CHUNK, CHUNK), f16),
+            common.swizzled((1, CHUNK, CHUNK), f16),
+            common.swizzled((2, CHUNK, CHUNK), dtype),
+            plgpu.Barrier(),
         ),
-        grid=(common.cdiv(B * N * chunks, W),),
-        grid_names=('block',),
-        num_threads=W,
-        thread_name='wg',
+        grid=(B, N, chunks),
+        grid_names=('b', 'h', 'c'),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,

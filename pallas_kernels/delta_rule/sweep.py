@@ -274,6 +274,7 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
             collective_axes='wg',
         )
 
+    entry_point.__name__ = '_'.join(('reach' if reverse else 'write', *results))  # what profilers show
     array = jax.ShapeDtypeStruct((B, T, N, V), dtype)
     *found, states = plgpu.kernel(
         entry_point,

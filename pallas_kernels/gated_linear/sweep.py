@@ -315,6 +315,7 @@ def sweep(
             collective_axes='wg',
         )
 
+    entry_point.__name__ = 'sweep' + '_back' * reverse + '_states' * (q is None)  # what profilers show
     return plgpu.kernel(
         entry_point,
         out_type=(
