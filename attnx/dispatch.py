@@ -26,6 +26,7 @@ class Choice(NamedTuple):
     platform: str
     reason: str | None
     function: Callable | None = None
+    schedule: str = ''  # how it would run, where shapes decide that
 
 
 class Call(NamedTuple):
@@ -80,7 +81,8 @@ def choices(
             found.append(Choice(row.impl, row.platform, f'{row.module} does not import: {error}'))
             continue
         reason = module.unsupported(*args, **kwargs)
-        found.append(Choice(row.impl, row.platform, reason, getattr(module, op)))
+        schedule = '' if reason or not hasattr(module, 'schedule_of') else module.schedule_of(*args, **kwargs)
+        found.append(Choice(row.impl, row.platform, reason, getattr(module, op), schedule))
     found += [Choice(name, 'any', None, forms[name]) for name in ('xla', 'reference') if name in forms]
     return found
 

@@ -87,7 +87,8 @@ def describe(calls: list[Call]) -> str:
         lines = [f'{call.op} (impl={call.impl!r})']
         lines += [f'  on {platform}: {call.chosen(platform).impl}' for platform in PLATFORMS]
         for choice in call.choices:
-            state = 'runs' if choice.reason is None else f'refused: {choice.reason}'
+            runs = f'runs, {choice.schedule}' if choice.schedule else 'runs'
+            state = runs if choice.reason is None else f'refused: {choice.reason}'
             lines.append(f'    {choice.impl} ({choice.platform}): {state}')
         paragraphs.append('\n'.join(lines))
     return '\n'.join(dict.fromkeys(paragraphs)) or 'no op with a choice of implementations: plain XLA'
@@ -97,6 +98,3 @@ def summary(calls: list[Call], platform: str) -> str:
     """'gated_linear: xla' for a table."""
     found = dict.fromkeys(f'{call.op}: {call.chosen(platform).impl}' for call in calls)
     return ', '.join(found) or 'plain XLA'
-
-
-

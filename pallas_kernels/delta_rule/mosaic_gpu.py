@@ -33,6 +33,11 @@ def unsupported(
     return linear.refuse(query, key, value, log_decay, scale, chunk)
 
 
+def schedule_of(query, key, value, beta, log_decay=None, *_, **__) -> str:
+    """How a call that is not refused runs."""
+    return linear.schedule_of(query, key, value)
+
+
 def delta_rule(
     query,
     key,

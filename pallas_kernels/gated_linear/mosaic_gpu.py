@@ -54,6 +54,18 @@ def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str
     return _hardware()
 
 
+def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
+    """How a call that is not refused runs."""
+    (B, T, N, V), K = value.shape, key.shape[3]
+    if T == 1:
+        return 'one token: each state is read and written once'
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    count = 1 if per_channel else Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
+    return (
+        f'{count} pieces of the sequence side by side, in chunks of {CHUNK}' if count > 1 else f'chunk after chunk of {CHUNK}'
+    )
+
+
 def _hardware() -> str | None:
     try:
         device = jax.devices('cuda')[0]

@@ -22,6 +22,7 @@ from pallas_kernels.gated_linear import mosaic_gpu as shared
 from pallas_kernels.gated_linear.sweep import CHUNK, sweep
 
 SPAN = 192.0
+choose = jax.lax.cond  # on the device
 PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
@@ -30,7 +31,7 @@ def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
     """(out, last state); static: (scale, interpret)."""
     fits = _fits(log_decay)
     arrays = q, k, v, log_decay, initial_state, segment_ids
-    return jax.lax.cond(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+    return choose(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
 
 
 def _steps(log_decay):
@@ -125,7 +126,7 @@ def _backward(static, args, cotangents):
         return pull((do, dlast))
 
     fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *jax.lax.cond(_fits(log_decay), fast, slow, args, do, dlast), None
+    return *choose(_fits(log_decay), fast, slow, args, do, dlast), None
 
 
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
