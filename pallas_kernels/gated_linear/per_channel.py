@@ -92,8 +92,8 @@ def _prepare(q, k, v, log_decay, segment_ids):
     factor, between = _factors(log_decay)
 
     def split(x):  # in two 16-bit terms: states are to be good to float32
-        high = x.astype(q.dtype)
-        return shared.pad(high), shared.pad((x - high.astype(jnp.float32)).astype(q.dtype))
+        high = jax.lax.reduce_precision(x, 8, 7)  # a cast there and back is what XLA may leave out
+        return shared.pad(high.astype(q.dtype)), shared.pad((x - high).astype(q.dtype))
 
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
     return split(wide(q) * factor), split(wide(k) / factor), shared.pad(v), resets, factor, between
