@@ -92,7 +92,8 @@ def _prepare(q, k, v, log_decay, segment_ids):
     factor, between = _factors(log_decay)
 
     def split(x):  # in two 16-bit terms: states are to be good to float32
-        high = jax.lax.reduce_precision(x, 8, 7)  # a cast there and back is what XLA may leave out
+        info = jnp.finfo(q.dtype)
+        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
         return shared.pad(high.astype(q.dtype)), shared.pad((x - high).astype(q.dtype))
 
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
