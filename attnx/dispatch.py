@@ -27,6 +27,7 @@ class Choice(NamedTuple):
     platform: str
     reason: str | None
     function: Callable | None = None
+    schedule: str = ''  # how it would run, where shapes decide that
 
 
 class Spread(NamedTuple):
@@ -116,9 +117,17 @@ def kernels(op: str) -> tuple[table.Kernel, ...]:
 
 
 def choices(
-    op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], rows: tuple[table.Kernel, ...]
+    op: str,
+    forms: Mapping[str, Callable],
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    rows: tuple[table.Kernel, ...],
+    auto: bool = False,
 ) -> list[Choice]:
-    """Every implementation of `op` for these arguments, in the order in which `auto` considers them."""
+    """Every implementation of `op` for these arguments, in the order in which `auto` considers them.
+
+    auto: a kernel that is held back there counts as refusing; one asked for by name runs.
+    """
     found = []
     for row in rows:
         try:
@@ -127,7 +136,10 @@ def choices(
             found.append(Choice(row.impl, row.platform, f'{row.module} does not import: {error}'))
             continue
         reason = module.unsupported(*args, **kwargs)
-        found.append(Choice(row.impl, row.platform, reason, getattr(module, op)))
+        if auto and reason is None and hasattr(module, 'held_back'):
+            reason = module.held_back(*args, **kwargs)
+        schedule = '' if reason or not hasattr(module, 'schedule_of') else module.schedule_of(*args, **kwargs)
+        found.append(Choice(row.impl, row.platform, reason, getattr(module, op), schedule))
     found += [Choice(name, 'any', None, forms[name]) for name in ('xla', 'reference') if name in forms]
     return found
 
@@ -145,14 +157,14 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
     if (calls := _recorded.get()) is not None:
-        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows)), _spread.get()))
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows, impl == 'auto')), _spread.get()))
     if impl in forms:
         return forms[impl](*args, **kwargs)
     if impl == 'auto':
         rows = tuple(row for row in rows if row.platform in _platforms())
         if not rows:
             return forms['xla'](*args, **kwargs)
-    options = choices(op, forms, args, kwargs, rows)
+    options = choices(op, forms, args, kwargs, rows, impl == 'auto')
     if impl != 'auto':
         chosen = next(c for c in options if c.impl == impl)
         if chosen.reason or chosen.function is None:

@@ -104,7 +104,8 @@ def describe(calls: list[Call]) -> str:
         if call.spread:
             lines += [f'  spread: {call.spread.how}', *(f'    not cut: {why}' for why in call.spread.whole)]
         for choice in call.choices:
-            state = 'runs' if choice.reason is None else f'refused: {choice.reason}'
+            runs = f'runs, {choice.schedule}' if choice.schedule else 'runs'
+            state = runs if choice.reason is None else f'refused: {choice.reason}'
             lines.append(f'    {choice.impl} ({choice.platform}): {state}')
         paragraphs.append('\n'.join(lines))
     return '\n'.join(dict.fromkeys(paragraphs)) or 'no op with a choice of implementations: plain XLA'

@@ -406,6 +406,9 @@ def table(results) -> str:
 
 
 def main(argv=None):
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ['recurrent']:  # the recurrent kernels have their own rows and options
+        return importlib.import_module('pallas_kernels.bench_recurrent').main(words[1:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*')
     parser.add_argument('--json')

@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
+from pallas_kernels.gated_linear import decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
@@ -27,9 +28,21 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     width = max(key.shape[3], value.shape[3])
-    if width > WIDEST:
+    if width > WIDEST and query.shape[1] > 1:
         return f'widths up to {WIDEST}, given {width}; use impl="xla"'
     return linear.refuse(query, key, value, log_decay, scale, chunk)
+
+
+def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
+    """Why `auto` leaves a call that the kernel can run to another form; or None."""
+    if log_decay is not None and query.shape[1] > 1:
+        return 'auto leaves decays to xla: their gradient misses the gate (README); impl="mosaic_gpu" runs the kernel'
+    return None
+
+
+def schedule_of(query, key, value, beta, log_decay=None, *_, **__) -> str:
+    """How a call that is not refused runs."""
+    return linear.schedule_of(query, key, value)
 
 
 def delta_rule(
@@ -48,9 +61,10 @@ def delta_rule(
     """The (gated) delta rule.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2, |key| <= 1.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16 (T = 1: float16, float32 too), N a multiple of
+        K, |key| <= 1.
       beta: [B, T, N] in [0, 2].
-      log_decay: None, [N] or [B, T, N], natural log.
+      log_decay: None, [N] or [B, T, N] (T = 1: [B, T, N, H] too), natural log.
       initial_state: [B, N, H, Hv] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
@@ -65,28 +79,59 @@ def delta_rule(
     if reason := unsupported(query, key, value, beta, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'delta_rule on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
+    if query.shape[1] == 1:
+        return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
     return _delta_rule((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
-    return _run(static, q, k, v, beta, log_decay, initial_state, segment_ids)[0]
-
-
-def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids, every=None):
-    """Results; and for the backward pass u, states, and what the sweeps took."""
     scale, interpret = static
-    T = v.shape[1]
+    cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
+    state, _ = _first_states(interpret, cut, k8, v8, shared, initial_state)
+    out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
+    last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
+    return cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last
+
+
+def _prepare(interpret, arrays, beta, log_decay, segment_ids):
+    """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
+    B, T, N = beta.shape
     decay = linear.cumulative(linear.steps(log_decay, segment_ids), T)
+    arrays = [linear.pad(x) for x in arrays]
+    length, K, V = arrays[0].shape[1], arrays[1].shape[3], arrays[2].shape[3]
+    cut = linear.Pieces(length, linear.pieces(B, T, N, K, V))
+    q, k, *rest = map(cut.cut, arrays)
+    strength = jnp.sqrt(jnp.maximum(beta.astype(jnp.float32), FAINTEST))
+    strength = jnp.pad(strength, [(0, 0), (0, length - T), (0, 0)])
+    strength = cut.cut(strength).swapaxes(1, 2).reshape(-1, N, cut.size // CHUNK, CHUNK)
+    decay = cut.cut_decay(decay, B)
+    return cut, (q, k, *rest), (strength, inverses(k, strength, decay, interpret=interpret), decay)
+
+
+def _first_states(interpret, cut, k, v, shared, initial_state):
+    """The state that each piece starts with, and the pieces' transitions: S -> transition S + what the piece writes."""
     state = None if initial_state is None else linear.pad_state(initial_state)
-    strength = jnp.pad(jnp.maximum(beta.astype(jnp.float32), FAINTEST), [(0, 0), (0, -T % CHUNK), (0, 0)])
-    strength = strength.swapaxes(1, 2).reshape(v.shape[0], v.shape[2], -1, CHUNK)
-    q8, k8, v8 = map(linear.pad, (q, k, v))
-    inverse = inverses(k8, strength, decay, interpret=interpret)
-    shared = strength, inverse, decay, state
-    out, u, states = sweeps.write(q8, k8, v8, *shared, every=every, scale=scale, interpret=interpret)
-    last = states[:, :, -1, : k.shape[3], : v.shape[3]]
-    return (out[:, :T, :, : v.shape[3]], last), (u, states, shared)
+    if cut.count == 1:
+        return state, None
+    K, shape = k.shape[3], shared[0].shape[:2]
+    write = functools.partial(sweeps.write, None, k, only_states=True, interpret=interpret)
+    transitions = write(None, *shared, jnp.broadcast_to(jnp.eye(K), (*shape, K, K)))[1][:, :, 0]
+    written = write(v, *shared, None)[1][:, :, 0]
+    return _chain(cut, transitions, written, state), transitions
+
+
+def _chain(cut, transitions, written, first, reverse=False):
+    """first, then transition S + written from piece to piece: what each of them starts with."""
+    by_piece = lambda x: jnp.moveaxis(x.reshape(-1, cut.count, *x.shape[1:]), 1, 0)
+    transitions, written = by_piece(transitions), by_piece(written)
+    first = jnp.zeros_like(written[0]) if first is None else first
+
+    def step(state, piece):
+        return jnp.einsum('bnij,bnjv->bniv', piece[0], state, precision='highest') + piece[1], state
+
+    _, states = jax.lax.scan(step, first, (transitions, written), reverse=reverse, unroll=min(8, cut.count))
+    return jnp.moveaxis(states, 0, 1).reshape(-1, *first.shape[1:])
 
 
 def _forward(static, *args):
@@ -94,48 +139,54 @@ def _forward(static, *args):
     wanted = any(x.perturbed for x in jax.tree.leaves(args[4], is_leaf=linear.is_primal))
     args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
     results = _delta_rule(static, *args)
-    return results, (args, results[0], () if wanted else None)
+    return results, (args, () if wanted else None)
 
 
 def _backward(static, saved, cotangents):
-    args, out, wanted = saved
-    q, k, v, beta, log_decay, initial_state, segment_ids = args
+    (q, k, v, beta, log_decay, initial_state, segment_ids), wanted = saved
     scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    every = linear.GROUP
-    _, (u, states, (strength, inverse, decay, state)) = _run(static, *args, every=every)
-    dstate = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
-    q8, k8, do8 = map(linear.pad, (q, k, do))
-    w, dstates = sweeps.reach(q8, k8, do8, strength, inverse, decay, dstate, every=every, interpret=interpret)
-    turn = lambda x: None if x is None else x.swapaxes(2, 3)
-    sweep = functools.partial(linear.run, scale=scale, interpret=interpret)
-    dq = sweep(do8, u, k8, decay, turn(state))[0]
+    cut, (q8, k8, v8, do8), shared = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)
+    decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
+    state, transitions = _first_states(interpret, cut, k8, v8, shared, initial_state)
+    dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
+    dstate = dlast
+    if cut.count > 1:
+        _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
+        dstate = _chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+    every = {'every': linear.GROUP, 'interpret': interpret}
+    (u, low), states = sweeps.write(None, k8, v8, *shared, state, **every)
+    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
-    asked = sweep(u, do8, q8, decay, turn(dstate), reverse=True)[0]
-    erased = sweep(u, w, k8, decay, None, reverse=True, strict=True)[0]
-    read = sweep(w, u, k8, decay, turn(state), strict=True)[0]
-    wide = lambda x: x.astype(jnp.float32)
-    dk = (wide(asked) - wide(erased) - wide(read)).astype(k.dtype)
-    dq, dk = (linear.over_groups(x[:, :T, :, :K], heads) for x in (dq, dk))
-    u, w = wide(u)[:, :T, :, :V], wide(w)[:, :T, :, :V] * scale
-    dbeta = (u * w).sum(-1) / jnp.maximum(wide(beta), FAINTEST) ** 2
+    partner = lambda x: None if wanted is None else x
+    sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
+    dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), k_low=low, scale=scale)
+    dk, _, erases = sweep(w, u, k8, decay, turn(state), partner(k8), k_low=low, strict=True, wide=True, scale=-scale)
+    later = functools.partial(sweep, u, reverse=True)
+    dk, _, asks = later(do8, q8, decay, turn(dstate), partner(k8), base=dk, wide=True, scale=scale)
+    dk, _, spares = later(w, k8, decay, None, partner(k8), base=dk, strict=True, scale=-scale)
+    dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
+    wide = lambda x: cut.join(x)[:, :T, :, :V].astype(jnp.float32)
+    dv = wide(w) * scale
+    dbeta = ((wide(u) + wide(low)) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST) ** 2
+    states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
-        last = jnp.zeros(states.shape[:2]) if dstate is None else (states[:, :, -1] * dstate).sum((2, 3))
+        last = jnp.zeros(states.shape[:2]) if dlast is None else (states[:, :, -1] * dlast).sum((2, 3))
         between = jnp.einsum('bngkv,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
         anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
-        each = jnp.moveaxis((wide(out) * wide(do)).sum(-1) - (w * wide(v)).sum(-1), 2, 1)
+        each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
         step = linear.steps(log_decay, segment_ids)
         each = linear.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > linear.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
-    return dq, dk, w.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0, None
+    return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0, None
 
 
 _delta_rule.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -5,11 +5,12 @@
 
 A chunk's u (or w) solve a triangular system whose inverse, the same for both, is computed before, for all chunks at once:
 
-    T = (I + diag(b) L)^-1        L_ij = k_i . k_j decayed from j to i, j < i
-    u = T diag(b) (V - K S)       w = diag(b) T^T (K D)
+    Z = (I + diag(s) L diag(s))^-1        s^2 = b        L_ij = k_i . k_j decayed from j to i, j < i
+    u = diag(s) Z diag(s) (V - K S)       w = diag(s) Z^T diag(s) (K D)
 
-The inverse comes as two 16-bit terms, high and low, and its right side is split likewise: a key that repeats makes large terms
-cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
+so that u / b, what a token would have written, is exact however little it writes. The inverse comes as two 16-bit terms, high
+and low. Its right side, the state that the keys read, and u (w) where it enters the state are split likewise: a key that
+repeats makes large terms cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
 """
 
 import jax
@@ -27,45 +28,48 @@ SQUARE = (CHUNK, CHUNK)
 RING = 2
 
 
-def write(q, k, v, beta, inverse, decay, state, *, every=None, scale=1.0, interpret=False):
+def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, only_states=False, interpret=False):
     """Forward in time.
 
     Args:
-      q, k: [B, T', heads, K], bfloat16, K 64 or 128, T' a multiple of 8; heads divide N. q may be None.
-      v: [B, T', N, V], V a multiple of 64.
-      beta: float32 [B, N, chunks, 64], 0 past the end.
-      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of T.
+      q, k: [B, T', heads, K], bfloat16, K 64 or 128, T' a multiple of 8; heads divide N.
+      v: [B, T', N, V], V a multiple of 64; None is zero.
+      strength: s, float32 [B, N, chunks, 64], 0 past the end.
+      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of Z.
       decay: as in the gated linear sweep, or None.
       state: float32 [B, N, K, V] or None.
       every: chunks between two emitted states; None emits the last only.
       scale: multiplies out.
+      only_states: nothing else is computed.
 
     Returns:
-      out [B, T', N, V] or None, u [B, T', N, V], states [B, N, groups, K, V].
+      With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its two 16-bit terms, each as v, and states.
     """
-    return _sweep(q, k, v, beta, inverse, decay, state, False, every, scale, interpret)
+    results = () if only_states else ('u', 'low') if q is None else ('out',)
+    return _sweep(q, k, v, strength, inverse, decay, state, False, every, scale, results, interpret)
 
 
-def reach(q, k, do, beta, inverse, decay, state, *, every=None, interpret=False):
+def reach(q, k, do, strength, inverse, decay, state, *, every=None, only_states=False, interpret=False):
     """Backward in time: w [B, T', N, V] and the states D, before each group of chunks and decayed to its first token."""
-    _, w, states = _sweep(q, k, do, beta, inverse, decay, state, True, every, 1.0, interpret)
-    return w, states
+    results = () if only_states else ('u',)
+    return _sweep(q, k, do, strength, inverse, decay, state, True, every, 1.0, results, interpret)
 
 
-def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpret):
-    (B, T, heads, K), (N, V), dtype = k.shape, v.shape[2:], k.dtype
+def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, results, interpret):
+    (B, T, heads, K), N, V, dtype = k.shape, strength.shape[1], (state if v is None else v).shape[3], k.dtype
     chunks = common.cdiv(T, CHUNK)
     every = min(every or chunks, chunks)
     groups = common.cdiv(chunks, every)
     W = 2 if V % 128 == 0 else 1
     width, depth = 64 * W, K // 64
     parts, ring = V // width, min(RING, chunks)
-    has_out = q is not None and not reverse
-    arrivals = 4 + (q is not None) + (decay is not None)
+    has_out = 'out' in results
+    arrivals = 3 + sum(x is not None for x in (q, v, decay))
     registers = W == 2 and not interpret
 
-    def kernel(q_ref, k_ref, v_ref, beta_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, states_ref, scratch):
-        q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, o_smem, full, free = scratch
+    def kernel(*refs_and_scratch):
+        *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, full, free) = refs_and_scratch
+        q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, low_ref, states_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
@@ -81,6 +85,12 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
             def split(x):
                 high = x.astype(dtype)
                 return high, (x - wide(high)).astype(dtype)
+
+            def keep_copy(S):
+                for i in range(depth):
+                    for term, part in enumerate(split(S[i])):
+                        s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
+                plgpu.commit_smem()
 
             def factors(slot):
                 if decay_ref is None:
@@ -106,98 +116,97 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
                 between, read, written, total = factors(slot)
-                strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
-                value = v_smem.at[slot, :, mine]
-                T_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
+                own_strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
+                value = None if v_smem is None else v_smem.at[slot, :, mine]
+                Z_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
 
                 def weigh(a, b):
                     def run(acc):
                         acc.add(a.at[slot], b.at[slot].T)
                         weights = acc.load(0)
                         weights = weights if between is None else weights * between
-                        return jnp.where(visible(), weights, 0.0).astype(dtype)
+                        return jnp.where(visible(), weights, 0.0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def right_side():
-                    """What the inverse multiplies: diag(b) (V - K S), or K D with D as the token finds it."""
+                    """What the inverse multiplies, before diag(s): V - K S, or K D with D as the token finds it."""
 
                     def run(acc):
-                        acc.add(k_smem.at[slot], s_smem.at[here])
+                        for term in range(2):
+                            acc.add(k_smem.at[slot], s_smem.at[here, term])
                         if not reverse:
-                            own = plgpu.load(value, layout=TILE)
-                            return times(wide(own) - times(acc.load(0), read), strength)
-                        weights = weigh(k_smem, q_smem)
+                            predicted = times(acc.load(0), read)
+                            return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
+                        weights = split(weigh(k_smem, q_smem))
                         if read is not None:
                             acc.set(times(acc.load(0), read))
-                        acc.add(weights, value)
+                        for term in weights:
+                            acc.add(term, value)
                         return acc.load(0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def solve():
                     def run(acc):
-                        acc.add(T_of(0), r_smem.at[here, 0])
-                        acc.add(T_of(1), r_smem.at[here, 0])
-                        acc.add(T_of(0), r_smem.at[here, 1])
+                        acc.add(Z_of(0), r_smem.at[here, 0])
+                        acc.add(Z_of(1), r_smem.at[here, 0])
+                        acc.add(Z_of(0), r_smem.at[here, 1])
                         return acc.load(0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
+                def keep(terms):
+                    for term, part in enumerate(terms):
+                        r_smem.at[wg, term][...] = part
+                    plgpu.commit_smem()
+
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                high, low = split(right_side())
-                r_smem.at[wg, 0][...] = high
-                r_smem.at[wg, 1][...] = low
-                plgpu.commit_smem()
-                u = solve()
-                u = (times(u, strength) if reverse else u).astype(dtype)
-                r_smem.at[wg, 0][...] = u
-                plgpu.commit_smem()
+                keep(split(times(right_side(), own_strength)))
+                keep(split(times(solve(), own_strength)))
                 rows = pl.ds(c * CHUNK, CHUNK)
-                plgpu.copy_smem_to_gmem(r_smem.at[wg, 0], u_ref.at[b, rows, h, cols])
+                for term, ref in enumerate((u_ref, low_ref)):
+                    if ref is not None:
+                        plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
 
-                if has_out:
-
-                    def output(out):
-                        out.add(q_smem.at[slot], s_smem.at[here])
-                        weights = weigh(q_smem, k_smem)
+                def output():
+                    def run(out):
+                        out.add(q_smem.at[slot], s_smem.at[here, 0])
+                        weights = weigh(q_smem, k_smem).astype(dtype)
                         if read is not None:
                             out.set(times(out.load(0), read))
                         out.add(weights, r_smem.at[here, 0])
                         o = out.load(0)
-                        return o * scale if scale != 1 else o
+                        return (o * scale if scale != 1 else o).astype(dtype)
 
-                    o_smem.at[wg][...] = accumulate.scoped(output, SQUARE, interpret=interpret).astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                o = output() if has_out else None
 
                 def update(*accumulators):
                     for i, acc in enumerate(accumulators):
                         acc.set(S[i] if total is None else S[i] * total)
                     for i, acc in enumerate(accumulators):
-                        sources = (
-                            ((q_smem, value, 1), (k_smem, r_smem.at[here, 0], -1))
-                            if reverse
-                            else ((k_smem, r_smem.at[here, 0], 1),)
-                        )
-                        for smem, b_operand, sign in sources:
-                            keys = plgpu.load(smem.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE)
-                            if written is None and sign == 1:
-                                acc.add(keys, b_operand)
-                                continue
-                            keys = wide(keys) * float(sign)
-                            keys = keys if written is None else keys * common.col(written, SQUARE)
-                            high, low = split(keys)
-                            acc.add(high, b_operand)
+                        high_of_u, low_of_u = r_smem.at[here, 0], r_smem.at[here, 1]
+                        sources = [(k_smem, high_of_u, low_of_u, -1.0 if reverse else 1.0)]
+                        sources += [(q_smem, value, None, 1.0)] if reverse else []
+                        for smem, high_right, low_right, sign in sources:
+                            keys = wide(plgpu.load(smem.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE)) * sign
+                            high, low = split(keys if written is None else keys * common.col(written, SQUARE))
+                            acc.add(high, high_right)
                             if written is not None:
-                                acc.add(low, b_operand)
+                                acc.add(low, high_right)
+                            if low_right is not None:
+                                acc.add(high, low_right)
                     return tuple(acc.load(0) for acc in accumulators)
 
                 S = accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
-                for i in range(depth):
-                    s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
-                plgpu.commit_smem()
+                if o is not None:
+                    r_smem.at[wg, 0][...] = o
+                keep_copy(S)
+                if o is not None:
+                    plgpu.copy_smem_to_gmem(r_smem.at[wg, 0], out_ref.at[b, rows, h, cols])
                 passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
 
                 @pl.when(passed)
@@ -212,9 +221,7 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
             else:
                 part_of = lambda i: state_ref.at[b, h, pl.ds(64 * i, 64), cols]
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
-            for i in range(depth):
-                s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
-            plgpu.commit_smem()
+            keep_copy(S)
             lax.fori_loop(0, chunks, step, S)
             plgpu.wait_smem_to_gmem(0)
 
@@ -238,8 +245,9 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
                         copy(k_ref.at[b, rows, shared], k_smem)
                         if q_ref is not None:
                             copy(q_ref.at[b, rows, shared], q_smem)
-                        copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
-                        copy(beta_ref.at[b, h, c], b_smem)
+                        if v_ref is not None:
+                            copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
+                        copy(strength_ref.at[b, h, c], b_smem)
                         copy(inverse_ref.at[b, h, c], i_smem)
                         if decay_ref is not None:
                             batch = b if decay_ref.shape[0] > 1 else 0
@@ -255,23 +263,23 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
             lambda *scratch: kernel(*refs, scratch),
             None if q is None else common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, K), dtype),
-            common.swizzled((ring, CHUNK, width), dtype),
+            None if v is None else common.swizzled((ring, CHUNK, width), dtype),
             plgpu.SMEM((ring, CHUNK), jnp.float32),
             common.swizzled((ring, 2, CHUNK, CHUNK), dtype),
             None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
-            common.swizzled((W, K, 64), dtype),
+            common.swizzled((W, 2, K, 64), dtype),
             common.swizzled((W, 2, CHUNK, 64), dtype),
-            common.swizzled((W, CHUNK, 64), dtype) if has_out else None,
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
         )
 
-    return plgpu.kernel(
+    entry_point.__name__ = '_'.join(('reach' if reverse else 'write', *results))  # what profilers show
+    array = jax.ShapeDtypeStruct((B, T, N, V), dtype)
+    *found, states = plgpu.kernel(
         entry_point,
         out_type=(
-            jax.ShapeDtypeStruct((B, T, N, V), dtype) if has_out else None,
-            jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            *(array if name in results else None for name in ('out', 'u', 'low')),
             jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
         ),
         grid=(B, N, parts),
@@ -284,4 +292,6 @@ def _sweep(q, k, v, beta, inverse, decay, state, reverse, every, scale, interpre
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, beta, inverse, decay, state)
+    )(q, k, v, strength, inverse, decay, state)
+    found = [x for x in found if x is not None]
+    return (found[0] if len(found) == 1 else tuple(found)), states

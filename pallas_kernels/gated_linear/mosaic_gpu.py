@@ -11,9 +11,11 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
+from pallas_kernels.gated_linear import decode
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep
 
 WIDEST = 256
@@ -30,25 +32,45 @@ def unsupported(
     return refuse(query, key, value, log_decay, scale, chunk, per_channel=True)
 
 
+def held_back(query, key, value, log_decay=None, **_) -> str | None:
+    """Why `auto` leaves a call that the kernel can run to another form; or None."""
+    if log_decay is not None and log_decay.ndim == 4 and query.shape[1] > 1:
+        return 'auto leaves a decay per channel to xla until the kernel has passed its gate on a GPU; impl="mosaic_gpu" runs it'
+    return None
+
+
 def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str | None:
     """The reasons that the recurrent kernels share."""
-    dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
-    if dtypes != ['bfloat16']:
-        return f'query, key and value must be bfloat16, given {", ".join(dtypes)}; cast, or use impl="xla"'
     (_, T, heads, K), (N, V) = query.shape, value.shape[2:]
+    dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
     if T == 1:
-        return 'one token at a time is one fused step of impl="xla"; the kernel takes 2 tokens or more'
+        if not set(dtypes) <= {'bfloat16', 'float16', 'float32'}:
+            return f'query, key and value must be bfloat16, float16 or float32, given {", ".join(dtypes)}; use impl="xla"'
+    elif dtypes != ['bfloat16']:
+        return f'query, key and value must be bfloat16, given {", ".join(dtypes)}; cast, or use impl="xla"'
     if N % heads:
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(K, V) > WIDEST:
         return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
-    if log_decay is not None and log_decay.ndim == 4 and not per_channel:
+    if log_decay is not None and log_decay.ndim == 4 and not per_channel and T > 1:
         return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
     if chunk not in (None, CHUNK):
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
     if scale is not None and (isinstance(scale, jax.Array) or not float(scale)):
         return 'scale must be a Python number other than 0; multiply the query instead'
     return _hardware()
+
+
+def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
+    """How a call that is not refused runs."""
+    (B, T, N, V), K = value.shape, key.shape[3]
+    if T == 1:
+        return 'one token: each state is read and written once'
+    per_channel = log_decay is not None and log_decay.ndim == 4
+    count = 1 if per_channel else Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
+    return (
+        f'{count} pieces of the sequence side by side, in chunks of {CHUNK}' if count > 1 else f'chunk after chunk of {CHUNK}'
+    )
 
 
 def _hardware() -> str | None:
@@ -75,7 +97,7 @@ def gated_linear(
     """Linear attention with decay.
 
     Args:
-      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16, N a multiple of K, T >= 2.
+      query, key, value: [B, T, K, H], [B, T, K, H], [B, T, N, Hv], bfloat16 (T = 1: float16, float32 too), N a multiple of K.
       log_decay: None, [N], [B, T, N] or [B, T, N, H], natural log.
       initial_state: [B, N, H, Hv] or None.
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
@@ -91,6 +113,8 @@ def gated_linear(
     if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
+    if query.shape[1] == 1:
+        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel  # it stands on this module
 
@@ -132,7 +156,7 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    sweep_ = functools.partial(run, scale=scale, grouped=grouped, interpret=interpret)
+    sweep_ = functools.partial(run, scale=scale, grouped=grouped, precise=grouped, interpret=interpret)
     dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None)
     dv, dstates, writes = sweep_(k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
@@ -199,17 +223,20 @@ def decay_gradient(each, anchors, step):
       anchors: d of the token after each group, [B, N, groups].
       step: `steps`.
     """
-    B, N, T = each.shape
-    size = GROUP * CHUNK
-    idle = anchors.shape[-1] * size - T
-    cut = lambda x: jnp.pad(x, [(0, 0), (0, 0), (0, idle)]).reshape(*x.shape[:2], -1, size)
-    each = cut(each)
-    sums = jnp.flip(jnp.cumsum(jnp.flip(each, -1), -1), -1)
+    (B, N, T), groups = each.shape, anchors.shape[-1]
     silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
-    at = jnp.where(cut(silent), jnp.arange(size), size)
-    following = jnp.broadcast_to(jax.lax.cummin(at, axis=3, reverse=True), each.shape)
-    ends = jnp.concatenate([sums, -anchors[..., None]], axis=-1)
-    return (sums - jnp.take_along_axis(ends, following, axis=-1)).reshape(B, N, -1)[..., :T]
+    idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
+    cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
+    each, silent = cut(each), cut(silent).astype(jnp.int32)
+    t = np.arange(CHUNK)
+    count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
+    heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
+    within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
+    silence, following, chunks = count[..., -1:] - count + silent, anchors, []
+    for c in reversed(range(GROUP)):
+        chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
+        following = chunks[-1][..., 0]
+    return jnp.stack(chunks[::-1], axis=3).reshape(B, N, -1)[..., :T]
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------------
@@ -221,6 +248,37 @@ def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
     return max(1, min(PROCESSORS // blocks, T // (GROUP * CHUNK)))
 
 
+class Pieces:
+    """A sequence of T tokens cut into `count` pieces of `size`, which become part of the batch; idle tokens fill the last."""
+
+    def __init__(self, T: int, count: int):
+        self.T, size = T, common.cdiv(common.cdiv(T, count), GROUP * CHUNK) * GROUP * CHUNK
+        self.count = common.cdiv(T, size)
+        self.size = size if self.count > 1 else T
+
+    def cut(self, x, axis=1, unit=1):
+        """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]."""
+        if x is None:
+            return None
+        B, size = x.shape[0], self.size // unit
+        idle = [(0, 0)] * x.ndim
+        idle[axis] = (0, self.count * size - x.shape[axis])
+        x = jnp.pad(x, idle).reshape(*x.shape[:axis], self.count, size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(x, axis, 1).reshape(B * self.count, *x.shape[1:axis], *x.shape[axis + 1 :])
+
+    def cut_decay(self, decay, B: int):
+        """`cumulative` of the tokens -> of the pieces."""
+        if decay is None or self.count == 1 or (decay.shape[2] == 1 and self.T % self.size == 0):
+            return decay
+        decay = jnp.broadcast_to(decay, (B, decay.shape[1], self.T // CHUNK, CHUNK))
+        return self.cut(decay, 2, CHUNK)
+
+    def join(self, x, axis=1):
+        """[B * count, .., n, ..] -> [B, .., count * n, ..]."""
+        x = jnp.moveaxis(x.reshape(-1, self.count, *x.shape[1:]), 1, axis)
+        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+
+
 def run(
     q,
     k,
@@ -229,12 +287,13 @@ def run(
     state,
     partner=None,
     *,
+    k_low=None,
+    base=None,
     reverse=False,
-    strict=False,
     grouped=False,
-    scale=1.0,
     interpret=False,
     parts=None,
+    **options,
 ):
     """`sweep` by the schedule that the shape asks for: chunk after chunk, or in pieces that run side by side.
 
@@ -243,48 +302,26 @@ def run(
     """
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(x.shape[2] for x in (q, k, v))
-    every = GROUP if grouped else None
-    parts = parts or pieces(B, T, N, K, V)
-    size = common.cdiv(common.cdiv(T, parts), GROUP * CHUNK) * GROUP * CHUNK
-    parts = common.cdiv(T, size)
-    if parts == 1:
-        options = {'reverse': reverse, 'strict': strict, 'every': every, 'scale': scale, 'interpret': interpret}
-        return sweep(q, k, v, decay, state, partner, **options)
-    if decay is not None and decay.shape[2] == 1 and T % size:  # idle tokens fill the last piece and must not decay
-        decay = jnp.broadcast_to(decay, (*decay.shape[:2], T // CHUNK, CHUNK))
-
-    def cut(x):
-        if x is None:
-            return None
-        x = jnp.pad(x, [(0, 0), (0, parts * size - T), (0, 0), (0, 0)])
-        return x.reshape(B * parts, size, *x.shape[2:])
-
-    total, local_decay = None, decay
+    cut = Pieces(T, parts or pieces(B, T, N, K, V))
+    shared = {'reverse': reverse, 'interpret': interpret}
+    options |= shared | {'every': GROUP if grouped else None}
+    if cut.count == 1:
+        return sweep(q, k, v, decay, state, partner, k_low=k_low, base=base, **options)
+    local_decay = cut.cut_decay(decay, B)
+    q, k, v, partner, k_low, base = map(cut.cut, (q, k, v, partner, k_low, base))
+    _, local, _ = sweep(None, k, v, local_decay, None, k_low=k_low, heads=N, **shared)
+    total = None
     if decay is not None:
-        total = decay[..., -1]
-        if decay.shape[2] == 1:
-            total = jnp.broadcast_to(total * (size // CHUNK), (*total.shape[:2], parts))
-        else:
-            chunks = parts * size // CHUNK
-            last = jnp.pad(decay, [(0, 0), (0, 0), (0, chunks - decay.shape[2]), (0, 0)])
-            last = last.reshape(*decay.shape[:2], parts, -1, CHUNK)
-            total = last[..., -1].sum(-1)
-            local_decay = jnp.broadcast_to(last.swapaxes(1, 2), (B, parts, *last.shape[1:2], *last.shape[3:]))
-            local_decay = local_decay.reshape(B * parts, *local_decay.shape[2:])
-    q, k, v, partner = map(cut, (q, k, v, partner))
-    _, local, _ = sweep(None, k, v, local_decay, None, reverse=reverse, heads=N, interpret=interpret)
-    local = local.reshape(B, parts, N, K, V)
-    starts = _starts(local, total, state, reverse)
-    options = {'reverse': reverse, 'strict': strict, 'every': every, 'scale': scale, 'interpret': interpret}
-    out, states, dots = sweep(q, k, v, local_decay, starts.reshape(B * parts, N, K, V), partner, **options)
-    join = lambda x: jnp.moveaxis(x.reshape(B, parts, *x.shape[1:]), 1, 2).reshape(B, N, -1, *x.shape[3:])
-    states = join(states)
+        total = jnp.broadcast_to(local_decay[..., -1], (*local_decay.shape[:2], cut.size // CHUNK)).sum(-1)
+        total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
+        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))
+    starts = _starts(local.reshape(B, cut.count, N, K, V), total, state, reverse)
+    starts = starts.reshape(-1, N, K, V)
+    out, states, dots = sweep(q, k, v, local_decay, starts, partner, k_low=k_low, base=base, **options)
+    states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]
-    if dots is not None:
-        dots = jnp.moveaxis(dots.reshape(B, parts, *dots.shape[1:]), 1, 3)
-        dots = dots.reshape(*dots.shape[:3], -1)
-    return out.reshape(B, parts * size, N, V)[:, :T], states, dots
+    return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
 def _starts(local, total, state, reverse):
@@ -309,8 +346,8 @@ def _starts(local, total, state, reverse):
 
 
 def pad(x):
-    """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
-    length, width = -x.shape[1] % 8, -x.shape[3] % 64
+    """Lengths to whole chunks, widths to a multiple of 64: what the copy engine takes. Zero columns change nothing."""
+    length, width = -x.shape[1] % CHUNK, -x.shape[3] % 64
     return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
 
 

@@ -5,14 +5,16 @@ a recurrence without decay, between whose chunks the state's rows are multiplied
 
     q'_i = q_i exp(G_i - E/2)    k'_j = k_j exp(E/2 - G_j)    S <- exp(E/2) ((exp(E/2) S) + k'^T v)
 
-The factors fit while no channel decays by more than `SPAN` powers of two within 64 tokens (2.1 nats a token, every token). Else
-`by_pairs` runs: 16 tokens at a time in XLA, every pair's own exponent, for any decay. The choice is made on the device.
+The factors fit while no channel decays by more than `SPAN` powers of two within 64 tokens (2.1 nats a token, every token), or
+by so much at once that nothing is felt through it. Else `by_pairs` runs: 16 tokens at a time in XLA, every pair's own exponent,
+for any decay. The choice is made on the device.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
@@ -20,7 +22,8 @@ from pallas_kernels.gated_linear import mosaic_gpu as shared
 from pallas_kernels.gated_linear.sweep import CHUNK, sweep
 
 SPAN = 192.0
-PAIRS = 16
+choose = jax.lax.cond  # on the device
+PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -28,7 +31,7 @@ def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
     """(out, last state); static: (scale, interpret)."""
     fits = _fits(log_decay)
     arrays = q, k, v, log_decay, initial_state, segment_ids
-    return jax.lax.cond(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+    return choose(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
 
 
 def _steps(log_decay):
@@ -41,33 +44,67 @@ def _chunked(x):
     return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
 
 
+def _sums(x, mask):
+    """The sum over j of mask_ij x_j in every chunk: x [B, chunks, 64, N, H], mask [64, 64] or [B, chunks, 64, 64]."""
+    spec = 'ij,bcjnh->bcinh' if mask.ndim == 2 else 'bcij,bcjnh->bcinh'
+    return jnp.einsum(spec, mask.astype(jnp.float32), x, precision='highest')
+
+
 def _fits(log_decay):
-    return _chunked(_steps(log_decay)).sum(2).min() >= -SPAN
+    step = _steps(log_decay)
+    return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > shared.NEGLIGIBLE)
 
 
 def _factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
-    G = jnp.cumsum(_chunked(_steps(log_decay)), axis=2)
+    G = _sums(_chunked(_steps(log_decay)), np.tri(CHUNK))
     half = G[:, :, -1:] / 2
     factor = jnp.exp2(G - half).reshape(G.shape[0], -1, *G.shape[3:])[:, : log_decay.shape[1]]
     between = jnp.exp2(jnp.moveaxis(half[:, :, 0], 1, 2))
     return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
 
 
+def _decay_gradient(each, anchors, segment_ids):
+    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups, N, H], where only resets are silent."""
+    (B, T, N, H), groups = each.shape, anchors.shape[1]
+    later = np.triu(np.ones((CHUNK, CHUNK)))
+    silence = None
+    if segment_ids is not None:
+        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, groups * shared.GROUP * CHUNK - T)])
+        reset = reset.reshape(B, -1, CHUNK).astype(jnp.int32)
+        count = jnp.cumsum(reset, 2)
+        later = (later > 0) & ((count - reset)[..., :, None] == count[..., None, :])
+        silence = (count[..., -1:] - count + reset).reshape(B, groups, shared.GROUP, CHUNK, 1, 1)
+    each = jnp.pad(each, [(0, 0), (0, groups * shared.GROUP * CHUNK - T), (0, 0), (0, 0)])
+    within = _sums(each.reshape(B, -1, CHUNK, N, H), later).reshape(B, groups, shared.GROUP, CHUNK, N, H)
+    following, chunks = anchors, []
+    for c in reversed(range(shared.GROUP)):
+        felt = following[:, :, None]
+        chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
+        following = chunks[-1][:, :, 0]
+    each = jnp.stack(chunks[::-1], axis=2).reshape(B, -1, N, H)[:, :T]
+    return each if silence is None else jnp.where(reset.reshape(B, -1)[:, :T, None, None] > 0, 0.0, each)
+
+
 def _prepare(q, k, v, log_decay, segment_ids):
     groups = v.shape[2] // k.shape[2]
     wide = lambda x: jnp.repeat(x, groups, 2).astype(jnp.float32)
     factor, between = _factors(log_decay)
-    decayed = ((wide(q) * factor).astype(q.dtype), (wide(k) / factor).astype(k.dtype))
+
+    def split(x):  # in two 16-bit terms: states are to be good to float32
+        info = jnp.finfo(q.dtype)
+        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
+        return shared.pad(high.astype(q.dtype)), shared.pad((x - high).astype(q.dtype))
+
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
-    return (*map(shared.pad, decayed), shared.pad(v), resets, factor, between)
+    return split(wide(q) * factor), split(wide(k) / factor), shared.pad(v), resets, factor, between
 
 
 def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
-    qd, kd, v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
+    (qd, _), (kd, low), v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = sweep(qd, kd, v8, resets, state, scales=between, scale=scale, interpret=interpret)
+    out, states, _ = sweep(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
@@ -90,19 +127,19 @@ def _backward(static, args, cotangents):
         return pull((do, dlast))
 
     fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *jax.lax.cond(_fits(log_decay), fast, slow, args, do, dlast), None
+    return *choose(_fits(log_decay), fast, slow, args, do, dlast), None
 
 
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
-    qd, kd, v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    (qd, low), (kd, _), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
     run = functools.partial(sweep, scales=between, scale=scale, every=shared.GROUP, interpret=interpret)
     dqd, states, _ = run(do8, v8, kd, resets, turn(state), by_columns=True, strict=True)
-    dv, dstates, _ = run(kd, qd, do8, resets, dstate, reverse=True)
+    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=low, reverse=True)
     dkd, _, _ = run(v8, do8, qd, resets, turn(dstate), by_columns=True, reverse=True, strict=True)
     wide = lambda x: x[:, :T, :, :K].astype(jnp.float32)
     qd, kd, dqd, dkd = map(wide, (qd, kd, dqd, dkd))
@@ -116,15 +153,8 @@ def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     following = jnp.concatenate([dstates[:, :, 1:], dstate[:, :, None]], axis=2)
-    anchors = jnp.einsum('bngvk,bngkv->bnkg', states, following, precision='highest')[:, :, :K] * scale
-    flat = lambda x: jnp.moveaxis(x.reshape(*x.shape[:2], -1), 1, 2)  # [B, T, N, H] -> [B, N * H, T]
-    step = _steps(log_decay)
-    if segment_ids is not None:
-        step = jnp.where(shared.steps(None, segment_ids)[..., None] < 0, shared.ERASE, step)
-    each = flat(qd * dqd - kd * dkd)
-    each = shared.decay_gradient(each, anchors.reshape(*each.shape[:2], -1), jnp.moveaxis(flat(step), 1, 2))
-    each = jnp.where(flat(step) > shared.ERASE, each, 0)
-    dlog_decay = jnp.moveaxis(each, 1, 2).reshape(log_decay.shape).astype(log_decay.dtype)
+    anchors = jnp.einsum('bngvk,bngkv->bgnk', states, following, precision='highest')[..., :K] * scale
+    dlog_decay = _decay_gradient(qd * dqd - kd * dkd, anchors, segment_ids).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 
@@ -139,9 +169,9 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
     if segment_ids is not None:
         step = jnp.where(shared.steps(None, segment_ids)[..., None] < 0, shared.ERASE, step)
 
-    def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, -T % PAIRS), (0, 0), (0, 0)])
-        return jnp.moveaxis(x.reshape(B, -1, PAIRS, N, x.shape[3]), (1, 3), (0, 2))  # [chunks, B, N, 16, H]
+    def cut(x):  # [kept states, chunks, B, N, 16, H]
+        x = jnp.pad(x, [(0, 0), (0, -T % (PAIRS * KEPT)), (0, 0), (0, 0)])
+        return jnp.moveaxis(x.reshape(B, -1, KEPT, PAIRS, N, x.shape[3]), (1, 2, 4), (0, 1, 3))
 
     lower = jnp.tril(jnp.ones((PAIRS, PAIRS), bool))[..., None]
     einsum = functools.partial(jnp.einsum, precision='highest')
@@ -157,7 +187,11 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
         state = jnp.exp2(end[:, :, 0])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp2(end - G), v)
         return state, scale * out
 
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def several(state, xs):
+        state, out = jax.lax.scan(body, state, xs)
+        return state, out.astype(v.dtype)
+
     state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    state, out = jax.lax.scan(body, state, tuple(map(cut, (wide(q), wide(k), wide(v), step))))
-    out = jnp.moveaxis(out, (0, 2), (1, 3)).reshape(B, -1, N, V)[:, :T]
-    return out.astype(v.dtype), state
+    state, out = jax.lax.scan(several, state, tuple(map(cut, (wide(q), wide(k), wide(v), step))))
+    return jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(B, -1, N, V)[:, :T], state

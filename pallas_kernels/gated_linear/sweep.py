@@ -27,12 +27,11 @@ def columns(K: int, V: int) -> int:
     return 128 if K <= 128 and V % 128 == 0 else 64
 
 
-def stages(K: int, V: int, has_query: bool, has_partner: bool) -> int:
-    """How many chunks fit in the ring."""
+def stages(K: int, V: int, keys: int, copies: int) -> int:
+    """How many chunks fit in the ring: of `keys` arrays as wide as the key, and of v, beside `copies` of the state."""
     width = columns(K, V)
-    fixed = 2 * K * width + 2 * CHUNK * width + 1024
-    chunk = 2 * CHUNK * (K * (1 + has_query) + width * (1 + has_partner)) + 2048
-    return min(4, (common.SMEM_LIMIT - 1024 - fixed) // chunk)
+    fixed = 2 * K * width * copies + 2 * CHUNK * width
+    return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width)))
 
 
 def sweep(
@@ -43,10 +42,14 @@ def sweep(
     state,
     partner=None,
     scales=None,
+    k_low=None,
+    base=None,
     *,
     by_columns=False,
     reverse=False,
     strict=False,
+    precise=False,
+    wide=False,
     every=None,
     scale=1.0,
     heads=0,
@@ -62,15 +65,19 @@ def sweep(
       decay: float32 [B or 1, N or 1, chunks or 1, 64], base-2 logarithms of the decay, summed from the chunk's first token to
         each token, inclusive; a step of -128 erases. None: no decay.
       state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
-      partner: [B, T', Np, V], bfloat16, or None.
+      partner: [B, T', Np, V], bfloat16, or None. With it, with `base` and with `wide`, T' is a multiple of 64.
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
         and again after each chunk. None: not.
+      k_low: as k, added to it: a second 16-bit term of keys that are known better than that.
+      base: float32 [B, T', N, V] that is added to out, after the scale, or None.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
+      precise: the state and the weights of pairs are multiplied as two 16-bit terms, so that out is good to float32.
+      wide: out is float32.
       scale: multiplies out (not the states).
 
     Returns:
-      out: [B, T', N, V], bfloat16; None without q.
+      out: [B, T', N, V], bfloat16 (float32 if wide); None without q.
       states: float32 [B, N, groups of `every` chunks, K, V], after the sweep passed the group.
       dots: float32 [B, N, V / 64, chunks * 64]: sums over 64 columns of partner_t o_t, less the part q_t k_t^T v_t of o_t
         that token t has from itself, not scaled; None without partner.
@@ -82,14 +89,18 @@ def sweep(
     groups = common.cdiv(chunks, every)
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
-    ring = min(stages(K, V, q is not None, partner is not None), max(chunks, 1))
-    arrivals = 2 + sum(x is not None for x in (q, decay, partner, scales))
+    copies = 0 if q is None else 1 + precise
+    ring = min(stages(K, V, 1 + (q is not None) + (k_low is not None), copies), max(chunks, 1))
+    arrivals = 2 + sum(x is not None for x in (q, decay, scales, k_low))
     channels = width if by_columns else K
     registers = W == 2 and not interpret
-    early, pair = depth <= 2 and partner is None, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
+    simple = partner is None and base is None and not precise
+    early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
-    def kernel(q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, out_ref, states_ref, dots_ref, scratch):
-        q_smem, k_smem, v_smem, p_smem, g_smem, c_smem, s_smem, o_smem, full, free = scratch
+    def kernel(*refs_and_scratch):
+        *refs, (q_smem, k_smem, kl_smem, v_smem, g_smem, c_smem, s_smem, o_smem, full, free) = refs_and_scratch
+        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, kl_ref, base_ref, *refs = refs
+        out_ref, states_ref, dots_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
@@ -125,6 +136,10 @@ def sweep(
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i == j
 
+            def split(x):
+                high = x.astype(dtype)
+                return high, (x - high.astype(jnp.float32)).astype(dtype)
+
             def rescale(S, slot):
                 if by_columns:
                     factor = plgpu.load(c_smem.at[slot, mine], layout=COL, optimized=False)
@@ -135,11 +150,13 @@ def sweep(
             def keep_copy(S):
                 if q_smem is not None:
                     for i in range(depth):
-                        s_smem.at[wg, pl.ds(64 * i, 64)][...] = S[i].astype(dtype)
+                        for term, part in enumerate(split(S[i])[:copies]):
+                            s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
                     plgpu.commit_smem()
 
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
+                rows = pl.ds(c * CHUNK, CHUNK)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
 
@@ -156,14 +173,12 @@ def sweep(
                         for i, acc in enumerate(accumulators):
                             acc.set(S[first + i] if total is None else S[first + i] * total)
                         for i, acc in enumerate(accumulators):
-                            keys = plgpu.load(k_smem.at[slot, :, pl.ds(64 * (first + i), 64)].T, layout=TILE)
-                            if write is None:
-                                acc.add(keys, value)
-                            else:  # the state is kept in float32, so its terms are not rounded to 16 bits
-                                keys = keys.astype(jnp.float32) * common.col(write, SQUARE)
-                                high = keys.astype(dtype)
-                                acc.add(high, value)
-                                acc.add((keys - high.astype(jnp.float32)).astype(dtype), value)
+                            part = (slot, slice(None), pl.ds(64 * (first + i), 64))
+                            terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (k_smem, kl_smem) if x is not None]
+                            if write is not None:  # the state is kept in float32, so its terms are not rounded to 16 bits
+                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE))
+                            for term in terms:
+                                acc.add(term, value)
                         return tuple(acc.load(0) for acc in accumulators)
 
                     return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
@@ -174,6 +189,8 @@ def sweep(
                 def weigh():
                     def run(acc):
                         acc.add(q_smem.at[slot], k_smem.at[slot].T)
+                        if kl_smem is not None:
+                            acc.add(q_smem.at[slot], kl_smem.at[slot].T)
                         weights = acc.load(0)
                         weights = weights if between is None else weights * between
                         return jnp.where(visible(), weights, 0.0)
@@ -181,23 +198,35 @@ def sweep(
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def read_state(out):
-                    out.add(q_smem.at[slot], s_smem.at[here])
+                    for term in range(copies):
+                        out.add(q_smem.at[slot], s_smem.at[here, term])
+                    place_of = lambda ref, head: ref.at[b, rows, head, cols]
+                    early_load = lambda ref, head: plgpu.load(place_of(ref, head), layout=TILE, optimized=False)
+                    other = None if partner_ref is None else early_load(partner_ref, h // (N // partner_ref.shape[2]))
                     pairs = weigh()
-                    weights = pairs.astype(dtype)
+                    itself = None if other is None or strict else jnp.where(diagonal(), pairs, 0.0).sum(axis=1)
+                    weights = split(pairs)
+                    added = None if base_ref is None else early_load(base_ref, h)
                     if read is not None:
                         out.set(out.load(0) * common.row(read, SQUARE))
-                    out.add(weights, value)
-                    if c_smem is not None:  # q and k were rounded once more already, by their decays
-                        out.add((pairs - weights.astype(jnp.float32)).astype(dtype), value)
+                    out.add(weights[0], value)
+                    if c_smem is not None or precise:  # with c, q and k were rounded once more already, by their decays
+                        out.add(weights[1], value)
                     new = write_state(S) if early else None  # while the last product runs
                     o, dots = out.load(0), None
-                    if p_smem is not None:
-                        other = plgpu.load(p_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
+                    if other is not None:
+                        other = other.astype(jnp.float32)
+                        dots = (o * other).sum(axis=1)
+                    if itself is not None:
                         own = plgpu.load(value, layout=TILE).astype(jnp.float32)
-                        itself = jnp.where(diagonal(), weights.astype(jnp.float32), 0.0).sum(axis=1)
-                        dots = (o * other).sum(axis=1) - itself * (own * other).sum(axis=1)
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    o_smem.at[wg][...] = (o * scale if scale != 1 else o).astype(dtype)
+                        dots -= itself * (own * other).sum(axis=1)
+                    o = o * scale if scale != 1 else o
+                    o = o if added is None else o + added
+                    if wide:
+                        place_of(out_ref, h)[...] = o
+                    else:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                        o_smem.at[wg][...] = o.astype(dtype)
                     return new, dots
 
                 dots = new = None
@@ -209,13 +238,12 @@ def sweep(
                 plgpu.barrier_arrive(free.at[slot])
                 if c_smem is None:
                     keep_copy(S)
-                elif q_smem is not None:
+                elif o_smem is not None:
                     plgpu.commit_smem()
-                if q_smem is not None:
-                    rows = pl.ds(c * CHUNK, CHUNK)
+                if o_smem is not None:
                     plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
                 if dots is not None:
-                    dots_ref.at[b, h, part * W + wg, pl.ds(c * CHUNK, CHUNK)][...] = dots
+                    dots_ref.at[b, h, part * W + wg, rows][...] = dots
 
                 passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
 
@@ -253,13 +281,10 @@ def sweep(
                         slot, c = lax.rem(s, ring), place(s)
                         rows = pl.ds(c * CHUNK, CHUNK)
                         pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem)):
+                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem), (kl_ref, kl_smem)):
                             if ref is not None:
                                 plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
-                        for ref, smem in ((v_ref, v_smem), (partner_ref, p_smem)):
-                            if ref is not None:
-                                source = ref.at[b, rows, head(ref), first]
-                                plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                        plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head(v_ref), first], v_smem.at[slot], full.at[slot])
                         if decay_ref is not None:
                             batch = b if decay_ref.shape[0] > 1 else 0
                             head_of = h if decay_ref.shape[1] > 1 else 0
@@ -279,21 +304,22 @@ def sweep(
             lambda *scratch: kernel(*refs, scratch),
             None if q is None else common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, K), dtype),
+            None if k_low is None else common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, width), dtype),
-            None if partner is None else common.swizzled((ring, CHUNK, width), dtype),
             None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
             None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
-            None if q is None else common.swizzled((W, K, 64), dtype),
-            None if q is None else common.swizzled((W, CHUNK, 64), dtype),
+            None if q is None else common.swizzled((W, copies, K, 64), dtype),
+            None if q is None or wide else common.swizzled((W, CHUNK, 64), dtype),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
         )
 
+    entry_point.__name__ = 'sweep' + '_back' * reverse + '_states' * (q is None)  # what profilers show
     return plgpu.kernel(
         entry_point,
         out_type=(
-            None if q is None else jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            None if q is None else jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype),
             jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
             None if partner is None else jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32),
         ),
@@ -307,4 +333,4 @@ def sweep(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner, scales)
+    )(q, k, v, decay, state, partner, scales, k_low, base)

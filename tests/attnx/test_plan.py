@@ -64,6 +64,8 @@ def test_explain():
     assert 'on cpu: xla' in text and 'reference (any): runs' in text
     text = attnx.explain('gated_deltanet', width=96, num_heads=2, length=128)
     assert 'delta_rule' in text and 'short_conv' in text
+    long = jax.ShapeDtypeStruct((1, 65536, 16, 128), jnp.bfloat16)
+    assert '8 pieces of the sequence side by side' in attnx.explain('gated_linear', long, long, long)
     with pytest.raises(ValueError, match="did you mean 'gla'"):
         attnx.explain('glaa')
     with pytest.raises(ValueError, match="did you mean 'num_heads'"):

@@ -13,14 +13,30 @@ from pallas_kernels.gated_linear import mosaic_gpu as linear
 from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
 
 
-def plain_delta(q, k, v, beta, inverses, decay, state, *, every=None, scale=1.0, interpret=False, reverse=False):
+def plain_delta(
+    q,
+    k,
+    v,
+    strength,
+    inverses,
+    decay,
+    state,
+    *,
+    every=None,
+    scale=1.0,
+    only_states=False,
+    interpret=False,
+    reverse=False,
+):
     """What `write` (and `reach`, in reverse) promise, token by token in float64."""
     del inverses, interpret
-    (B, T, _, K), (N, V) = k.shape, v.shape[2:]
+    (B, T, _, K), N, V = k.shape, strength.shape[1], (state if v is None else v).shape[3]
+    v = jnp.zeros((B, T, N, V)) if v is None else v
+    has_q, q = q is not None, k if q is None else q
     wide = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
     q, k, v = wide(q), wide(k), wide(v)
-    chunks = beta.shape[2]
-    beta = np.asarray(beta, np.float64).reshape(B, N, -1)
+    chunks = strength.shape[2]
+    beta = np.square(np.asarray(strength, np.float64)).reshape(B, N, -1)
     step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
     step = np.exp2(np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1))
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
@@ -41,9 +57,11 @@ def plain_delta(q, k, v, beta, inverses, decay, state, *, every=None, scale=1.0,
             out[:, t] = scale * read(q[:, t], S)
         states[:, :, t // 64 // every] = S
     as_input = lambda x: jnp.asarray(x, jnp.float32)
+    if only_states:
+        return (), as_input(states)
     if reverse:
         return as_input(u), as_input(states)
-    return as_input(out), as_input(u), as_input(states)
+    return as_input(out) if has_q else (as_input(u), jnp.zeros_like(as_input(u))), as_input(states)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +70,8 @@ def plain_delta(q, k, v, beta, inverses, decay, state, *, every=None, scale=1.0,
         check.Case('shared heads', T=70, N=2, heads=1, K=64, V=64, resets=0.05, scale=0.5),
         check.Case('none', T=30, N=1, K=64, V=40, decay='none', state=False),
         check.Case('constant', T=70, N=2, K=64, V=64, decay='head', beta=(0.0, 2.0)),
+        check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
+        check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head', strength=(0.01, 0.05)),
     ],
     ids=lambda c: c.name,
 )
@@ -80,13 +100,14 @@ def test_inverse(collinear):
     k = case.arrays()[0][1]
     beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
     decay = np.cumsum(np.random.default_rng(1).uniform(-0.1, 0, (1, 2, 2, 64)), -1).astype(np.float32)
-    got = np.asarray(inverse.inverses(k, jnp.asarray(beta), jnp.asarray(decay), interpret=True), np.float64).sum(3)
+    strength = np.sqrt(beta)
+    got = np.asarray(inverse.inverses(k, jnp.asarray(strength), jnp.asarray(decay), interpret=True), np.float64).sum(3)
     rows = np.zeros((128, 64))
     rows[:104] = np.asarray(k, np.float64)[0, :, 0]
     rows = rows.reshape(2, 64, 64)
     between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0).astype(np.float64))
-    A = np.tril((rows @ rows.swapaxes(1, 2)) * beta[..., None] * between, -1)
-    np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=5e-5)
+    A = np.tril((rows @ rows.swapaxes(1, 2)) * strength[..., None] * strength[..., None, :] * between, -1)
+    np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=1e-5)
 
 
 def test_interpreted_with_race_detection():

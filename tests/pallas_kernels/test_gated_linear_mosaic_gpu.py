@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gated_linear import check, mosaic_gpu
+from pallas_kernels.gated_linear import check, decode, mosaic_gpu, per_channel
 
 
 def plain_sweep(
@@ -17,16 +17,23 @@ def plain_sweep(
     decay,
     state,
     partner=None,
+    scales=None,
+    k_low=None,
+    base=None,
     *,
+    by_columns=False,
     reverse=False,
     strict=False,
+    precise=False,
+    wide=False,
     every=None,
     scale=1.0,
     heads=0,
     interpret=False,
 ):
     """What `sweep` promises, token by token in float64."""
-    del interpret
+    del interpret, precise, wide
+    k = k if k_low is None else k + k_low
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -40,7 +47,13 @@ def plain_sweep(
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
     out, dots = np.zeros((B, T, N, V)), np.zeros((B, N, V // 64, chunks * 64))
     states = np.zeros((B, N, -(-chunks // every), K, V))
+    if scales is not None:
+        scales = np.asarray(scales, np.float64)[..., None, :] if by_columns else np.asarray(scales, np.float64)[..., None]
+    rescale = lambda S, t: S if scales is None else S * scales[:, :, t // 64]
+    first, last = (lambda t: t % 64 == 0), (lambda t: t % 64 == 63 or t == T - 1)
+    begins, ends = (last, first) if reverse else (first, last)
     for t in reversed(range(T)) if reverse else range(T):
+        S = rescale(S, t) if begins(t) else S
         a = np.exp2(step[:, :, t])[..., None, None]
         own = k[:, t][..., None] * v[:, t][..., None, :]
         before = S if reverse else a * S
@@ -52,8 +65,10 @@ def plain_sweep(
                 dots[:, :, 0, t] = (read(before) * repeat(partner)[:, t]).sum(-1)
         if reverse:
             S = a * S
+        S = rescale(S, t) if ends(t) else S
         states[:, :, t // 64 // every] = S
     as_input = lambda x: jnp.asarray(x, jnp.float32)
+    out = out if base is None else out + base
     return None if q is None else as_input(out), as_input(states), None if partner is None else as_input(dots)
 
 
@@ -62,6 +77,8 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
+    monkeypatch.setattr(per_channel, 'sweep', plain_sweep)
+    monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
 
@@ -78,6 +95,8 @@ def gradients(function, case):
         check.Case('none', T=30, K=40, V=64, decay='none', state=False),
         check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
+        check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+        check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
     ],
     ids=lambda c: c.name,
 )
@@ -98,6 +117,18 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
     assert mosaic_gpu.pieces(1, 1024, 1, 128, 128) == 2
 
 
+@pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
+@pytest.mark.parametrize('beta', [False, True])
+def test_one_token(decay, beta):
+    (q, k, v, g, state), _, _ = check.Case('step', T=1, B=2, N=2, heads=1, K=40, V=80, decay=decay).arrays()
+    strength = jnp.asarray([[[0.3, 1.0]], [[0.0, 2.0]]]) if beta else None
+    got = decode.one_token((0.5, True), q, k, v, strength, g, state)
+    narrow = lambda x: x if x is None or x.ndim == 1 else x[:, 0]
+    want = decode.plain((0.5, True), *map(narrow, (q, k, v, strength, g)), state)
+    np.testing.assert_allclose(np.float32(got[0][:, 0]), np.float32(want[0]), rtol=1e-2, atol=1e-5)
+    np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
+
+
 def test_interpreted_with_race_detection():
     good, errors = check.check(check.Case('small', T=70, N=1, K=64, V=64, resets=0.05), interpret=True)
     assert good, errors
@@ -116,7 +147,6 @@ def test_lowers_for_hopper(K, V):
     'change, words',
     [
         ({'dtype': jnp.float32}, 'must be bfloat16, given float32'),
-        ({'T': 1}, 'takes 2 tokens or more'),
         ({'V': 320}, 'widths up to 256, given 320'),
         ({'chunk': 32}, 'chunks of 64, given chunk=32'),
         ({'scale': 0.0}, 'other than 0'),

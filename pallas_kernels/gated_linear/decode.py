@@ -1,0 +1,115 @@
+"""One token of a batch of sequences, for both recurrences: the state is read once and written once.
+
+    S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
+
+One warpgroup a head and 64 columns of v. The state stays in float32 registers between its load and its store; the arithmetic is
+float32 throughout, so that nothing here is less exact than the XLA form.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import COL, ROW, TILE
+
+SQUARE = (64, 64)
+block = lambda i: pl.ds(i * 64, 64)
+
+
+def one_token(static, query, key, value, beta, log_decay, initial_state):
+    """The ops' arguments for T = 1, in any layout and width -> out [B, 1, N, V] and the new state [B, N, K, V]."""
+    (B, _, N, V), K = value.shape, key.shape[3]
+
+    def pad(x, *axes):
+        return jnp.pad(x, [(0, -n % 64 if i in axes else 0) for i, n in enumerate(x.shape)])
+
+    state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
+    if log_decay is not None and log_decay.ndim > 1:
+        log_decay = log_decay[:, 0] if log_decay.ndim == 3 else pad(log_decay[:, 0], 2)
+    q, k, v = (pad(x[:, 0], 2) for x in (query, key, value))
+    out, state = step(static, q, k, v, None if beta is None else beta[:, 0], log_decay, pad(state, 2, 3))
+    return out[:, None, :, :V], state[:, :, :K, :V]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def step(static, query, key, value, beta, log_decay, state):
+    """out [B, N, V] in value's dtype and the new state.
+
+    Args:
+      static: (scale, interpret).
+      query, key: [B, heads, K], heads divide N.
+      value: [B, N, V].
+      beta: [B, N], or None for the gated linear recurrence.
+      log_decay: None, [N], [B, N] or [B, N, K], natural log.
+      state: float32 [B, N, K, V], K and V multiples of 64.
+    """
+    scale, interpret = static
+    (B, N, V), K = value.shape, key.shape[2]
+    groups = N // key.shape[1]
+    f32 = lambda x: None if x is None else x.astype(jnp.float32)
+    q, k, v, beta, g = map(f32, (scale * f32(query), key, value, beta, log_decay))
+    decay = None if g is None else jnp.exp(g)
+    if decay is not None and decay.ndim == 1:
+        decay = jnp.broadcast_to(decay, (B, N))
+    depth = K // 64
+
+    def kernel(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref):
+        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
+        cols = block(part)
+        tile = lambda ref, i: ref.at[b, h, block(i), cols]
+        S = [plgpu.load(tile(state_ref, i), layout=TILE, optimized=False) for i in range(depth)]
+        rows = lambda ref, i, head: common.row(plgpu.load(ref.at[b, head, block(i)], layout=ROW, optimized=False), SQUARE)
+        shared = h // groups
+        if decay_ref is not None:
+            if len(decay_ref.shape) == 3:
+                S = [x * rows(decay_ref, i, h) for i, x in enumerate(S)]
+            else:
+                S = [x * decay_ref[b, h] for x in S]
+        u = plgpu.load(v_ref.at[b, h, cols], layout=COL, optimized=False)
+        if beta_ref is not None:
+            predicted = sum((x * rows(k_ref, i, shared)).sum(axis=0) for i, x in enumerate(S))
+            u = (u - predicted) * beta_ref[b, h]
+        out = None
+        for i, x in enumerate(S):
+            new = x + rows(k_ref, i, shared) * common.col(u, SQUARE)
+            tile(new_ref, i)[...] = new
+            read = (new * rows(q_ref, i, shared)).sum(axis=0)
+            out = read if out is None else out + read
+        out_ref.at[b, h, cols][...] = out
+
+    kernel.__name__ = 'one_token'  # what profilers show
+    out, new = plgpu.kernel(
+        kernel,
+        out_type=(jax.ShapeDtypeStruct((B, N, V), jnp.float32), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
+        grid=(B, N, V // 64),
+        grid_names=('b', 'h', 'v'),
+        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )(q, k, v, beta, decay, state)
+    return out.astype(value.dtype), new
+
+
+def plain(static, query, key, value, beta, log_decay, state):
+    """The same without a kernel, for derivatives."""
+    scale, _ = static
+    wide = lambda x: jnp.repeat(x.astype(jnp.float32), value.shape[1] // x.shape[1], 1)
+    q, k, u = scale * wide(query), wide(key), value.astype(jnp.float32)
+    if log_decay is not None:
+        decay = jnp.exp(log_decay.astype(jnp.float32))
+        state = state * (decay[..., None] if decay.ndim == 3 else decay[..., None, None])
+    if beta is not None:
+        u = beta.astype(jnp.float32)[..., None] * (u - jnp.einsum('bnk,bnkv->bnv', k, state, precision='highest'))
+    state = state + k[..., :, None] * u[..., None, :]
+    return jnp.einsum('bnk,bnkv->bnv', q, state, precision='highest').astype(value.dtype), state
+
+
+def _backward(static, arguments, cotangents):
+    return jax.vjp(functools.partial(plain, static), *arguments)[1](cotangents)
+
+
+step.defvjp(lambda static, *arguments: (step(static, *arguments), arguments), _backward)
