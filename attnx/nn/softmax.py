@@ -112,6 +112,14 @@ def check_choice(field: str, given: str, valid: tuple[str, ...]) -> None:
         raise ValueError(f'unknown {field} {given!r}; {nearest(given, valid)}')
 
 
+def refuse(config: 'Options', why: str, *fields: str) -> None:
+    """Raises ValueError where one of `fields` of a Config is not its default."""
+    default = type(config).__dataclass_fields__
+    for field in fields:
+        if (given := getattr(config, field)) != default[field].default:
+            raise ValueError(f'{field}={given!r}: {why}')
+
+
 class Core(nnx.Module):
     """Softmax attention of projected heads under `Options`."""
 
