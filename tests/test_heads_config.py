@@ -44,8 +44,8 @@ def test_trains_two_steps(variant):
     config.check_packing()
     config.check_inputs({*batch} - {*tasks.FIELDS})
     made = loop.program(config, packed=task.packed)
-    transform = optax.adam(1e-2)
-    update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-2, given.step))
+    transform = optax.adam(1e-3)
+    update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-3, given.step))
     state = first = step.init_state(jax.jit(made.init)(jax.random.key(0)), transform)
     losses = []
     for _ in range(3):

@@ -57,8 +57,9 @@ def _run(model, tokens, ids, positions, source, source_mask, key, *, new, how, s
     batch, length = tokens.shape
     state = model.init_state(batch, length + new)
     first = model(
-        tokens, positions=positions, segment_ids=ids, source=source, source_mask=source_mask, state=state
-    )
+        tokens, positions=positions, segment_ids=ids, source=source, source_mask=source_mask, state=state,
+        last=True,
+    )  # fmt: skip
 
     def cond(carry):
         return (carry[0] < new) & ~jnp.all(carry[1])

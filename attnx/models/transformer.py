@@ -31,6 +31,18 @@ class ModelOutput(NamedTuple):
     aux: Mapping[str, jax.Array] = MappingProxyType({})
 
 
+def _of_last(ctx: Context) -> Context:
+    """The context of the last token; readers cut what was published to their own tokens."""
+    cut = lambda a: None if a is None else a[:, -1:]
+    return dataclasses.replace(
+        ctx,
+        positions=cut(ctx.positions),
+        segment_ids=cut(ctx.segment_ids),
+        inputs={name: cut(value) for name, value in ctx.inputs.items()},
+        shared={**ctx.shared, 'embedding': cut(ctx.shared['embedding'])},
+    )
+
+
 class Stack(nnx.Module):
     """Layers as stacks of repeated units."""
 
@@ -54,14 +66,18 @@ class Stack(nnx.Module):
 
         return tuple(map(one, self.stacks, self.repeats))
 
-    def __call__(self, x, ctx: Context, state=None):
+    def __call__(self, x, ctx: Context, state=None, last: bool = False):
         """x [B, T, M] -> (x, next state, aux summed over layers).
 
         What a layer publishes is seen by later layers of its unit, and by later stacks if its unit is not repeated.
+        last: the last token alone is wanted; final stacks without a state of their own then run on it alone (YOCO's early
+        exit, 2405.05254).
         """
         first, states, total = 0, [], {}
         ctx = dataclasses.replace(ctx, shared={'embedding': x, **ctx.shared})
         for number, (repeats, length) in enumerate(zip(self.repeats, self.lengths)):
+            if last and state is not None and x.shape[1] > 1 and not jax.tree.leaves(state[number:]):
+                x, ctx = x[:, -1:], _of_last(ctx)
 
             def body(x, scanned, length=length, first=first, ctx=ctx, single=repeats == 1):
                 unit, index, old = scanned
@@ -178,6 +194,7 @@ class Transformer(nnx.Module):
         step=None,
         inputs=None,
         state=None,
+        last=False,
     ) -> ModelOutput:
         """tokens [B, T] (or [B, T, input_dim]) -> logits.
 
@@ -190,6 +207,7 @@ class Transformer(nnx.Module):
           step: int32 [], number of the training step, for mechanisms that alternate what they train.
           inputs: name -> array, side inputs of mechanisms that need them (`Spec.inputs`); tokens are always among them.
           state: of `init_state`, or the last output's.
+          last: only the logits of the last token, [B, 1, V], as for a prompt.
         """
         if self.kind == 'encoder_decoder' and source is None and memory is None and state is None:
             raise ValueError('an encoder-decoder reads a source: give source [B, S] or memory [B, S, M]')
@@ -200,7 +218,8 @@ class Transformer(nnx.Module):
         if state is not None and positions is None and self.positions != 'none':
             raise ValueError(f'positions={self.positions!r} with a state: give positions [B, T]')
         x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
-        x, state, more = self.body(x, ctx, state)
+        x, state, more = self.body(x, ctx, state, last)
+        x, segment_ids = (x[:, -1:], None) if last else (x, segment_ids)
         aux = {k: aux.get(k, 0.0) + more.get(k, 0.0) for k in {**aux, **more}}
         return ModelOutput(self.read(self.norm(x), segment_ids), state, aux)
 

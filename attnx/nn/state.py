@@ -71,6 +71,11 @@ class Keys:
     def length(self) -> int:
         return self.arrays[0].shape[1]
 
+    def of_last(self, length: int) -> 'Keys':
+        """The same keys as the last `length` queries see them."""
+        cut = lambda a: None if a is None else a[:, -length:]
+        return dataclasses.replace(self, query_ids=cut(self.query_ids), query_slots=cut(self.query_slots))
+
     def of_queries(self, per_key: jax.Array) -> jax.Array:
         """[B, S] -> [B, T]: the entries of the queries' own keys, where slots are indices into the arrays."""
         if self.query_slots is None:

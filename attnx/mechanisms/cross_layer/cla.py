@@ -5,8 +5,8 @@ Equation: o_t = sum_s softmax_s(scale q_t . k_s) v_s as in grouped-query attenti
 Paper: Reducing transformer key-value cache size with cross-layer attention, 2024, arXiv 2405.12981;
     You only cache once (YOCO), 2024, arXiv 2405.05254.
 Differs: keys are shared rotated, which is the same as rotating in each layer. YOCO's second half, whose layers all read
-    one pair of keys and values made from RMSNorm(x): the norm is the block's, its scale folded into W_k and W_v; prefill
-    does not leave out the second half for tokens whose logits are not asked for.
+    one pair of keys and values made from RMSNorm(x): the norm is the block's, its scale folded into W_k and W_v; in the
+    layer that makes them, queries of all tokens are computed, also for a prompt, whose later layers see its last token alone.
 Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer with its own keys, none in one that reads.
 """
 
@@ -58,6 +58,7 @@ class CrossLayerAttention(Mixer):
         else:
             keys = ctx.published(self.config.name)
             self.check(keys)
+            keys = keys.of_last(x.shape[1])
             query = query if self.core.query_norm is None else self.core.query_norm(query)
             start = 0 if keys.query_slots is None else keys.query_slots[0, 0]
             query = self.core.rotate(query, positions(ctx, x.shape[1], start))

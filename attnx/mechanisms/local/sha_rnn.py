@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from attnx import ops
-from attnx.nn import Cache, LayerNorm, Linear, Recurrent, attend_to, param
+from attnx.nn import Cache, LayerNorm, Linear, Recurrent, attend_to, param, softmax
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -29,6 +29,8 @@ class Config:
     def __post_init__(self):
         if min(self.expansion, self.memory) < 1:
             raise ValueError(f'expansion {self.expansion} and memory {self.memory} must be at least 1')
+        if not self.attention:
+            softmax.refuse(self, 'a layer without attention has no memory', 'memory')
 
 
 def lstm(gates, recurrent, ids, carry):

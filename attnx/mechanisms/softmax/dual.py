@@ -40,6 +40,11 @@ class Config(softmax.Options):
             raise ValueError('sensory_heads and relational_heads must not be negative, nor both 0')
         if min(self.num_symbols, self.symbol_heads) < 1 or self.num_relations < 0:
             raise ValueError('num_symbols and symbol_heads must be at least 1, num_relations at least 0')
+        if self.symbols == 'positional':
+            softmax.refuse(self, 'symbols of positions are looked up, not retrieved', 'num_symbols', 'symbol_heads')
+        if not self.relational_heads:
+            of_relations = 'num_relations', 'symmetric', 'symbols', 'num_symbols', 'symbol_heads'
+            softmax.refuse(self, 'there are no relational heads', *of_relations)
 
 
 class Symbols(nnx.Module):

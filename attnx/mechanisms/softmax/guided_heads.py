@@ -39,6 +39,9 @@ class Config(softmax.Options):
                 raise ValueError(f'unknown pattern {name!r}; {nearest(name, PATTERNS)}')
         if len(self.patterns) > self.num_heads:
             raise ValueError(f'{len(self.patterns)} patterns for num_heads {self.num_heads}')
+        for pattern, field in (('sentence', 'separators'), ('matching', 'unmatched')):
+            if pattern not in self.patterns:
+                softmax.refuse(self, f'no head has the pattern {pattern!r}', field)
 
 
 def _shown(i, code, q, k, q_token, k_token, alone, q_sentence, k_sentence):

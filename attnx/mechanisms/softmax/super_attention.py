@@ -28,6 +28,8 @@ class Config(softmax.Options):
     def __post_init__(self):
         super().__post_init__()
         softmax.check_choice('layout', self.layout, ('optimised', 'efficient', 'super'))
+        if self.layout != 'super':
+            softmax.refuse(self, f'layout {self.layout!r} has no matrix over positions', 'max_length')
 
 
 class SuperAttention(Mixer):

@@ -41,7 +41,8 @@ def relational(mixer, x):
     'fields', [{}, {'symmetric': True, 'num_relations': 4}, {'symbols': 'positional'}], ids=lambda f: ','.join(f)
 )
 def test_is_its_definition(fields):
-    mixer, x = oracle.build('dual', num_symbols=5, **fields), oracle.inputs()
+    fields = fields if 'symbols' in fields else {'num_symbols': 5, **fields}
+    mixer, x = oracle.build('dual', **fields), oracle.inputs()
     q, k, v = (oracle.heads(x, f, 2) for f in (mixer.query, mixer.key, mixer.value))
     sensory = oracle.project(oracle.attend(oracle.turn(q), oracle.turn(k), v, oracle.causal(x.shape[1])), mixer.out)
     close(oracle.run(mixer, x), np.concatenate([sensory, relational(mixer, x)], axis=-1), tolerances.FLOAT32)

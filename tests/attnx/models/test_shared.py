@@ -78,6 +78,21 @@ def test_decoding_equals_the_full_pass(fields, tokens):
         close(seen, model(row).logits[0, len(prompt) - 1 : -1], tolerances.FLOAT32)
 
 
+def test_a_prompt_leaves_readers_its_last_token_alone(tokens):
+    """YOCO's early exit: the same logits and state, without most of the work of layers that only read."""
+    model = model_of(**{**ONCE, 'num_layers': 12, 'overrides': {2: 'kv', **dict.fromkeys(range(3, 12), 'q')}})
+    ids = np.ones_like(tokens)
+    ids[1, :4] = 0  # a shorter prompt, padded on the left
+    prefill = lambda last: jax.jit(lambda m, t: m(t, segment_ids=ids, state=m.init_state(2, 16), last=last)[:2])
+    (whole, state), (end, other) = prefill(False)(model, tokens), prefill(True)(model, tokens)
+    close(end, whole[:, -1:], tolerances.FLOAT32)
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(other)):
+        close(b, a, tolerances.FLOAT32)
+    run = jax.make_jaxpr(lambda m, t: m(t, segment_ids=ids, state=m.init_state(2, 16), last=True).logits)
+    scans = [e.outvars[0].aval.shape for e in run(model, tokens).eqns if e.primitive.name == 'scan']
+    assert scans == [(2, 12, 32), (2, 12, 32), (2, 1, 32)]  # local layers, the source, its readers
+
+
 def test_only_sources_keep_a_cache():
     state = jax.eval_shape(lambda: model_of(**ONCE).init_state(1, 8))
     kept = [sum(leaf.size for leaf in jax.tree.leaves(layer['mixer'])) > 0 for stack in state for layer in stack]
