@@ -42,8 +42,7 @@ class RelativeAttention(attention.Attention):
         config, length = self.config, query.shape[1]
         key, value = (jnp.repeat(a.astype(query.dtype), query.shape[2] // self.num_kv_heads, axis=2) for a in keys.arrays)
         mask, score, scale = self.core.mask(keys), self.core.score(keys), config.scale or self.head_dim**-0.5
-        sinks = None if self.core.sink is None else self.core.sink[...]
-        sinks = jnp.zeros((config.num_heads,), jnp.float32) if config.off_by_one else sinks
+        sinks = self.core.sinks()
         reach = config.max_distance
 
         def run(q, first):
