@@ -24,8 +24,10 @@ REPEATED = {'pattern': ('kv', 'q'), 'num_layers': 4}  # each repeat has its own 
 ONCE = {'pattern': ('local',), 'num_layers': 5, 'overrides': {2: 'kv', 3: 'q', 4: 'q'}}  # YOCO: all read layer 2
 
 
-def config_of(**fields):
-    return config_lib.build(ModelConfig, {**SMALL, 'mixers': MIXERS, **fields}, 'config.model')
+def config_of(mixers=MIXERS, **fields):
+    used = {*fields['pattern'], *fields.get('overrides', {}).values()}
+    mixers = {name: mixer for name, mixer in mixers.items() if name in used}
+    return config_lib.build(ModelConfig, {**SMALL, 'mixers': mixers, **fields}, 'config.model')
 
 
 def model_of(**fields):
