@@ -91,5 +91,6 @@ SPEC = Spec(
     example=(Config(scores=(('t5', 8),), sinks=True), Config(source='shared')),
     publishes=lambda config: (config.name,) if config.source == 'own' else (),
     reads=lambda config: (config.name,) if config.source == 'shared' else (),
+    variants={'head_dim': {'head_dim': 4}},  # a layer alone may not have another width than its source
     flops=attention.flops,
 )
