@@ -101,9 +101,9 @@ class Watched(loop._Run):
         update = self.update
         taken = lambda: self.data.train.step - 1
 
-        def watched(state, batch):
+        def watched(state, batch, key):
             action = self.at.pop(taken(), None)
-            return update(action(self, state) if action else state, batch)
+            return update(action(self, state) if action else state, batch, key)
 
         self.update = watched
 
