@@ -101,9 +101,9 @@ class Watched(loop._Run):
         update = self.update
         taken = lambda: self.data.train.step - 1
 
-        def watched(state, batch, key):
+        def watched(state, batch):
             action = self.at.pop(taken(), None)
-            return update(action(self, state) if action else state, batch, key)
+            return update(action(self, state) if action else state, batch)
 
         self.update = watched
 
