@@ -28,7 +28,6 @@ from attnx.models.config import Layer, units
 from attnx.nn import from_flat, to_flat
 
 Flat = dict[str, jax.Array]
-VALUE = 'kernel'  # the flat view names a projection called `value` so
 
 
 def convert(model: Transformer, config: ModelConfig, target: ModelConfig) -> Transformer:
@@ -110,7 +109,8 @@ def mean_pool(parameters: Flat, old, new, width: int) -> Flat:
     if n != new_n or h != new_h or k % new_k:
         raise ValueError(f'{n} heads over {k} of width {h} can not become {new_n} over {new_k} of width {new_h}')
     pool = lambda w: w.reshape(*w.shape[:-1], new_k, k // new_k, h).mean(axis=-2).reshape(*w.shape[:-1], new_k * h)
-    return {name: pool(w) if name in (VALUE, 'key/kernel', 'key/bias', 'bias') else w for name, w in parameters.items()}
+    pooled = 'key/kernel', 'key/bias', 'value/kernel', 'value/bias'
+    return {name: pool(w) if name in pooled else w for name, w in parameters.items()}
 
 
 def to_heads(parameters: Flat, old, new, width: int) -> Flat:
@@ -156,14 +156,14 @@ def latent_factors(parameters: Flat, old, width: int, *, rope_dim: int, kv_rank:
     over heads become the shared rotated key; with `query_rank` an SVD of the queries."""
     (n, k), dtype = heads(old), parameters['query/kernel'].dtype
     h = old.head_dim or width // n
-    key, value = (jnp.repeat(parameters[name].reshape(width, k, h), n // k, axis=1) for name in ('key/kernel', VALUE))
+    key, value = (jnp.repeat(parameters[f'{name}/kernel'].reshape(width, k, h), n // k, axis=1) for name in ('key', 'value'))
     down, up = factor(jnp.concatenate([key.reshape(width, -1), value.reshape(width, -1)], axis=1), kv_rank)
     up_key, up_value = jnp.split(up.reshape(kv_rank, 2 * n, h), 2, axis=1)
     rotated = parameters['key/kernel'].reshape(width, k, h)[:, :, h - rope_dim :].mean(axis=1)
     found = {
         'down/kernel': jnp.concatenate([down, rotated], axis=1),
         'key/kernel': up_key[:, :, : h - rope_dim].reshape(kv_rank, -1),
-        VALUE: up_value.reshape(kv_rank, -1),
+        'value/kernel': up_value.reshape(kv_rank, -1),
         'query/kernel': parameters['query/kernel'],
         'out/kernel': parameters['out/kernel'],
     }
@@ -181,7 +181,7 @@ def to_latent(parameters: Flat, old, new, width: int) -> Flat:
             f'needs num_heads={old.num_heads}, head_dim + rope_dim = value_dim = {h} and latent_norm=False; given '
             f'{new.num_heads}, {head} + {rope}, {value}, {new.latent_norm}'
         )
-    if extra := set(parameters) - {'query/kernel', 'key/kernel', VALUE, 'out/kernel'}:
+    if extra := set(parameters) - {'query/kernel', 'key/kernel', 'value/kernel', 'out/kernel'}:
         raise ValueError(f'{", ".join(sorted(extra))} of the source has no place in mla')
     return latent_factors(parameters, old, width, rope_dim=rope, kv_rank=rank, query_rank=new.query_rank)
 
@@ -190,7 +190,7 @@ CONVERSIONS: dict[tuple[str, str], Callable[[Flat, Any, Any, int], Flat]] = {
     **{(old, 'gqa'): mean_pool for old in ('mha', 'gqa')},
     **{(old, 'moh'): to_heads for old in ('mha', 'gqa')},
     **{(old, 'mla'): to_latent for old in ('mha', 'gqa')},
-    **{(old, 'cla'): without('key/kernel', VALUE, 'core/key_norm/scale') for old in ('mha', 'gqa')},
+    **{(old, 'cla'): without('key/kernel', 'value/kernel', 'core/key_norm/scale') for old in ('mha', 'gqa')},
     **{(old, 'echo'): without('query/kernel', 'key/kernel') for old in ('mha', 'gqa')},
     ('any', 'skip'): lambda parameters, old, new, width: {},
 }

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnx.interop.convert import VALUE, Flat, by_layer, drop_layers, from_layers, kind
+from attnx.interop.convert import Flat, by_layer, drop_layers, from_layers, kind
 from attnx.models import ModelConfig, Transformer, build
 from attnx.nn import from_flat, positions, to_flat
 
@@ -88,7 +88,7 @@ def keep_heads(parameters: Flat, config, keep: jax.Array, width: int) -> Flat:
     """
     k = getattr(config, 'num_kv_heads', 0) or config.num_heads
     found = dict(parameters)
-    for name in ('query/kernel', 'query/bias', 'key/kernel', 'key/bias', VALUE, 'bias'):
+    for name in ('query/kernel', 'query/bias', 'key/kernel', 'key/bias', 'value/kernel', 'value/bias'):
         if name in found:
             w = found[name]
             found[name] = w.reshape(*w.shape[:-1], k, -1)[..., keep, :].reshape(*w.shape[:-1], -1)

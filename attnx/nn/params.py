@@ -20,13 +20,13 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], scale: float, dtype: Any = jn
 
 
 def _name(path) -> str:
-    keys = [str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', None)))) for k in path]
-    return '/'.join(k for k in keys if k != 'value')
+    return '/'.join(str(getattr(k, 'key', getattr(k, 'name', getattr(k, 'idx', None)))) for k in path)
 
 
 def to_flat(module: nnx.Module) -> dict[str, jax.Array]:
     """`{'stacks/0/layers/2/mixer/query/kernel': array}`, in the module's own leaf order."""
-    return {_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]}
+    # The last key is the Variable's own, `value`.
+    return {_name(path[:-1]): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]}
 
 
 def from_flat(like: nnx.Module, flat: dict[str, jax.Array]) -> nnx.Module:

@@ -221,6 +221,11 @@ class Core(nnx.Module):
             return jnp.zeros((self.num_heads,), jnp.float32)
         return None if self.sink is None else self.sink[...].astype(jnp.float32)
 
+    def weights(self):
+        """The options' softmax, sinks included, as a normalizer for `ops.weighted_attention`."""
+        sinks = self.sinks()
+        return ops.normalizers.softmax if sinks is None else ops.normalizers.sinks(sinks)
+
     def dropout(self, ctx: Context) -> Dropout | None:
         """The options' dropout of weights, in a call with a key."""
         if not self.options.dropout or ctx.key is None:

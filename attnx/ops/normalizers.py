@@ -9,7 +9,7 @@ number of keys that a query sees.
 import jax
 import jax.numpy as jnp
 
-__all__ = ['off_by_one', 'relu', 'sigmoid', 'signed', 'softmax', 'softplus', 'top_k']
+__all__ = ['off_by_one', 'relu', 'sigmoid', 'signed', 'sinks', 'softmax', 'softplus', 'top_k']
 
 
 def softmax(s, seen, i=None):
@@ -25,6 +25,17 @@ def off_by_one(s, seen, i=None):
     """
     e, top, total = _exponentials(s, seen, least=0.0)
     return e / (total + jnp.exp(-top))
+
+
+def sinks(logits):
+    """exp(s) / (exp(z) + sum exp(s)), z of each head in `logits` [N]: a sink takes what keys don't. Paper: 2309.17453."""
+
+    def weights(s, seen, i=None):
+        sink = logits.astype(s.dtype)[:, None, None]
+        e, top, total = _exponentials(s, seen, least=sink)
+        return e / (total + jnp.exp(sink - top))
+
+    return weights
 
 
 def signed(s, seen, i=None):

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from attnx import dispatch
 from attnx.ops import normalizers
-from attnx.ops.weighted_attention import by_rows, check, evaluate, index_of, num_rows, products, read
+from attnx.ops.weighted_attention import by_rows, check, evaluate, index_of, num_rows, products, read, thinned
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Mask, Operand, as_mask, as_score
 
@@ -95,15 +95,12 @@ def xla(
         hidden, kept = carry
         i = index_of(batch, query.shape[1], length, size, num_heads, first)
         s = products(query, key, scale)
-        seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
-        if score is not None:
-            s = evaluate(score, i, jnp.where(seen, s, 0))
+        seen = evaluate(mask, i)
+        s = evaluate(score, i, jnp.where(seen, s, 0))
         new = jax.nn.relu(jnp.where(evaluate(may_hide, i) & (i.q < length), s[:, :1], 0))[:, 0]  # [B, t, S]
         total = hidden[:, None] + jnp.cumsum(new, axis=1)
         before = jnp.concatenate([hidden[:, None], total[:, :-1]], axis=1)[:, None]
-        w = weights(jnp.where(seen, s - before, 0), seen, i)
-        if dropout is not None:
-            w = jnp.where(drop.keep(dropout.seed, *i[:4], dropout.rate), w * dropout.inverse_keep, 0)
+        w = thinned(weights(jnp.where(seen, s - before, 0), seen, i), i, dropout)
         left = jnp.where(seen & (i.q < length), 1 - jnp.minimum(before, 1), 0).sum(-1)[:, 0]
         return (total[:, -1], jnp.maximum(kept, left.max(-1))), read(w, value)
 

@@ -10,7 +10,8 @@ from pallas_kernels import elementwise
 from pallas_kernels.elementwise import Index, as_mask, as_score
 
 __all__ = [
-    'by_rows', 'check', 'evaluate', 'index_of', 'num_rows', 'products', 'read', 'reference', 'weighted_attention', 'xla',
+    'by_rows', 'check', 'evaluate', 'index_of', 'num_rows', 'products', 'read', 'reference', 'thinned', 'weighted_attention',
+    'xla',
 ]  # fmt: skip
 
 
@@ -55,9 +56,8 @@ def weighted_attention(
     if logits is None:
         check('weighted_attention', query, key, value)
     drop.check(dropout)
-    drop.check(dropout)
     options = {'weights': weights, 'logits': logits, 'mask': as_mask(mask), 'score': as_score(score), 'scale': scale}
-    options |= {'dropout': dropout if dropout is not None and dropout.threshold else None, 'pair_width': pair_width}
+    options |= {'dropout': dropout, 'pair_width': pair_width}
     return dispatch.run('weighted_attention', impl, {'reference': reference, 'xla': xla}, (query, key, value), options)
 
 
@@ -106,13 +106,9 @@ def xla(
         count = jax.tree.leaves(query)[0].shape[1]
         i = index_of(batch, count, length, size, num_heads, first)
         s = products(query, key, scale) if logits is None else logits(query, key, i)
-        seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
-        if score is not None:
-            s = evaluate(score, i, jnp.where(seen, s, 0))
-        w = weights(jnp.where(seen, s, 0), seen, i)
-        if dropout is not None:
-            w = jnp.where(drop.keep(dropout.seed, *i[:4], dropout.rate), w * dropout.inverse_keep, 0)
-        return carry, read(w, value)
+        seen = evaluate(mask, i)
+        s = evaluate(score, i, jnp.where(seen, s, 0))
+        return carry, read(thinned(weights(jnp.where(seen, s, 0), seen, i), i, dropout), value)
 
     return by_rows(step, (), query, rows)[1]
 
@@ -133,6 +129,13 @@ def read(weights, value):
     dtype = jnp.promote_types(value.dtype, jnp.float32)
     out = jnp.einsum('bkgts,bskh->btkgh', weights, value, preferred_element_type=dtype)
     return out.reshape(batch, count, n, -1).astype(value.dtype)
+
+
+def thinned(weights, i: Index, dropout=None):
+    """The weights of the indices i under a `Dropout`, or as they are for None."""
+    if dropout is None or not dropout.threshold:
+        return weights
+    return jnp.where(drop.keep(dropout.seed, *i[:4], dropout.rate), weights * dropout.inverse_keep, 0)
 
 
 def num_rows(row: int, length: int, limit: int = 2**22) -> int:
@@ -175,7 +178,9 @@ def index_of(batch, count, length, size, num_heads=1, first=0) -> Index:
 
 
 def evaluate(value, i: Index, s=None):
-    """A mask at the indices i, or a score of the logits s there."""
+    """A mask at the indices i, all True for None, or a score of the logits s there, s itself for None."""
+    if value is None:
+        return jnp.ones((1, 1, 1, 1), bool) if s is None else s
     operands, call = elementwise.flatten(value)
     q = jnp.minimum(i.q, i.q_len - 1)  # rows of padding
     at = {'b': i.b, 'h': i.h, 'q': q, 'k': i.k, 'd': i.k - q + (i.q_len - 1)}

@@ -1,20 +1,16 @@
 """`run(config)`: trains until done, and leaves a run directory that says everything about the run.
 
-Running the same command again resumes it, or says that it is complete. Of a model this file knows `models.build`, the
-flat view of its parameters, and its call.
+Running the same command again resumes it, or says that it is complete. Of a model this file knows the functions of
+`attnx.train.program`.
 """
 
 import contextlib
 import dataclasses
-import errno
-import fcntl
 import functools
 import json
 import os
 import pathlib
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -22,12 +18,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
 from attnx import models, plan, sharding, tasks
-from attnx.nn import params as params_lib
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import heads as heads_lib
@@ -35,6 +29,8 @@ from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
 from attnx.train.config import Config, completed, free
+from attnx.train.process import Stop, locked, writable
+from attnx.train.program import program
 
 
 class Result(NamedTuple):
@@ -47,55 +43,6 @@ class Result(NamedTuple):
     message: str
 
 
-class Program(NamedTuple):
-    """What a config compiles to; functions over the flat parameters."""
-
-    axes: Mapping[str, tuple]
-    shapes: Mapping[str, jax.ShapeDtypeStruct]
-    init: Any  # key -> parameters
-    forward: Any  # (params, batch, key, step=None) -> (logits, aux)
-    trace: Any  # (params, batch, key, step=None) -> yields (name, activation)
-    model: Any  # params -> the module
-    apply: Any  # (module, batch) -> its output, deterministic
-    checked: Any  # a module of this config, or flat parameters -> flat parameters
-
-
-def program(config: models.ModelConfig, *, packed: bool) -> Program:
-    """The model behind `forward`; builds it abstractly only."""
-    build = lambda key: models.build(config, rngs=nnx.Rngs(key))
-    abstract = jax.eval_shape(build, jax.random.key(0))
-
-    def call(model, batch, key=None, step=None, method='__call__'):
-        given = {'positions': batch.get('positions'), 'segment_ids': batch.get('segment_ids') if packed else None}
-        given |= {name: batch[name] for name in ('source', 'source_mask') if name in batch}
-        inputs = batch['tokens'] if 'tokens' in batch else batch['inputs']
-        side = {name: batch[name] for name in batch if name not in tasks.FIELDS}
-        return getattr(model, method)(inputs, key=key, step=step, inputs=side, **given)
-
-    def forward(params, batch, key, step=None):
-        out = call(params_lib.from_flat(abstract, params), batch, key, step)
-        return out.logits, out.aux
-
-    def checked(given):
-        flat = params_lib.to_flat(given) if isinstance(given, nnx.Module) else dict(given)
-        params_lib.from_flat(abstract, flat)  # refuses other names
-        for name, wanted in params_lib.to_flat(abstract).items():
-            if flat[name].shape != wanted.shape:
-                raise ValueError(f'initial parameter {name} has shape {flat[name].shape}, the model {wanted.shape}')
-        return flat
-
-    return Program(
-        axes=params_lib.flat_axes(abstract),
-        shapes=params_lib.to_flat(abstract),
-        init=lambda key: params_lib.to_flat(build(key)),
-        forward=forward,
-        trace=lambda params, batch, key, step=None: call(params_lib.from_flat(abstract, params), batch, key, step, 'trace'),
-        model=lambda params: params_lib.from_flat(abstract, params),
-        apply=call,
-        checked=checked,
-    )
-
-
 class Step(NamedTuple):
     """A step whose numbers have not been read yet."""
 
@@ -103,41 +50,6 @@ class Step(NamedTuple):
     values: Mapping[str, jax.Array]
     batch: Mapping[str, jax.Array]
     position: int  # batches taken so far, this one included
-
-
-class Stop:
-    """Notes SIGTERM and SIGINT, so that the loop can save and leave. A second signal acts as usual."""
-
-    def __init__(self, active: bool):
-        self.received: str | None = None
-        self._old = {}
-        if active and threading.current_thread() is threading.main_thread():
-            self._old = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def _note(self, number, frame):
-        self.received = signal.Signals(number).name
-        self.restore()
-
-    def restore(self):
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-        self._old = {}
-
-
-@contextlib.contextmanager
-def locked(run_dir: pathlib.Path):
-    """Holds the run directory for this process.
-
-    Raises:
-      ValueError: another process trains in it.
-    """
-    with (run_dir / 'lock').open('w') as stream:
-        if jax.process_index() == 0:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise ValueError(f'another process trains in {run_dir}; wait for it, or give another run_dir') from None
-        yield
 
 
 def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int | None = None) -> Result:
@@ -164,19 +76,8 @@ def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int 
     config.model.check(config.data.length)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with _writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
+    with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
         return _Run(config, run_dir, stack, teacher, initial).run(until)
-
-
-@contextlib.contextmanager
-def _writable(run_dir: pathlib.Path):
-    """A full disk is told as what it is."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ValueError(f'{error.filename or run_dir} could not be written: the disk is full') from error
-        raise
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:

@@ -30,8 +30,7 @@ class Config(softmax.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+        softmax.check_groups(self.num_heads, self.num_kv_heads)
         if min(self.memory_width, self.memory_length) < 0:
             raise ValueError(f'memory_width {self.memory_width} and memory_length {self.memory_length} must not be negative')
         if self.position != 'none' or self.masks or any(name not in SCORES for name, *_ in self.scores):

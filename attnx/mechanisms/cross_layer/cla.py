@@ -14,56 +14,46 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from attnx.nn import Linear, merge_heads, positions, softmax, split_heads
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.nn import attention, merge_heads, positions, softmax, split_heads
+from attnx.spec import Context, Dims, Output, Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(softmax.Options):
-    num_heads: int = 4  # N query heads
+class Config(attention.Options):
     num_kv_heads: int = 2  # K key/value heads; divides num_heads; those of a 'shared' layer are its source's
-    head_dim: int = 0  # H; 0: width / num_heads
     source: str = 'own'  # own: makes keys and values and publishes them; shared: reads those published last
     name: str = 'kv'  # what they are published as, to tell groups of layers apart
 
     def __post_init__(self):
         super().__post_init__()
-        softmax.check_groups(self.num_heads, self.num_kv_heads)
         softmax.check_choice('source', self.source, ('own', 'shared'))
 
 
-class CrossLayerAttention(Mixer):
+class CrossLayerAttention(attention.Attention):
     def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype, self.own = config, dims.dtype, config.source == 'own'
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
-        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
-        into = lambda: Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs) if self.own else None
-        self.key, self.value = into(), into()
-        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
-        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
-        self.core.key_norm = self.core.key_norm if self.own else None
+        super().__init__(config, dims, rngs=rngs)
+        self.own = config.source == 'own'
+        if not self.own:
+            self.key = self.value = self.core.key_norm = None
 
     def init_state(self, batch, capacity, dtype=None):
-        shape = (self.num_kv_heads, self.head_dim)
-        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype) if self.own else ()
+        return super().init_state(batch, capacity, dtype) if self.own else ()
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        query, shared = split_heads(self.query(x), self.config.num_heads), {}
+        shared = {}
         if self.own:
-            key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
+            query, key, value = self.project(x)
             query, keys, state = self.core.extend(query, key, (value,), ctx, state)
             shared = {self.config.name: keys}
         else:
+            query = split_heads(self.query(x), self.config.num_heads)
             keys = ctx.published(self.config.name)
             self.check(keys)
             keys = keys.of_last(x.shape[1])
             query = query if self.core.query_norm is None else self.core.query_norm(query)
             start = 0 if keys.query_slots is None else keys.query_slots[0, 0]
             query = self.core.rotate(query, positions(ctx, x.shape[1], start))
-        out = self.core.attend(query, *keys.arrays, ctx, self.core.mask(keys), self.core.score(keys))
-        return Output(self.out(merge_heads(out)), state, shared=shared)
+        return Output(self.out(merge_heads(self.attend(query, keys, ctx))), state, shared=shared)
 
     def check(self, keys):
         found = [a.shape[2:] for a in keys.arrays] if hasattr(keys, 'arrays') else jnp.shape(keys)
@@ -72,11 +62,6 @@ class CrossLayerAttention(Mixer):
                 f'cla reads keys and values of {self.num_kv_heads} heads of width {self.head_dim} as '
                 f'{self.config.name!r}; the layer before it publishes {found}'
             )
-
-
-def _flops(config, dims, length):
-    head_dim = config.head_dim or dims.width // config.num_heads
-    return softmax.flops(config.num_heads, head_dim, dims, length)
 
 
 SPEC = Spec(
@@ -88,5 +73,6 @@ SPEC = Spec(
     example=(Config(), Config(source='shared')),
     publishes=lambda config: (config.name,) if config.source == 'own' else (),
     reads=lambda config: (config.name,) if config.source == 'shared' else (),
-    flops=_flops,
+    variants={'head_dim': {'head_dim': 4}},  # a layer alone may not have another width than its source
+    flops=attention.flops,
 )

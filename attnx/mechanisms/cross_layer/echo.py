@@ -14,23 +14,21 @@ from typing import Any, NamedTuple
 
 import jax
 
-from attnx.nn import Linear, attend_to, merge_heads, softmax, split_heads
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.nn import attend_to, attention, merge_heads, softmax, split_heads
+from attnx.spec import Context, Dims, Output, Spec
 
 _OWN = ('dropout', 'scale')  # options of a copying layer; the others are its source's
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(softmax.Options):
+class Config(attention.Options):
     num_heads: int = 4  # N query heads; of a copying layer those of its source
     num_kv_heads: int = 2  # K key/value heads; divides num_heads
-    head_dim: int = 0  # H; 0: width / num_heads
     source: str = 'own'  # own: computes weights and publishes them; shared: copies those published last
     name: str = 'attention'  # what they are published as, to tell blocks of layers apart
 
     def __post_init__(self):
         super().__post_init__()
-        softmax.check_groups(self.num_heads, self.num_kv_heads)
         softmax.check_choice('source', self.source, ('own', 'shared'))
         fields = [f for f in dataclasses.fields(softmax.Options) if f.name not in _OWN]
         changed = [f.name for f in fields if getattr(self, f.name) != f.default]
@@ -48,34 +46,28 @@ class Weights(NamedTuple):
     sinks: jax.Array | None  # float32 [N]
 
 
-class EchoAttention(Mixer):
+class EchoAttention(attention.Attention):
     def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype, self.own = config, dims.dtype, config.source == 'own'
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
-        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs) if self.own else None
-        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs) if self.own else None
-        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
-        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
+        super().__init__(config, dims, rngs=rngs)
+        self.own = config.source == 'own'
+        if not self.own:
+            self.query = self.key = None
 
     def init_state(self, batch, capacity, dtype=None):
         shapes = ((self.num_kv_heads, self.head_dim),) * (2 if self.own else 1)
         return self.core.init_state(batch, capacity, shapes, dtype or self.dtype)
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        value, name = split_heads(self.value(x), self.num_kv_heads), self.config.name
+        name = self.config.name
         if self.own:
-            query = split_heads(self.query(x), self.config.num_heads)
-            key = split_heads(self.key(x), self.num_kv_heads)
+            query, key, value = self.project(x)
             query, keys, state = self.core.extend(query, key, (value,), ctx, state)
             key, value = keys.arrays
             made = Weights(query, key, self.core.mask(keys), self.core.score(keys), self.core.sinks())
         else:
             made = ctx.published(name)
             self.check(made)
-            state, keys = attend_to(state, ctx, (value,))
+            state, keys = attend_to(state, ctx, (split_heads(self.value(x), self.num_kv_heads),))
             (value,) = keys.arrays
         out = self.core.attend(made.query, made.key, value, ctx, made.mask, made.score, sinks=made.sinks)
         return Output(self.out(merge_heads(out)), state, shared={name: made} if self.own else {})
@@ -90,11 +82,6 @@ class EchoAttention(Mixer):
             )
 
 
-def _flops(config, dims, length):
-    head_dim = config.head_dim or dims.width // config.num_heads
-    return softmax.flops(config.num_heads, head_dim, dims, length)
-
-
 SPEC = Spec(
     module=EchoAttention,
     config=Config,
@@ -104,5 +91,6 @@ SPEC = Spec(
     example=(Config(scores=(('t5', 8),), sinks=True), Config(source='shared')),
     publishes=lambda config: (config.name,) if config.source == 'own' else (),
     reads=lambda config: (config.name,) if config.source == 'shared' else (),
-    flops=_flops,
+    variants={'head_dim': {'head_dim': 4}},  # a layer alone may not have another width than its source
+    flops=attention.flops,
 )

@@ -13,7 +13,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from attnx.nn import LayerNorm, Linear, merge_heads, normal, param, softmax, split_heads
+from attnx.nn import LayerNorm, Linear, attention, merge_heads, normal, param, softmax, split_heads
 from attnx.nn.state import attend_to
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
@@ -92,7 +92,5 @@ SPEC = Spec(
     example=(Config(num_places=5, layout_width=16), Config(source='shared')),
     publishes=lambda config: ('skim',) if config.source == 'own' else (),
     reads=lambda config: ('skim',) if config.source == 'shared' else (),
-    flops=lambda config, dims, length: softmax.flops(
-        config.num_heads, config.head_dim or dims.width // config.num_heads, dims, length
-    ),
+    flops=attention.flops,
 )

@@ -130,8 +130,7 @@ class SteerableAttention(Mixer):
                 a = a + jnp.einsum('btpnd,bspnd->bnts', q, k)
                 a = a + jnp.einsum('btnrp,btsr,btsp->bnts', jnp.einsum('btpnd,rnd->btnrp', q, near), bells, y)
             s = jnp.sqrt(jnp.real(a * jnp.conj(a)) + 1e-12) if config.weigh == 'modulus' else jnp.real(a)
-            seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
-            w = normalizers.softmax(s * size**-0.5, seen)
+            w = normalizers.softmax(s * size**-0.5, evaluate(mask, i))
             found = []
             for v, near, y in zip(value, near_value, around):
                 read = jnp.einsum('bnts,bspnd->btpnd', w, v)

@@ -69,9 +69,7 @@ def transition_length(query, key, steps: int, scale: float, mask, score):
     def step(carry, first, query):
         i = index_of(batch, query.shape[1], length, size, n, first)
         s = products(query, key, scale)
-        seen = jnp.ones((1, 1, 1, 1), bool) if mask is None else evaluate(mask, i)
-        s = s if score is None else evaluate(score, i, s)
-        p = ops.normalizers.softmax(s, seen).reshape(batch, n // steps, steps, -1, size)
+        p = ops.normalizers.softmax(evaluate(score, i, s), evaluate(mask, i)).reshape(batch, n // steps, steps, -1, size)
         a, b = p[:, :, 1:], p[:, :, :-1]
         middle = (a + b) / 2
         relative = lambda p: jnp.where(p > 0, p * jnp.log(jnp.maximum(p, 1e-30) / jnp.maximum(middle, 1e-30)), 0)

@@ -25,8 +25,7 @@ class Config(softmax.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+        softmax.check_groups(self.num_heads, self.num_kv_heads)
 
 
 def lambda_init(layer):

@@ -11,48 +11,17 @@ Cost: train O(T²) time, N H products a pair, O(T) memory; decode reads and keep
 
 import dataclasses
 
-from attnx.nn import Linear, merge_heads, softmax, split_heads
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.nn import attention
+from attnx.spec import Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(softmax.Options):
-    num_heads: int = 4  # N query heads
-    num_kv_heads: int = 2  # K key/value heads; divides num_heads; 1 is multi-query attention
-    head_dim: int = 0  # H; 0: width / num_heads; with a given one N is free of the width
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.num_kv_heads < 1 or self.num_heads % self.num_kv_heads:
-            raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
+class Config(attention.Options):
+    num_kv_heads: int = 2  # K key/value heads; divides num_heads; 1 is multi-query attention; 0: as many as num_heads
 
 
-class GroupedQueryAttention(Mixer):
-    def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype = config, dims.dtype
-        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
-        wide, narrow = config.num_heads * self.head_dim, config.num_kv_heads * self.head_dim
-        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
-        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
-        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
-
-    def init_state(self, batch, capacity, dtype=None):
-        shape = (self.config.num_kv_heads, self.head_dim)
-        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
-
-    def __call__(self, x, ctx: Context, state=None) -> Output:
-        query = split_heads(self.query(x), self.config.num_heads)
-        key = split_heads(self.key(x), self.config.num_kv_heads)
-        value = split_heads(self.value(x), self.config.num_kv_heads)
-        out, state = self.core(query, key, value, ctx, state)
-        return Output(self.out(merge_heads(out)), state)
-
-
-def _flops(config, dims, length):
-    head_dim = config.head_dim or dims.width // config.num_heads
-    return softmax.flops(config.num_heads, head_dim, dims, length)
+class GroupedQueryAttention(attention.Attention):
+    """The base as it is."""
 
 
 SPEC = Spec(
@@ -62,5 +31,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=4, num_kv_heads=2),
-    flops=_flops,
+    flops=attention.flops,
 )

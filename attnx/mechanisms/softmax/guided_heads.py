@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from attnx import ops
 from attnx.dispatch import nearest
-from attnx.nn import Cache, Linear, merge_heads, softmax, split_heads
+from attnx.nn import Cache, Linear, attention, merge_heads, softmax, split_heads
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 PATTERNS = ('matching', 'sentence', 'next', 'previous')
@@ -114,7 +114,5 @@ SPEC = Spec(
     state='kv',
     inputs={'tokens': 'int32 B T'},
     example=Config(num_heads=4, patterns=('matching', 'sentence', 'previous'), separators=(0,), unmatched=(3,)),
-    flops=lambda config, dims, length: softmax.flops(
-        config.num_heads, config.head_dim or dims.width // config.num_heads, dims, length
-    ),
+    flops=attention.flops,
 )

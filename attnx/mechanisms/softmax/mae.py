@@ -17,7 +17,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnx.nn import Linear, Recurrent, merge_heads, softmax, split_heads
+from attnx.nn import Linear, Recurrent, attention, merge_heads, softmax, split_heads
 from attnx.nn.state import running_sum
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
@@ -102,7 +102,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=4),
-    flops=lambda config, dims, length: softmax.flops(
-        config.num_heads, config.head_dim or dims.width // config.num_heads, dims, length
-    ),
+    flops=attention.flops,
 )

@@ -9,7 +9,7 @@ Cost: train O(T²) time, O(T) memory; decode reads and keeps 2 N H numbers a tok
 
 import dataclasses
 
-from attnx.nn import Linear, merge_heads, softmax, split_heads
+from attnx.nn import Linear, attention, merge_heads, softmax, split_heads
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -48,7 +48,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=4),
-    flops=lambda config, dims, length: softmax.flops(
-        config.num_heads, config.head_dim or dims.width // config.num_heads, dims, length
-    ),
+    flops=attention.flops,
 )

@@ -14,7 +14,7 @@ import dataclasses
 
 import jax.numpy as jnp
 
-from attnx.nn import Cache, Linear, attend_to, merge_heads, normal, param, positions, softmax
+from attnx.nn import Cache, Linear, attend_to, attention, merge_heads, normal, param, positions, softmax
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -63,11 +63,6 @@ class HeadEmbeddingAttention(Mixer):
         return x + e if self.config.form == 'add' else x * (1 + e)
 
 
-def _flops(config, dims, length):
-    head_dim = config.head_dim or dims.width // config.num_heads
-    return softmax.flops(config.num_heads, head_dim, dims, length)
-
-
 SPEC = Spec(
     module=HeadEmbeddingAttention,
     config=Config,
@@ -75,5 +70,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=4),
-    flops=_flops,
+    flops=attention.flops,
 )

@@ -17,15 +17,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from attnx.nn import Linear, merge_heads, routing, softmax, split_heads
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.nn import Linear, attention, merge_heads, routing, softmax
+from attnx.spec import Context, Dims, Output, Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(softmax.Options):
+class Config(attention.Options):
     num_heads: int = 8  # N query heads, the first of them shared
-    num_kv_heads: int = 0  # key/value heads; divides num_heads; 0: as many as num_heads
-    head_dim: int = 0  # H; 0: width / num_heads
     shared_heads: int = 2  # S: heads that every token uses
     top_k: int = 4  # K: routed heads that a token uses beside the shared ones
     router: str = 'linear'  # linear: learned routers; norm: the norms of queries choose, to start from a checkpoint
@@ -33,7 +31,6 @@ class Config(softmax.Options):
 
     def __post_init__(self):
         super().__post_init__()
-        softmax.check_groups(self.num_heads, self.num_kv_heads)
         if not 0 <= self.shared_heads < self.num_heads or not 1 <= self.top_k <= self.num_heads - self.shared_heads:
             raise ValueError(
                 f'of num_heads {self.num_heads}, shared_heads {self.shared_heads} must leave at least one, '
@@ -42,30 +39,17 @@ class Config(softmax.Options):
         softmax.check_choice('router', self.router, ('linear', 'norm'))
 
 
-class MixtureOfHeads(Mixer):
+class MixtureOfHeads(attention.Attention):
     def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype = config, dims.dtype
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
-        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
-        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
+        super().__init__(config, dims, rngs=rngs)
         exact = dataclasses.replace(dims, dtype=jnp.float32)
         route = lambda count: Linear(dims.width, count, ('embed', None), exact, rngs=rngs)
         shared, learned = config.shared_heads, config.router == 'linear'
         self.router = route(config.num_heads - shared) if learned else None
         self.shared_router, self.share = (route(shared), route(2)) if learned and shared else (None, None)
-        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
-
-    def init_state(self, batch, capacity, dtype=None):
-        shape = (self.num_kv_heads, self.head_dim)
-        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        query = split_heads(self.query(x), self.config.num_heads)
-        key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
+        query, key, value = self.project(x)
         gates, probs, chosen = self.gates(x, query)
         out, state = self.core(query, key, value, ctx, state)
         out = out * gates[..., None].astype(out.dtype)
@@ -94,11 +78,6 @@ class MixtureOfHeads(Mixer):
         return jnp.concatenate(gates, axis=-1), probs, chosen
 
 
-def _flops(config, dims, length):
-    head_dim = config.head_dim or dims.width // config.num_heads
-    return softmax.flops(config.num_heads, head_dim, dims, length)
-
-
 SPEC = Spec(
     module=MixtureOfHeads,
     config=Config,
@@ -106,5 +85,5 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_heads=8, num_kv_heads=4, shared_heads=2, top_k=3),
-    flops=_flops,
+    flops=attention.flops,
 )

@@ -4,18 +4,16 @@ Equation: s_ij = scale q_i . (k_j + a_r), o_i = sum_j softmax_j(s_ij) (v_j + b_r
     2 R + 1 vectors shared by the heads of a layer.
 Paper: Self-attention with relative position representations, 2018, arXiv 1803.02155.
 Differs: distances of sequences only, not the edge labels of a graph.
-Cost: train O(T²) time, masked pairs too, in plain XLA, a block of 128 query rows at a time; no [T, T, H] array: products
-    with the tables are picked from, weights are summed by distance. Decode keeps 2 K H numbers a token.
+Cost: train O(T²) time, masked pairs too, in plain XLA, some query rows at a time; no [T, T, H] array: products with
+    the tables are picked from, weights are summed by distance. Decode keeps 2 K H numbers a token.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from attnx.nn import attention, dropout, normal, param, relative
-from attnx.ops import rows
-from attnx.ops.weighted_attention import index_of
+from attnx.nn import attention, normal, param, relative
+from attnx.ops.weighted_attention import by_rows, evaluate, index_of, num_rows, products, read, thinned
 from attnx.spec import Context, Dims, Spec
 
 
@@ -39,29 +37,27 @@ class RelativeAttention(attention.Attention):
         self.key_table, self.value_table = table(), table() if config.values else None
 
     def attend(self, query, keys, ctx: Context):
-        config, length = self.config, query.shape[1]
-        key, value = (jnp.repeat(a.astype(query.dtype), query.shape[2] // self.num_kv_heads, axis=2) for a in keys.arrays)
-        mask, score, scale = self.core.mask(keys), self.core.score(keys), config.scale or self.head_dim**-0.5
-        sinks = self.core.sinks()
-        reach = config.max_distance
+        (batch, length, n, width), size, reach = query.shape, keys.length, self.config.max_distance
+        key, value = (a.astype(query.dtype) for a in keys.arrays)
+        mask, score, weights = self.core.mask(keys), self.core.score(keys), self.core.weights()
+        scale, dropout = self.config.scale or width**-0.5, self.core.dropout(ctx)
 
-        def run(q, first):
-            i = index_of(1, q.shape[1], length, key.shape[1], 1, first)
+        def step(carry, first, q):
+            i = index_of(batch, q.shape[1], length, size, n, first)
             bucket = jnp.clip(relative.distances(keys, i), -reach, reach)[0, 0] + reach
             # A product rather than a gather, whose gradient would add in any order on an accelerator.
             hot = (bucket[..., None] == jnp.arange(2 * reach + 1)).astype(q.dtype)
-            s = rows.logits(q, key, scale)
             far = jnp.einsum('btnh,lh->bntl', q, self.key_table[...].astype(q.dtype))
+            s = products(q, key, scale)
             s = s + scale * jnp.einsum('bntl,tsl->bnts', far, hot, preferred_element_type=jnp.float32)
-            w = rows.softmax(rows.finish(s, mask, score, first, length), sinks)
-            w = dropout(w, config.dropout, None if ctx.key is None else jax.random.fold_in(ctx.key, first)).astype(q.dtype)
-            out = jnp.einsum('bnts,bsnh->btnh', w, value)
+            w = thinned(weights(evaluate(score, i, s), evaluate(mask, i), i), i, dropout)
+            out = read(w, value)
             if self.value_table is not None:
-                summed = jnp.einsum('bnts,tsl->bntl', w, hot)
+                summed = jnp.einsum('bnts,tsl->bntl', w.astype(q.dtype), hot)
                 out = out + jnp.einsum('bntl,lh->btnh', summed, self.value_table[...].astype(q.dtype))
-            return out
+            return carry, out
 
-        return rows.by_rows(run, query)
+        return by_rows(step, (), query, num_rows(size * (batch * n + 2 * reach + 1), length))[1]
 
 
 SPEC = Spec(

@@ -5,17 +5,17 @@ Equation: J_k = scale q_k . k_k for Nk heads of queries and keys;  L_n = score(s
 Paper: Talking-heads attention, 2020, arXiv 2003.02436.
 Differs: scale H^-1/2 rather than in the initial variance of W_q; P and P' begin as the identity where they are square, so
     that the first step is multi-head attention, as ports do. Masks and scores come after P. No dynamic projections.
-Cost: train O(T²) time in plain XLA, a block of 128 query rows at a time: O(T) memory, logits of all heads of a block live; no
+Cost: train O(T²) time in plain XLA, some query rows at a time: O(T) memory, logits of all heads of those rows live; no
     fused kernel can hold them. Decode keeps (Nk H + Nv H) numbers a token.
 """
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 
-from attnx.nn import Linear, dropout, merge_heads, normal, param, softmax, split_heads
-from attnx.ops import rows
+from attnx.nn import Linear, merge_heads, normal, param, softmax, split_heads
+from attnx.ops import normalizers
+from attnx.ops.weighted_attention import by_rows, evaluate, index_of, num_rows, products, read, thinned
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
@@ -33,26 +33,28 @@ class Config(softmax.Options):
             raise ValueError(f'key_heads {self.key_heads} and value_heads {self.value_heads} must not be negative')
 
 
-def talking_heads(query, key, value, before, after, *, mask, score, scale, sinks=None, rate=0.0, drop=None, block=128):
+def talking_heads(
+    query, key, value, before, after, *, mask, score, scale, weights=normalizers.softmax, dropout=None, rows=None
+):
     """The op: query [B, T, Nk, H], key [B, S, Nk, H], value [B, S, Nv, Hv], before [Nk, N], after [N, Nv].
 
-    rate, drop: dropout of weights after the softmax, and its PRNG key or None.
+    weights: a normalizer; dropout: of its weights; rows: how many to take at once, chosen by default.
 
     Returns:
       [B, T, Nv, Hv]
     """
-    exact = {'preferred_element_type': jnp.float32}
+    (batch, length, key_heads, _), size, (num_heads, value_heads) = query.shape, key.shape[1], after.shape
     # Keys whole on every device: XLA's partitioner gives `after` a wrong gradient where queries and keys are both cut.
     key, value = (constrain(x, ('batch', None, 'kv_heads', 'head_dim')) for x in (key, value))
 
-    def run(q, first):
-        s = jnp.einsum('bkts,kn->bnts', rows.logits(q, key, scale), before.astype(jnp.float32), **exact)
-        w = rows.softmax(rows.finish(s, mask, score, first, query.shape[1]), sinks)
-        w = dropout(w, rate, None if drop is None else jax.random.fold_in(drop, first))
-        w = jnp.einsum('bnts,nv->bvts', w, after.astype(jnp.float32), **exact)
-        return jnp.einsum('bvts,bsvh->btvh', w.astype(value.dtype), value, **exact).astype(value.dtype)
+    def step(carry, first, query):
+        i = index_of(batch, query.shape[1], length, size, num_heads, first)
+        s = jnp.einsum('bkts,kn->bnts', products(query, key, scale), before.astype(jnp.float32))
+        w = thinned(weights(evaluate(score, i, s), evaluate(mask, i), i), i, dropout)
+        return carry, read(jnp.einsum('bnts,nv->bvts', w, after.astype(jnp.float32)), value)
 
-    return rows.by_rows(run, query, block)
+    rows = rows or num_rows(batch * max(key_heads, num_heads, value_heads) * size, length)
+    return by_rows(step, (), query, rows)[1]
 
 
 class TalkingHeadsAttention(Mixer):
@@ -84,7 +86,7 @@ class TalkingHeadsAttention(Mixer):
         out = talking_heads(
             query, key, value, self.before[...], self.after[...],
             mask=self.core.mask(keys), score=self.core.score(keys), scale=self.config.scale or self.head_dim**-0.5,
-            sinks=self.core.sinks(), rate=self.config.dropout, drop=ctx.key,
+            weights=self.core.weights(), dropout=self.core.dropout(ctx),
         )  # fmt: skip
         return Output(self.out(merge_heads(out)), state)
 

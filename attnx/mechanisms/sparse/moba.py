@@ -15,16 +15,13 @@ import jax
 import jax.numpy as jnp
 
 from attnx import ops
-from attnx.nn import Linear, merge_heads, softmax, split_heads
+from attnx.nn import attention, softmax
 from attnx.nn.state import starts
-from attnx.spec import Context, Dims, Mixer, Output, Spec
+from attnx.spec import Context, Spec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(softmax.Options):
-    num_heads: int = 4  # N query heads
-    num_kv_heads: int = 0  # K key/value heads; divides num_heads; 0: as many as num_heads
-    head_dim: int = 0  # H; 0: width / num_heads
+class Config(attention.Options):
     block: int = 512  # b: tokens of a block
     top_k: int = 3  # blocks that a query reads, its own included
 
@@ -32,8 +29,6 @@ class Config(softmax.Options):
         super().__post_init__()
         if self.block < 1 or self.top_k < 1:
             raise ValueError(f'block {self.block} and top_k {self.top_k} must be at least 1')
-        if self.num_kv_heads < 0 or self.num_heads % (self.num_kv_heads or self.num_heads):
-            raise ValueError(f'num_kv_heads {self.num_kv_heads} does not divide num_heads {self.num_heads}')
 
 
 def _routed(i, own, block, *chosen):
@@ -80,30 +75,10 @@ def route(query: jax.Array, keys, block: int, top_k: int) -> ops.masks.Mask:
     return ops.masks.Mask(_routed, (*rows, *chosen))
 
 
-class MixtureOfBlockAttention(Mixer):
-    def __init__(self, config: Config, dims: Dims, *, rngs):
-        self.config, self.dtype = config, dims.dtype
-        self.num_kv_heads = config.num_kv_heads or config.num_heads
-        self.head_dim = softmax.heads_of(config.num_heads, config.head_dim, dims.width)
-        wide, narrow = config.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.query = Linear(dims.width, wide, ('embed', 'heads'), dims, rngs=rngs)
-        self.key = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.value = Linear(dims.width, narrow, ('embed', 'kv_heads'), dims, rngs=rngs)
-        self.out = Linear(wide, dims.width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
-        self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
-
-    def init_state(self, batch, capacity, dtype=None):
-        shape = (self.num_kv_heads, self.head_dim)
-        return self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
-
-    def __call__(self, x, ctx: Context, state=None) -> Output:
-        query = split_heads(self.query(x), self.config.num_heads)
-        key, value = (split_heads(f(x), self.num_kv_heads) for f in (self.key, self.value))
-        query, keys, state = self.core.extend(query, key, (value,), ctx, state)
+class MixtureOfBlockAttention(attention.Attention):
+    def attend(self, query, keys, ctx: Context):
         mask = self.core.mask(keys) & route(query, keys, self.config.block, self.config.top_k)
-        key, value = keys.arrays
-        out = self.core.attend(query, key, value, ctx, mask, self.core.score(keys))
-        return Output(self.out(merge_heads(out)), state)
+        return self.core.attend(query, *keys.arrays, ctx, mask, self.core.score(keys))
 
 
 def _flops(config, dims, length):

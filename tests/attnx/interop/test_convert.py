@@ -62,7 +62,7 @@ def test_all_heads_on_and_own_keys_change_nothing(source, target):
 
 def test_readers_lose_what_they_read(source):
     config, model = source
-    for kind, lost in (('cla', {'key/kernel', 'kernel'}), ('echo', {'key/kernel', 'query/kernel'})):
+    for kind, lost in (('cla', {'key/kernel', 'value/kernel'}), ('echo', {'key/kernel', 'query/kernel'})):
         both = {'a': {'kind': kind, 'position': 'none'}, 'b': {'kind': kind, 'source': 'shared'}}
         target = config_of(**both, pattern=('a', 'b'))
         _, layers = lib.by_layer(target, to_flat(lib.convert(model, config, target)))
@@ -76,7 +76,7 @@ def test_pooled_heads_are_means(source):
     kernel = to_flat(model)['body/stacks/0/layers/0/mixer/key/kernel']
     found = to_flat(lib.convert(model, config, target))['body/stacks/0/layers/0/mixer/key/kernel']
     close(found, (kernel[..., :8] + kernel[..., 8:]) / 2, tolerances.FLOAT32)
-    twins = {k: jnp.tile(v[..., :8], 2) if k.endswith(('mixer/key/kernel', 'mixer/kernel')) else v
+    twins = {k: jnp.tile(v[..., :8], 2) if k.endswith(('mixer/key/kernel', 'mixer/value/kernel')) else v
              for k, v in to_flat(model).items()}  # fmt: skip
     twins = from_flat(model, twins)
     close(run(lib.convert(twins, config, target)), run(twins), tolerances.FLOAT32)
@@ -106,11 +106,12 @@ def test_factors():
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
     old = attnx.get('gqa').config(num_heads=4, num_kv_heads=2)
-    parameters = {'query/kernel': draw(32, 32), 'key/kernel': draw(32, 16), 'kernel': draw(32, 16), 'out/kernel': draw(32, 32)}
+    sizes = {'query': 32, 'key': 16, 'value': 16, 'out': 32}
+    parameters = {f'{name}/kernel': draw(32, size) for name, size in sizes.items()}
     found = lib.latent_factors(parameters, old, 32, rope_dim=0, kv_rank=32, query_rank=32)
     heads = lambda w: np.repeat(np.asarray(w).reshape(32, 2, 8), 2, axis=1).reshape(32, 32)
     close(found['query_down/kernel'] @ found['query/kernel'], parameters['query/kernel'], tolerances.FLOAT32)
-    for name in ('key/kernel', 'kernel'):
+    for name in ('key/kernel', 'value/kernel'):
         close(found['down/kernel'] @ found[name], heads(parameters[name]), tolerances.FLOAT32)
     kernel, values = parameters['query/kernel'], np.linalg.svd(np.asarray(parameters['query/kernel']), compute_uv=False)
     down, up = lib.factor(kernel, 20)

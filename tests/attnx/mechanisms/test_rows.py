@@ -12,7 +12,8 @@ from tests import tolerances
 from tests.laws import BATCH, LENGTH, case, close, positions_of
 
 OPS = ('attnx.ops.weighted_attention', 'attnx.ops.selective_attention')
-NAMES = ('selective', 'daft', 'decoupled_embeddings', 'knowledge_markers', 'luong', 'neural_attention', 'steerable')
+NAMES = ('selective', 'daft', 'decoupled_embeddings', 'knowledge_markers', 'luong', 'neural_attention', 'shaw',
+         'steerable', 'talking_heads')  # fmt: skip
 
 
 @pytest.mark.slow

@@ -46,8 +46,8 @@ def test_blocks_of_rows_change_nothing():
     mask = masks.causal() & masks.segments(jnp.asarray(ids))
     strip = RNG.standard_normal((3, 73)).astype(np.float32)
 
-    def loss(arrays, strip, block):
-        out = talking_heads(*arrays, mask=mask, score=scores.relative(strip), scale=0.4, block=block)
+    def loss(arrays, strip, rows):
+        out = talking_heads(*arrays, mask=mask, score=scores.relative(strip), scale=0.4, rows=rows)
         return jnp.sum(jnp.sin(out)), out
 
     run = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True), static_argnums=2)

@@ -18,6 +18,7 @@ ROWS = functools.partial(xla, rows=8)
 NORMALIZERS = {
     'softmax': normalizers.softmax,
     'off_by_one': normalizers.off_by_one,
+    'sinks': normalizers.sinks(jnp.array([-1.0, 0.0, 0.5, 30.0])),
     'signed': normalizers.signed,
     'relu': normalizers.relu(0.5),
     'sigmoid': normalizers.sigmoid(),
@@ -66,6 +67,8 @@ def test_softmax_is_the_fused_op(arrays):
     close(run(weights=normalizers.softmax), softmax_attention(*qkv, **options), tolerances.FLOAT32)
     expected = softmax_attention(*qkv, sinks=jnp.zeros(N), **options)
     close(run(weights=normalizers.off_by_one), expected, tolerances.FLOAT32)
+    logits = jnp.linspace(-2, 3, N)
+    close(run(weights=normalizers.sinks(logits)), softmax_attention(*qkv, sinks=logits, **options), tolerances.FLOAT32)
 
 
 def _rows(name, s, seen=None):
