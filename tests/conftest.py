@@ -17,7 +17,19 @@ jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_CACHE', str(
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def forget():
+    """Lets go of what a file compiled: programs take memory maps, of which a process has a limited number."""
+    yield
+    jax.clear_caches()
+
+
 def pytest_collection_modifyitems(items):
+    # One worker takes all tests of a file, or of a mechanism under the laws: they share what they compile.
+    for item in items:
+        call = getattr(item, 'callspec', None)
+        of = call.params.get('member', '') if call else ''
+        item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{of}' if of else str(item.path.stem)))
     if jax.default_backend() != 'gpu':
         for item in items:
             if item.get_closest_marker('gpu'):

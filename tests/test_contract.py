@@ -32,18 +32,26 @@ def pytest_generate_tests(metafunc):
     names = list(NAMES)
     if law_of(metafunc.function.__name__) in BOTH_FORMS:
         names += [f'{n}-bidirectional' for n in NAMES if catalog.entry(n).causal == 'both']
-    metafunc.parametrize('c', names, indirect=True)
+    metafunc.parametrize('member', names, indirect=True, scope='module')  # all laws of one, then of the next
+
+
+@pytest.fixture(scope='module')
+def member(request):
+    """The name of the mechanism whose laws run; what they compiled is let go with it."""
+    yield request.param
+    case.cache_clear()
+    jax.clear_caches()
 
 
 @pytest.fixture
-def c(request):
+def c(request, member):
     """The mechanism's case; skips a law that its SPEC excuses with a reason."""
-    law, limits = law_of(request.node.name), catalog.entry(request.param.partition('-')[0]).limits
+    law, limits = law_of(request.node.name), catalog.entry(member.partition('-')[0]).limits
     if unknown := set(limits) - set(LAWS):
-        pytest.fail(f'{request.param}: limits name unknown laws {unknown}')
+        pytest.fail(f'{member}: limits name unknown laws {unknown}')
     if law in limits:
         pytest.skip(limits[law])
-    return case(request.param)
+    return case(member)
 
 
 def test_shapes(c):
