@@ -114,5 +114,10 @@ SPEC = Spec(
     state='kv',
     inputs={'tokens': 'int32 B T'},
     example=Config(num_heads=4, patterns=('matching', 'sentence', 'previous'), separators=(0,), unmatched=(3,)),
+    variants={
+        'patterns': {'patterns': ('sentence', 'matching', 'next')},
+        'separators': {'separators': (1,)},
+        'unmatched': {'unmatched': (2,)},
+    },
     flops=attention.flops,
 )
