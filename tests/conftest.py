@@ -24,6 +24,7 @@ def forget():
     jax.clear_caches()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     # One worker takes all tests of a file, or of a mechanism under the laws: they share what they compile.
     for item in items:
