@@ -3,7 +3,7 @@ PY    := $(shell for p in python3.14 python3.13 python3.12 python3; do $$p -c 'i
 EXTRA ?= test
 STAMP := .venv/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)-$(EXTRA)
 BIN   := .venv/bin
-WORKERS ?= -n auto --maxprocesses 8 --dist loadgroup
+WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
 
 .PHONY: train test quick lint types check clean help
 .DEFAULT_GOAL := help

@@ -24,13 +24,7 @@ def forget():
     jax.clear_caches()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    # One worker takes all tests of a file, or of a mechanism under the laws: they share what they compile.
-    for item in items:
-        call = getattr(item, 'callspec', None)
-        of = call.params.get('member', '') if call else ''
-        item.add_marker(pytest.mark.xdist_group(f'{item.path.stem}-{of}' if of else str(item.path.stem)))
     if jax.default_backend() != 'gpu':
         for item in items:
             if item.get_closest_marker('gpu'):
