@@ -176,6 +176,7 @@ def forward(form: Case, examples: tuple):
     """Outputs and auxiliary values of two packed documents, with dropout."""
     ids = jnp.repeat(jnp.array([[1] * 15 + [2] * (LENGTH - 15)], jnp.int32), BATCH, axis=0)
     ctx = form.context(jnp.asarray(form.x), ids, positions_of(ids))
+    ctx = dataclasses.replace(ctx, step=jnp.int32(3))  # for what alternates
     out = build(form, examples)(jnp.asarray(form.x), dataclasses.replace(ctx, key=jax.random.key(1)))
     return out.y, dict(out.aux)
 

@@ -106,6 +106,11 @@ def timed(step, wait, steps: int) -> float:
     return statistics.median(rounds)
 
 
+def named(model: dict[str, Any]) -> dict[str, Any]:
+    """The model with those of its mixers that its pattern names."""
+    return model | {'mixers': {name: mixer for name, mixer in model['mixers'].items() if name in model['pattern']}}
+
+
 # Ours
 
 
@@ -122,7 +127,7 @@ def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> 
 
     grown = {'batch': row.batch, 'length': row.length}
     grown[row.grow] *= devices
-    given = config.build(models.ModelConfig, row.model | {'max_length': grown['length'], 'dtype': dtype})
+    given = config.build(models.ModelConfig, named(row.model) | {'max_length': grown['length'], 'dtype': dtype})
     made = loop.program(given, packed=False)
     mesh = sharding.make_mesh({row.mesh: devices}, jax.devices()[:devices])
     transform, rate = optim.build(optim.Config(warmup=10, schedule='constant'), 1000, made.axes)
@@ -180,7 +185,7 @@ def peer(row: Row, steps: int) -> dict[str, Any]:
     from attnx import config, models, plan
     from attnx.train import loop, metrics
 
-    given = config.build(models.ModelConfig, row.model | {'max_length': row.length})
+    given = config.build(models.ModelConfig, named(row.model) | {'max_length': row.length})
     width, heads = given.width, given.layers()[0].config.num_heads
     rotary, gated = given.positions == 'none', given.mlp.kind == 'swiglu'
     bias = given.mlp.bias

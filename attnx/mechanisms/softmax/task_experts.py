@@ -135,5 +135,6 @@ SPEC = Spec(
     state='kv',
     inputs={'task': 'int32 B T ?'},
     example=Config(num_tasks=4, num_experts=4, top_k=2, head_dim=8, visible=(4, 2, 4, 3)),
+    variants={'visible': {'visible': (3, 2, 4, 4)}},
     flops=_flops,
 )

@@ -102,7 +102,7 @@ def test_deltanet_looks_up_exactly_and_overwrites():
     for t, key in enumerate(keys):
         x[0, t, key], x[0, t, 8:] = 3.0, values[t]
     state = mixer.init_state(1, 8)
-    y, state, _ = mixer(x, Context(), state)
+    y, state, *_ = mixer(x, Context(), state)
     written = np.concatenate([np.zeros((len(keys), 8)), silu(x[0, :, 8:].astype(np.float64))], axis=-1)
     close(y[0], rms(written / 4), tolerances.FLOAT32)  # every token reads back what it wrote
     memory = np.asarray(state.memory['matrix'])[0, 0]

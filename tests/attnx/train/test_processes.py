@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).parents[3]
 FLAGS = (
     '--config.steps=3', '--config.eval_every=0', '--config.log.every=1', '--config.checkpoint.every=0',
     '--config.sample.tokens=0', '--config.optim.kind=adamw', '--config.optim.warmup=1', '--config.optim.decay=1',
-    '--config.model.width=32', '--config.model.num_layers=2', "--config.model.pattern=('gla','gqa')",
+    '--config.model.width=32', '--config.model.num_layers=2', "--config.model.pattern=('gla','a')",
     "--config.model.mlp_overrides={1: {'kind': 'moe', 'experts': 4}}",
     "--config.model.mixers.a.num_heads=4", '--config.model.vocab_size=258',
     '--config.data.length=32', '--config.data.batch_size=8', '--config.data.eval_batches=1',
