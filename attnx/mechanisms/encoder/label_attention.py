@@ -100,6 +100,7 @@ SPEC = Spec(
         'decode': 'labels read the whole sequence',
         'state': 'labels read the whole sequence',
     },
+    documents=lambda config: config.documents,
     example=Config(num_labels=4, key_dim=8, value_dim=8, label_dim=8, documents=2),
     flops=lambda config, dims, length: 2 * config.num_labels * (2 * config.documents * dims.width + config.label_dim),
 )
