@@ -82,3 +82,17 @@ def test_target_brings_in_the_kernels_of_another_platform(kernel, monkeypatch):
     with dispatch.target('tpu'):
         jax.jit(lambda x: run(x)).trace(jnp.ones(3)).lower(lowering_platforms=('tpu',))
     assert kernel.calls
+
+
+@pytest.mark.parametrize(('name', 'impl'), [
+    ('retnet', 'mosaic_gpu'), ('gla', 'xla'), ('deltanet', 'mosaic_gpu'), ('gated_deltanet', 'xla'),
+])  # fmt: skip
+def test_auto_passes_by_what_has_not_passed_its_gate(name, impl):
+    """Decays per channel, and decays of the delta rule; asked for by name they run."""
+    from attnx import explanation
+
+    calls = explanation.calls_of(name, width=256, length=256)
+    call = next(c for c in calls if c.op in ('gated_linear', 'delta_rule'))
+    assert call.chosen('cuda').impl == impl
+    kernel = next(c for c in call.choices if c.impl == 'mosaic_gpu')
+    assert (kernel.reason is None) == (impl == 'mosaic_gpu') and 'auto' in (kernel.reason or 'auto')
