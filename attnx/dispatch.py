@@ -229,6 +229,7 @@ def _platform_dependent(branches, default, args, kwargs):
 
     return jax.lax.platform_dependent(
         *arrays,
-        default=wrapped(default),
+        # What the branches keep for a backward pass is kept on every platform, so this one keeps nothing but its arguments.
+        default=jax.checkpoint(wrapped(default)),
         **{platform: wrapped(function) for platform, function in branches.items()},
     )

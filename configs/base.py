@@ -122,6 +122,7 @@ def model():
     c.logit_softcap = 0.0
     c.dropout = 0.0
     c.remat = 'none'
+    c.unroll = 1
     c.dtype = 'float32'  # bfloat16 on accelerators
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's

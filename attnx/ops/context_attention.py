@@ -33,6 +33,7 @@ from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, Mask, Operand, Score, Term
+from pallas_kernels.kept import kept
 
 GATHER_LIMIT = 2**28  # bytes of gathered keys and values above which `auto` prefers the ring
 UNEVEN = 1.25  # work of the busiest device over the average, above which queries go zigzag
@@ -376,7 +377,7 @@ def _go_round(ring: _Round, q, k, v, floating, rest):
 
 
 def _go_round_fwd(ring, q, k, v, floating, rest):
-    found = _go_round(ring, q, k, v, floating, rest)
+    found = kept(_go_round(ring, q, k, v, floating, rest))
     return found, (q, k, v, floating, rest, *found)
 
 

@@ -16,8 +16,7 @@ from attnx.train import step as step_lib
 FREE = (
     'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
     'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
-    'health.*', 'model.remat',
-    'model.impl',
+    'health.*', 'model.remat', 'model.unroll', 'model.impl',
 )  # fmt: skip
 
 

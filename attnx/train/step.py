@@ -64,13 +64,36 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
       logits: [..., V], any float dtype; computed in float32.
       targets: int [...], inside [0, V): out of range is clamped by XLA, so check ids on the host.
     """
-    logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    nll = lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    lse, picked = _lse_and_picked(logits, targets)
+    nll = lse - picked
     smoothed = nll
     if label_smoothing:
-        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits, axis=-1))
+        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits.astype(jnp.float32), axis=-1))
     return nll, smoothed, lse
+
+
+@jax.custom_vjp
+def _lse_and_picked(logits, targets):
+    """(logsumexp(logits), logits[target]), float32. Of arrays as large as the logits the backward pass makes one, their
+    gradient; autodiff would scatter into a second and keep the exponentials."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1), jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _lse_and_picked_fwd(logits, targets):
+    lse, picked = _lse_and_picked(logits, targets)
+    return (lse, picked), (logits, targets, lse)
+
+
+def _lse_and_picked_bwd(saved, cotangents):
+    logits, targets, lse = saved
+    dlse, dpicked = (x[..., None] for x in cotangents)
+    softmax = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+    hit = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
+    return (softmax * dlse + jnp.where(hit, dpicked, 0)).astype(logits.dtype), None
+
+
+_lse_and_picked.defvjp(_lse_and_picked_fwd, _lse_and_picked_bwd)
 
 
 def divergence(teacher: jax.Array, student: jax.Array, temperature: float = 1.0) -> jax.Array:
