@@ -79,6 +79,8 @@ def get_config():
             'mask_heads': 0,
             'mask_heads_by': 'random',
             'mask_heads_rescale': False,
+            'qk_clip': 0.0,
+            'qk_clip_every': 1,
         }
     )
     c.checkpoint = ConfigDict(

@@ -4,7 +4,7 @@ Both come from `Program.trace`, which runs layer after layer without a scan, und
 op is given and returns. So a training step pays nothing for them, and they hold for every mechanism made of these ops.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -65,12 +65,12 @@ FIGURES: dict[str, Callable[[dispatch.Seen], Mapping[str, jax.Array]]] = {
 }
 
 
-def figures(trace: Iterator) -> dict[str, jax.Array]:
-    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every op call that `FIGURES` knows."""
+def figures(trace: Iterator, only: Collection[str] = FIGURES) -> dict[str, jax.Array]:
+    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every call of an op of `only`."""
     found = {}
     for _, _, calls in _calls(trace):
         for where, call in calls:
-            if call.op in FIGURES:
+            if call.op in only:
                 found |= {f'{where}/{name}': value for name, value in FIGURES[call.op](call).items()}
     return found
 

@@ -23,6 +23,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from attnx import config as config_lib
 from attnx import models, plan, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
+from attnx.train import clip as clip_lib
 from attnx.train import data as data_lib
 from attnx.train import heads as heads_lib
 from attnx.train import health, metrics, report
@@ -147,7 +148,8 @@ class _Run:
         self.initial = None if initial is None else made.checked(initial)
         self._init = lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform)
         heads = heads_lib.projections(config.model, made.shapes)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
+        clip = clip_lib.hook(config.model, made, config.step.qk_clip) if config.step.qk_clip else None
+        update = step_lib.train_step(made.forward, transform, rate, config.step, heads, clip)
         self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
         self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)

@@ -35,6 +35,8 @@ class Config:
     mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask)
     mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
     mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
+    qk_clip: float = 0.0  # largest attention logit after an update: heads beyond it get smaller queries and keys; 0: off
+    qk_clip_every: int = 1  # updates between looks at the logits, each a forward pass
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -51,6 +53,10 @@ class Config:
             raise ValueError('hard and distill_temperature belong to distillation: set distill, its weight')
         if self.mask_heads_by not in ('random', 'importance'):
             raise ValueError(f'mask_heads_by: {nearest(self.mask_heads_by, ("random", "importance"))}')
+        if self.qk_clip < 0 or self.qk_clip_every < 1:
+            raise ValueError(f'qk_clip {self.qk_clip} must be >= 0 and qk_clip_every {self.qk_clip_every} >= 1')
+        if self.qk_clip_every != 1 and not self.qk_clip:
+            raise ValueError('qk_clip_every says how often logits are looked at: set qk_clip, their limit')
         if not self.mask_heads and (self.mask_heads_by != 'random' or self.mask_heads_rescale):
             raise ValueError('mask_heads_by and mask_heads_rescale say how heads are masked: set mask_heads, how many')
 
@@ -213,6 +219,7 @@ def train_step(
     rate: Callable,
     config: Config,
     heads: Mapping[str, int] | None = None,
+    clip: Callable | None = None,
 ):
     """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
     every step: as an argument, one compiled program serves all seeds.
@@ -223,8 +230,11 @@ def train_step(
     Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
     heads: output projections and their numbers of heads (`heads.projections`), for `config.mask_heads`.
+    clip: `clip.hook`, for `config.qk_clip`; metrics then count the heads that were clipped.
     """
 
+    if config.qk_clip and clip is None:
+        raise ValueError('step.qk_clip looks inside the model: give train_step its hook')
     tolerated = config.max_non_finite if config.non_finite == 'skip' else 0
 
     def step(state, batch, key):
@@ -249,8 +259,13 @@ def train_step(
             'bad': bad,
             'frozen': frozen,
         }
+        params = keep(optax.apply_updates(params, updates), params)
+        if config.qk_clip:
+            due = ok & ((number + 1) % config.qk_clip_every == 0)
+            look, pass_by = functools.partial(clip, batch=batch, step=number), lambda params: (params, jnp.int32(0))
+            params, metrics['qk_clipped'] = jax.lax.cond(due, look, pass_by, params)
         state = {
-            'params': keep(optax.apply_updates(params, updates), params),
+            'params': params,
             'opt': keep(new_opt, opt),
             'step': number + ~frozen,
             'bad': bad,
