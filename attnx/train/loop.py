@@ -75,10 +75,20 @@ def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int 
         known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
         jax.distributed.initialize(**known)
     config.model.check(config.data.length)
+    check_compiler(config.compiler)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
         return _Run(config, run_dir, stack, teacher, initial).run(until)
+
+
+def check_compiler(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that XLA does not have, or of another type, before the step is compiled."""
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f'config.compiler: {name}={value!r}: {str(error).splitlines()[0]}') from None
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
@@ -151,7 +161,8 @@ class _Run:
         clip = clip_lib.hook(config.model, made, config.step.qk_clip) if config.step.qk_clip else None
         update = step_lib.train_step(made.forward, transform, rate, config.step, heads, clip)
         self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
+        options = dict(config.compiler) or None
+        self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single), compiler_options=options)
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
         peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
