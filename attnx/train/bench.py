@@ -4,8 +4,9 @@
 
 Words keep the rows whose name contains one of them. Every measurement is a process of its own, so that none finds the
 memory of another. A row is a model at a shape; `scaling` rows run on one device and on all of them, `overhead` once more
-without norm, finite check and metrics, and with a checkpoint written in the background. The peer is the same model in PyTorch: `torch.compile`, SDPA by cuDNN, bfloat16
-autocast, fused AdamW; it is left out where PyTorch is not installed. Weights and optimizer states are float32 on both sides.
+without norm, finite check and metrics, and with checkpoints written in the background. The peer is the same model in PyTorch:
+`torch.compile`, SDPA by cuDNN, bfloat16 autocast, fused AdamW; it is left out where PyTorch is not installed. Weights and
+optimizer states are float32 on both sides.
 
 A step is timed between two waits for the device, over `--steps` steps after two that compile; the median of three rounds.
 MFU counts 6 FLOPs for each weight that a token meets and 3 times the mixing's own, causal halves not counted
