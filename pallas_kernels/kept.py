@@ -15,3 +15,9 @@ POLICY = jax.checkpoint_policies.save_only_these_names(NAME)
 def kept(tree):
     """The same arrays, marked."""
     return jax.tree.map(lambda x: checkpoint_name(x, NAME), tree)
+
+
+def kept_once(tree):
+    """As `kept`, of a kernel's outputs: XLA would run the kernel twice a turn of a loop, once for those who read it and once in
+    a fusion that writes to the loop's stack."""
+    return kept(jax.lax.optimization_barrier(tree))

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.ops import chunks, parallel
-from pallas_kernels.kept import kept
+from pallas_kernels.kept import kept_once
 
 
 def delta_rule(
@@ -60,7 +60,7 @@ def delta_rule(
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
     out, state = parallel.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
-    return kept(out), state
+    return kept_once(out), state
 
 
 def reference(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):

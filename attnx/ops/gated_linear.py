@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 
 from attnx.ops import chunks, parallel
-from pallas_kernels.kept import kept
+from pallas_kernels.kept import kept_once
 
 
 def gated_linear(
@@ -54,7 +54,7 @@ def gated_linear(
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
     out, state = parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
-    return kept(out), state
+    return kept_once(out), state
 
 
 def normalized_gated_linear(query, key, value, log_decay=None, *, eps=1e-6, **options):

@@ -55,7 +55,7 @@ LLAMA = {
     'vocab_size': 32000, 'width': 2048, 'num_layers': 24, 'pattern': ('a',), 'tie_embeddings': False,
     'mixers': {
         'a': {'kind': 'gqa', 'num_heads': 16, 'num_kv_heads': 16},
-        'd': {'kind': 'gated_deltanet', 'num_heads': 16},
+        'd': {'kind': 'gated_deltanet', 'num_heads': 24},  # heads of 64 and 128, which the kernel takes
         'g': {'kind': 'gla', 'num_heads': 16},
     },
     'mlp': {'kind': 'swiglu', 'hidden': 5504},
