@@ -49,7 +49,7 @@ class Row:
 GPT2 = {
     'vocab_size': 50304, 'width': 768, 'num_layers': 12, 'pattern': ('a',), 'positions': 'learned', 'norm': 'layernorm',
     'mixers': {'a': {'kind': 'mha', 'num_heads': 12, 'position': 'none', 'bias': True}},
-    'mlp': {'kind': 'gelu', 'hidden': 3072, 'bias': True},
+    'mlp': {'kind': 'gelu', 'hidden': 3072, 'bias': True}, 'unroll': 0,
 }  # fmt: skip
 LLAMA = {
     'vocab_size': 32000, 'width': 2048, 'num_layers': 24, 'pattern': ('a',), 'tie_embeddings': False,
@@ -66,11 +66,11 @@ SHORT = LLAMA | {'num_layers': 4, 'remat': 'full'}
 ROWS = (
     Row('gpt2-124m', GPT2, 1024, 32),
     Row('gpt2-124m overhead', GPT2, 1024, 32, kind='overhead'),
-    Row('llama-1.3b', LLAMA, 4096, 8, accumulate=4),
+    Row('llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2),
     Row('llama-1.3b remat', LLAMA | {'remat': 'full'}, 4096, 8, kind='plain'),
-    Row('llama-1.3b T16384', LLAMA | {'remat': 'full'}, 16384, 1, kind='plain'),
-    Row('hybrid-1.3b T16384', LLAMA | {'remat': 'full', 'pattern': ('d', 'd', 'd', 'a')}, 16384, 1, kind='plain'),
-    Row('fsdp llama-1.3b', LLAMA | {'remat': 'full'}, 4096, 8, kind='scaling', preset='fsdp', mesh='fsdp'),
+    Row('llama-1.3b T16384', LLAMA | {'remat': 'dots'}, 16384, 1, kind='plain'),
+    Row('hybrid-1.3b T16384', LLAMA | {'remat': 'dots', 'pattern': ('d', 'd', 'd', 'a')}, 16384, 1, kind='plain'),
+    Row('fsdp llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2, kind='scaling', preset='fsdp', mesh='fsdp'),
     Row('ring', SHORT, 65536, 1, **CUT, context='ring'),
     Row('heads', SHORT, 65536, 1, **CUT, context='heads'),
     Row('lasp2 gla', SHORT | {'pattern': ('g',)}, 65536, 1, **CUT),
