@@ -5,8 +5,8 @@ Equation: s_ij = scale q_i . k_j + f(d_ij)_h, o_i = sum_j softmax_j(s_ij) v_j;  
 Paper: CrossFormer: a versatile vision transformer hinging on cross-scale attention, 2021, arXiv 2108.00154.
 Differs: along a line it is the form of a common library (lucidrains' x-transformers), which the paper, of windows of images,
     does not have; grids need no size here, so that distances count in tokens. The paper has 3 layers with ReLU.
-Cost: train O(T²) time, O(T) memory and 2 T evaluations of f, through the fused op; of a grid masked pairs too, some rows of pairs
-    at a time, no [T, T] array (`weighted_attention`, XLA). Decode keeps 2 K H numbers a token.
+Cost: train O(T²) time, O(T) memory and 2 T evaluations of f, through the fused op; of a grid masked pairs too, some rows of
+    pairs at a time, no [T, T] array (`weighted_attention`, XLA). Decode keeps 2 K H numbers a token.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 Equation: s_ij = scale q_i . (k_j + a_r), o_i = sum_j softmax_j(s_ij) (v_j + b_r), r = clip(j - i, -R, R) + R, tables a, b of
     2 R + 1 vectors shared by the heads of a layer;  or r the label of the edge from i to j in a graph, of `labels` many.
 Paper: Self-attention with relative position representations, 2018, arXiv 1803.02155.
-Differs: nothing; labels are a side input, int32 [B, T, T], with which nothing can be decoded. A label that has no vectors of its
-    own, below 0 say, adds nothing.
+Differs: nothing; labels are a side input, int32 [B, T, T], with which nothing can be decoded. A label that has no vectors of
+    its own, below 0 say, adds nothing.
 Cost: train O(T²) time, masked pairs too, in plain XLA, some query rows at a time; no [T, T, H] array: products with
     the tables are picked from, weights are summed by distance; labels are numbers for each pair, as they are given. Decode
     keeps 2 K H numbers a token.
