@@ -127,14 +127,15 @@ def options() -> tuple[Option, ...]:
             elif kind == 'feature_maps' and needed == ['x']:
                 use = f'feature_map = {node.name!r}'
             found.append(Option(name=f'{kind}.{node.name}', path=path, text=' '.join(doc.split()), use=use))
-    for path in sorted((*(source / 'nn').glob('*.py'), *(source / 'models').glob('*.py'), *PACKAGE.glob('*/*.py'))):
+    shared = ('nn', 'models', 'train')
+    for path in sorted((*(p for folder in shared for p in (source / folder).glob('*.py')), *PACKAGE.glob('*/*.py'))):
         where = ''
         for line in path.read_text().splitlines():
             if begins := re.match(r'class (\w+)', line):
                 where = begins[1]
             field = re.match(r'    (\w+): [^=#]+ = (.*?)  # (.*)', line)
             if field and where and re.search(r'\b(\d{4}\.\d{4,5}|, (19|20)\d\d\)?)', field[3]):
-                name = f'{path.stem}.{where}.{field[1]}' if path.parent.name in ('nn', 'models') else f'{path.stem}.{field[1]}'
+                name = f'{path.stem}.{where}.{field[1]}' if path.parent.name in shared else f'{path.stem}.{field[1]}'
                 found.append(Option(name=name, path=path, text=field[3], use=f'{field[1]} = {_other(field[2])}'))
     return tuple(found)
 

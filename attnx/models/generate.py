@@ -120,7 +120,7 @@ def generate(
     rows = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
     if not rows or any(p.size == 0 for p in rows):
         raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
-    if model.kind == 'encoder' or model.classify or model.embedding is None:
+    if model.kind in ('encoder', 'pointer') or model.classify or model.embedding is None:
         raise ValueError(f'this model of kind {model.kind!r} has no next token: it classifies, or reads no tokens')
     vocab = model.embedding[...].shape[0]
     low, high = min(p.min() for p in rows), max(p.max() for p in rows)

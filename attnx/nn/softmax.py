@@ -32,7 +32,7 @@ class Rope:
 
     base: float = 10_000.0  # the frequencies run from 1 to about 1 / base; 100 is usual for images
     fraction: float = 1.0  # share of the head width that is rotated, rounded down to whole pairs
-    scaling: str = 'none'  # none, linear, ntk, yarn
+    scaling: str = 'none'  # none, linear (2306.15595), ntk, yarn (2309.00071)
     factor: float = 1.0  # context extension of the scaling
     original_length: int = 2048  # length the frequencies were trained for (yarn)
     grid: int = 0  # tokens in a row of a 2-D grid: half of the pairs turn by row p // grid, half by column; 0: a line

@@ -16,7 +16,8 @@ inputs for mechanisms that read such:
     task int32 [T]          frame of the first question, from 0 on, the same in all of the row
 
 With `source` the film is the `source` int32 of an encoder, all places of its frames in order, empty ones too, and a row holds
-the words alone. With `classify` a row is the film alone, with one question, and its answer the label. Harder with more frames and places.
+the words alone. With `classify` a row is the film with one question, and its answer the label. Harder with more frames and
+places.
 """
 
 import dataclasses
@@ -70,7 +71,8 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
         out['targets'][film + 1 :: 3] = words[:, 2]
         out['weights'][film + 1 :: 3] = 1
         if config.classify:
-            out = {'tokens': out['tokens'], 'positions': out['positions'], 'label': np.int32(words[0, 2]), 'weights': np.float32(1)}
+            out = {name: out[name] for name in ('tokens', 'positions')}
+            out |= {'label': np.int32(words[0, 2]), 'weights': np.float32(1)}
         return out | sides(kind.reshape(-1), place.reshape(-1), text.size, int(asked[0][0]))
 
     def sides(kind, place, words, task):
@@ -91,5 +93,5 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
             'features': np.eye(FEATURES, dtype=np.float32)[channel] * seen[:, None],
         }  # fmt: skip
 
-    return Task(kind='scene', length=natural, vocab_size=kinds + frames + places + config.source, num_classes=kinds if config.classify else 0,
-                **generated(make, config, seed))  # fmt: skip
+    return Task(kind='scene', length=natural, vocab_size=kinds + frames + places + config.source,
+                num_classes=kinds if config.classify else 0, **generated(make, config, seed))  # fmt: skip
