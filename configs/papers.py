@@ -77,7 +77,11 @@ HEADS = {
     'mha': one('1706.03762', 'mha', num_heads=8),
     'moh': one('2410.11842', 'moh', num_heads=8, shared_heads=2, top_k=4),  # 75% of the heads
     'moh_norm': one('2410.11842', 'moh', num_heads=8, shared_heads=4, top_k=2, router='norm'),
-    'task_experts': {**one('2306.17165', 'task_experts', num_tasks=3, num_experts=8, top_k=4), **SCENE},
+    'task_experts': {  # of attention in every layer, of the MLP in every second one; the tasks are the scene's frames
+        **one('2306.17165', 'task_experts', num_tasks=3, num_experts=8, top_k=4),
+        'mlp_overrides': {layer: {'kind': 'moe', 'tasks': 3, 'gates': 'plain', 'experts': 8} for layer in (1, 3)},
+        **SCENE,
+    },
     'optimised': one('2403.01643', 'super_attention', layout='optimised'),
     'efficient': one('2403.01643', 'super_attention', layout='efficient'),
     'super': one('2403.01643', 'super_attention'),
@@ -102,7 +106,10 @@ HEADS = {
         **one('2503.12167', 'mla', num_heads=4, head_dim=32, rope_dim=16, value_dim=32, kv_rank=64),
         'mlp': {'kind': 'relu2', 'hidden': 0, 'bias': False},
     },
-    'smha': one('2503.02495', 'smha', num_heads=8),
+    'smha': {  # unions of experts, in attention and in the MLP
+        **one('2503.02495', 'smha', num_heads=8),
+        'mlp': {'kind': 'moe', 'hidden': 48, 'bias': False, 'experts': 8, 'top_k': 4, 'gates': 'select'},
+    },
     'echo': {
         'paper': '2409.14595',
         'pattern': ('own', 'copy'),

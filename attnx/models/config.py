@@ -163,7 +163,8 @@ class ModelConfig(StackConfig):
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         known = {*given, *(() if self.input_dim else ('tokens',))}
         for index, layer in enumerate((*self.layers(), *encoder)):
-            for name, shape in layer.spec.inputs.items():
+            of_mlp = {'task': 'int32 B T'} if (layer.mlp or self.mlp).tasks > 1 else {}
+            for name, shape in {**layer.spec.inputs, **of_mlp}.items():
                 if name not in known and not shape.endswith('?'):
                     raise ValueError(
                         f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
