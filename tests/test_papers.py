@@ -12,7 +12,7 @@ import pytest
 
 from attnx import catalog, tasks
 from attnx import config as config_lib
-from attnx.train import loop, step
+from attnx.train import heads, loop, step
 from attnx.train.config import completed
 
 PATH = pathlib.Path(__file__).parent.parent / 'configs' / 'papers.py'
@@ -50,7 +50,8 @@ def test_trains(variant):
     config.check_inputs({*batch} - {*tasks.FIELDS})
     made = loop.program(config, packed=task.packed)
     transform = optax.adam(1e-4)  # so small that three steps go downhill: label attention overshoots at ten times that
-    update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-4, given.step))
+    of_heads = heads.projections(config, made.shapes)
+    update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-4, given.step, of_heads))
     state = first = step.init_state(jax.jit(made.init)(jax.random.key(0)), transform)
     losses = []
     for _ in range(3):
