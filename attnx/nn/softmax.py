@@ -73,7 +73,7 @@ class Options:
         asked = (self.position, *(entry[0] for entry in self.scores if isinstance(entry, tuple) and entry))
         if codes := [name for name in asked if name in MECHANISMS]:
             raise ValueError(
-                f'{codes[0]} is a mechanism of its own, kind={codes[0]!r}, as it has more than rotations and terms of the score: '
+                f'{codes[0]} is a mechanism of its own, kind={codes[0]!r}, being more than a rotation or a term of the score: '
                 f'no position or score of another; positions are {", ".join(POSITIONS)}, scores {", ".join(SCORES)}'
             )
         if self.position not in POSITIONS:
