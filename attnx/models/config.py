@@ -51,6 +51,8 @@ class ModelConfig(StackConfig):
     mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
+    output: str = 'vocabulary'  # what logits are of: vocabulary; pointer: an encoder_decoder's source (OAT: 2407.13335)
+    grid: int = 0  # pointer: rows and columns in which objects may lie
     mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
     conv_taps: int = 0  # a depthwise causal convolution of this many tokens before every mixer; 0: none (decoders only)
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
@@ -65,6 +67,7 @@ class ModelConfig(StackConfig):
 
     def __post_init__(self):
         choices = {'kind': KINDS, 'norm': tuple(NORMS), 'norm_position': ('pre', 'post'), 'remat': REMAT}
+        choices |= {'output': ('vocabulary', 'pointer')}
         choices |= {'dtype': tuple(DTYPES), 'positions': ('none', 'learned', 'sinusoidal')}
         for key, valid in choices.items():
             if getattr(self, key) not in valid:
@@ -79,7 +82,15 @@ class ModelConfig(StackConfig):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
-
+        pointer = self.output == 'pointer'
+        others = {'kind': 'encoder_decoder', 'positions': 'none', 'logit_softcap': 0.0, 'input_dim': 0, 'num_classes': 0}
+        if pointer and (wrong := [name for name, value in others.items() if getattr(self, name) != value]):
+            raise ValueError(f'output pointer needs {wrong[0]} {others[wrong[0]]!r}; given {getattr(self, wrong[0])!r}')
+        if self.grid < 0 or pointer != (self.grid > 0) or (pointer and self.tie_embeddings is not None):
+            raise ValueError(
+                f'grid {self.grid} is of output pointer, which needs it, and has no embedding to tie: output is '
+                f'{self.output!r}, tie_embeddings {self.tie_embeddings}'
+            )
         if self.vocab_size and self.input_dim and self.num_classes:
             raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
         if self.tie_embeddings and not self.tied:
@@ -152,7 +163,8 @@ class ModelConfig(StackConfig):
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         known = {*given, *(() if self.input_dim else ('tokens',))}
         for index, layer in enumerate((*self.layers(), *encoder)):
-            for name, shape in layer.spec.inputs.items():
+            of_mlp = {'task': 'int32 B T'} if (layer.mlp or self.mlp).tasks > 1 else {}
+            for name, shape in {**layer.spec.inputs, **of_mlp}.items():
                 if name not in known and not shape.endswith('?'):
                     raise ValueError(
                         f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '

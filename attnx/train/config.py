@@ -31,6 +31,7 @@ class Sample:
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 0.95  # 1: all
+    bases: tuple = ()  # rotary bases of as many streams decoded as one (attention buckets: 2312.04455)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -405,7 +405,7 @@ class _Run:
         try:
             found = models.generate(
                 self.program.model(params), [prompt or [0]] * how.count, max_new_tokens=how.tokens, temperature=how.temperature,
-                top_k=how.top_k, top_p=how.top_p, key=jax.random.key(self.config.seed),
+                top_k=how.top_k, top_p=how.top_p, bases=how.bases, key=jax.random.key(self.config.seed),
             )  # fmt: skip
         except ValueError as error:
             self.progress.say(f'no sample: {error}')

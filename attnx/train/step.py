@@ -32,7 +32,7 @@ class Config:
     distill: float = 0.0  # weight of temperature² KL(teacher || student); batches then hold `teacher_logits`
     distill_temperature: float = 1.0  # divides both logits in it
     hard: float = 1.0  # weight of the loss on targets beside it
-    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask)
+    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask: 2009.09672)
     mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
     mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
 
