@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -81,10 +82,14 @@ def shown(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does."""
+    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does.
+
+    On a torus of TPUs an axis takes whole axes of the torus where it can, else parts of them.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(mesh_shape(sizes, len(devices)).values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
