@@ -4,6 +4,11 @@
   python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
 """
 
+import os
+
+if __name__ != 'attnx.plan':  # as a command: said before jax looks for devices
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
 import contextlib
 import dataclasses
 import math
@@ -348,11 +353,8 @@ def main(argv) -> int:
 
 
 if __name__ == '__main__':
-    import os
-
     from ml_collections import config_flags
 
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     flags.DEFINE_enum('platform', 'cuda', explanation.PLATFORMS, 'where the run is to happen')
     flags.DEFINE_string('topology', '', 'chips that are not here: v5p:8x8x8 (compiled by libtpu), h100:8 (modelled)')
     flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')

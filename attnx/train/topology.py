@@ -528,7 +528,7 @@ def command(run: Config, name: str, fit: bool, console) -> int:
 
 
 def gib(number: float) -> str:
-    return f'{number / 2**30:.2f} GiB'
+    return f'{number / 2**30:.2f} GiB' if number >= 2**30 / 10 else f'{number / 2**20:.2f} MiB'
 
 
 def report(found: Found, console) -> None:
