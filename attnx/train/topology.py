@@ -307,11 +307,10 @@ def _read(lowered, held: dict[str, float], where: Topology, mesh: jax.sharding.M
     try:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
-        needs = re.search(r'Used ([\d.]+)([KMG]) of ([\d.]+)([KMG]) hbm', str(error))
-        if 'RESOURCE_EXHAUSTED' not in str(error) or not needs:
+        total = too_large(str(error))
+        if total is None:
             raise
-        total = float(needs[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30}[needs[2]]
-        return {'how': how, 'memory': held | {'the rest': max(total - sum(held.values()), 0)}}
+        return {'how': how, 'memory': held | {'activations and temporaries': max(total - sum(held.values()), 0)}}
     sizes = compiled.memory_analysis()
     cost = hlo.cost(compiled.as_text(), where.size)
     beyond = sizes.peak_memory_in_bytes - sizes.argument_size_in_bytes
@@ -337,6 +336,12 @@ def _read(lowered, held: dict[str, float], where: Topology, mesh: jax.sharding.M
         'exchanges': exchanges,
         'notes': notes,
     }
+
+
+def too_large(message: str) -> float | None:
+    """Bytes that a program would need, of the compiler's refusal; None: it refuses something else."""
+    needs = re.search(r'\(([\d.]+)([KMGT])\) exceeds available HBM', message)
+    return float(needs[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[needs[2]] if needs else None
 
 
 def _axes(group: tuple[int, ...], shape: Mapping[str, int]) -> str:

@@ -1,5 +1,7 @@
 """What is read from a compiled program: known products, bytes and traffic inside loops."""
 
+# ruff: noqa: E501  (lines as compilers print them)
+
 import jax
 import jax.numpy as jnp
 import numpy as np
