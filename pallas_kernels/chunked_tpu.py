@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import apart, tpu
 
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
@@ -180,8 +180,14 @@ class Static(NamedTuple):
 def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
     """The recurrence over all tokens, differentiable once: out [B, T, N, V] and the last state [B, N, H, V], float32.
 
-    body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32.
+    body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32. What is not finite
+    stays in its document.
     """
+    once = lambda *arrays: _run(body, *arrays, segment_ids, scale, chunk)
+    return apart.documents(once, query, key, value, beta, log_decay, initial_state, segment_ids)
+
+
+def _run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
     (B, T, _, H), (N, V) = query.shape, value.shape[2:]
     per_channel = log_decay is not None and log_decay.ndim == 4
     C = chunk or min(64 if per_channel else 128, max(16, 1 << (T - 1).bit_length()))

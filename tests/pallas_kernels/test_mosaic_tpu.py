@@ -177,6 +177,12 @@ def test_recurrences(interpreted, name, decay, nats, chunk):
     close(got[1], want[1], FLOAT32_GRAD)
 
 
+@pytest.mark.parametrize(('name', 'decay'), [('gated_linear', 'channel'), ('delta_rule', 'token')])
+def test_documents_keep_their_poison(interpreted, name, decay):
+    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
+    recurrences.assert_documents_keep_their_poison(name, decay, functools.partial(op, chunk=16), FLOAT32_GRAD)
+
+
 @pytest.mark.parametrize('T', [1, 3])
 def test_paged_attention(interpreted, T):
     """Ragged lengths down to 0, pages in any order, NaN in unused slots and pages, window, softcap, sinks, grouped heads."""
