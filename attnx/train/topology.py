@@ -439,66 +439,40 @@ def _modelled(run: Config, task: tasks.Task, where: Topology) -> dict:
 
 
 def changes(run: Config, where: Topology, state: float) -> Iterator[tuple[str, Config]]:
-    """(flags, the run with them): each on top of those before, the cheapest in time first.
+    """(flags, the run with them): each on top of those before, the cheapest in time first; what would be refused is left out.
 
     state: bytes of parameters and optimizer of a device; where they alone take half of the memory, they are cut first.
     """
-    flags: dict[str, str] = {}
+    sizes, model = sharding.mesh_shape(run.mesh, where.size), run.model
+    remats = ('none', 'dots', 'full')
+    counts = [run.step.accumulate * 2**n for n in range(1, run.data.batch_size.bit_length())]
 
-    def changed(new: Config, **more) -> tuple[str, Config] | None:
+    def cut(tensor: int) -> dict:
+        """Every device that no other axis wants cuts the parameters."""
+        mesh = sizes | {'data': 1, 'fsdp': where.size // (sizes['expert'] * sizes['context'] * tensor), 'tensor': tensor}
+        preset = 'fsdp_tp' if tensor > 1 else {'ddp': 'fsdp', 'context': 'fsdp_context'}.get(run.sharding, run.sharding)
+        return {'sharding': preset, **{f'mesh.{name}': size for name, size in mesh.items() if size != sizes[name]}}
+
+    smaller = [{'model.remat': remat} for remat in remats[remats.index(model.remat) + 1 :]]
+    smaller += [{'step.accumulate': n} for n in counts]
+    whole = [cut(sizes['tensor'])] if sizes['data'] > 1 or run.sharding in ('ddp', 'context') else []
+    finer = [cut(n) for n in (2, 4, 8) if n > sizes['tensor'] and sizes['context'] == 1]
+    flags: dict[str, Any] = {}
+    for more in (*whole, *smaller, *finer) if state >= where.chip.memory / 2 else (*smaller, *whole, *finer):
+        given = flags | more
+        new = dataclasses.replace(
+            run,
+            model=dataclasses.replace(model, remat=given.get('model.remat', model.remat)),
+            step=dataclasses.replace(run.step, accumulate=given.get('step.accumulate', run.step.accumulate)),
+            sharding=given.get('sharding', run.sharding),
+            mesh={name: given.get(f'mesh.{name}', size) for name, size in sizes.items()},
+        )
         try:
             prepared(new, where)
         except ValueError:
-            return None
-        flags.update(more)
-        return ' '.join(f'--config.{name}={value}' for name, value in flags.items()), new
-
-    def cut(run: Config, tensor: int):
-        """All devices that are not on another axis cut the parameters."""
-        sizes = sharding.mesh_shape(run.mesh, where.size)
-        rest = where.size // (sizes['expert'] * sizes['context'] * tensor)
-        mesh = {**sizes, 'data': 1, 'fsdp': rest, 'tensor': tensor}
-        preset = {'context': 'fsdp_context'}.get(run.sharding, run.sharding)
-        preset = 'fsdp_tp' if tensor > 1 else 'fsdp' if preset == 'ddp' else preset
-        named = {f'mesh.{axis}': str(mesh[axis]) for axis in ('data', 'fsdp', *(['tensor'] if tensor > 1 else []))}
-        return changed(dataclasses.replace(run, mesh=mesh, sharding=preset), sharding=preset, **named)
-
-    def smaller(run: Config):
-        order = ('none', 'dots', 'full')
-        for remat in order[order.index(run.model.remat) + 1 :]:
-            if step := changed(
-                dataclasses.replace(run, model=dataclasses.replace(run.model, remat=remat)), **{'model.remat': remat}
-            ):
-                run = step[1]
-                yield step
-        n = run.step.accumulate
-        while n < run.data.batch_size:
-            n *= 2
-            step = dataclasses.replace(run.step, accumulate=n)
-            if not (step := changed(dataclasses.replace(run, step=step), **{'step.accumulate': str(n)})):
-                break
-            run = step[1]
-            yield step
-
-    whole = (cut(run, 1),) if run.sharding != 'fsdp_tp' else ()
-    first = [step for step in whole if step and step[1].mesh != sharding.mesh_shape(run.mesh, where.size)]
-    if state < where.chip.memory / 2:
-        flags.clear()
-        for step in smaller(run):
-            run = step[1]
-            yield step
-        first = [step for step in (cut(run, 1),) if first and step]
-    for step in first:
-        run = step[1]
-        yield step
-    if state >= where.chip.memory / 2:
-        for step in smaller(run):
-            run = step[1]
-            yield step
-    if run.sharding in ('ddp', 'fsdp', 'fsdp_tp'):
-        for tensor in (2, 4, 8):
-            if tensor > sharding.mesh_shape(run.mesh, where.size)['tensor'] and (step := cut(run, tensor)):
-                yield step
+            continue
+        flags = given
+        yield ' '.join(f'--config.{name}={value}' for name, value in flags.items()), new
 
 
 # The command --------------------------------------------------------------------------------------------------------
