@@ -151,7 +151,6 @@ PODS = {'1b': 'v5e:8x8', '7b': 'v5p:8x8x4', '70b': 'v5p:8x8x8'}
 def test_a_small_pod(tmp_path, monkeypatch):
     """The step that runs, compiled for four chips: memory by shares, products near the model's count; kept for next time."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
-    monkeypatch.setattr(topology.jax.config, 'jax_compilation_cache_dir', None, raising=False)
     run = run_of(model={'remat': 'full', 'width': 128, 'num_layers': 2})
     found = topology.plan(run, 'v5e:2x2')
     assert found.fits and found.how.startswith('compiled by libtpu')
