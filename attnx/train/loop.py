@@ -24,13 +24,12 @@ from attnx import config as config_lib
 from attnx import models, plan, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
-from attnx.train import heads as heads_lib
 from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
 from attnx.train.config import Config, completed, free
 from attnx.train.process import Stop, locked, writable
-from attnx.train.program import program
+from attnx.train.program import check_rows, placed, program, training
 
 
 class Result(NamedTuple):
@@ -103,13 +102,7 @@ class _Run:
     def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack, teacher=None, initial=None):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
-        self.rules = sharding.rules(config.sharding)
-        rows = sharding.parts(self.mesh.shape, sharding.partition(('batch',), self.rules)[0])
-        if config.data.batch_size % (rows * config.step.accumulate):
-            raise ValueError(
-                f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
-                f'spreads rows) times {config.step.accumulate} (step.accumulate)'
-            )
+        check_rows(config, self.mesh.shape)
         index, count = sharding.row_share(self.mesh, config.sharding)
         self.data = data_lib.open(config.data, run_dir=run_dir, process_index=index, process_count=count)
         task = self.data.task
@@ -120,7 +113,7 @@ class _Run:
         shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
         plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
         self.program = made = program(config.model, packed=task.packed)
-        transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
+        self.where, self._init, self.update = training(config, made, self.mesh)
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
         stack.callback(self.log.close)
@@ -134,22 +127,10 @@ class _Run:
         )
         stack.callback(self.checkpoints.close)
 
-        shapes = {name: shape.shape for name, shape in made.shapes.items()}
-        where = sharding.param_shardings(self.mesh, config.sharding, made.axes, shapes)
         single = NamedSharding(self.mesh, PartitionSpec())
-        self.where = {
-            'params': where,
-            'opt': optim_lib.state_shardings(transform, made.shapes, where, self.mesh),
-            'step': single,
-            'bad': single,
-        }
         self.key = jax.random.key(config.seed)
         self.initial = None if initial is None else made.checked(initial)
-        self._init = lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform)
-        heads = heads_lib.projections(config.model, made.shapes)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
         self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
         peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
@@ -162,8 +143,7 @@ class _Run:
         """This process's rows -> global arrays."""
 
         def one(value):
-            names = ('batch', 'length', 'features')[: value.ndim]
-            place = NamedSharding(self.mesh, sharding.partition(names, self.rules))
+            place = placed(self.mesh, self.config.sharding, value.ndim)
             shape = (self.config.data.batch_size, *value.shape[1:])
             return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value), shape)
 
