@@ -59,7 +59,7 @@ class Hollow:
 
 
 _USES = 'bool iter len contains int float index lt le gt ge neg abs enter exit setitem instancecheck subclasscheck'
-_USES += ''.join(f' {name} r{name}' for name in 'add sub mul truediv floordiv mod pow matmul and xor'.split())
+_USES += ''.join(f' {n} r{n}' for n in ('add', 'sub', 'mul', 'truediv', 'floordiv', 'mod', 'pow', 'matmul', 'and', 'xor'))
 for _name in _USES.split():
     setattr(Hollow, f'__{_name}__', Hollow._use)
 
