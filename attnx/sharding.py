@@ -49,6 +49,19 @@ def record():
         _recorded.reset(token)
 
 
+def check(sizes: Mapping[str, int], preset: str = 'ddp', context: str = 'auto') -> None:
+    """Raises ValueError for an axis, a preset or a context method that is unknown, or a size that no mesh has."""
+    for name in sizes:
+        if name not in MESH_AXES:
+            raise ValueError(f'unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}')
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f'mesh {dict(sizes)}: at most one size may be -1, the others are >= 1')
+    rules(preset)
+    if context not in CONTEXT_METHODS:
+        raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+
+
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
     """Every mesh axis with its size, over `count` devices; absent axes have size 1, one size may be -1 = the rest.
 
@@ -56,14 +69,10 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
       ValueError: an unknown axis, or sizes whose product is not the number of devices; names the nearest mesh that fits.
     """
     sizes = dict(sizes or {'data': -1})
-    for name in sizes:
-        if name not in MESH_AXES:
-            raise ValueError(f'unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}')
+    check(sizes)
     full = {name: sizes.get(name, 1) for name in MESH_AXES}
     free = [name for name, size in full.items() if size == -1]
     fixed = math.prod(size for size in full.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in full.values()):
-        raise ValueError(f'mesh {sizes}: at most one size may be -1, the others are >= 1')
     if free:
         full[free[0]] = max(count // fixed, 1)
     if math.prod(full.values()) != count:
@@ -147,8 +156,7 @@ def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'aut
     Raises:
       ValueError: the preset or the method is unknown, or the preset leaves an axis of the mesh unused.
     """
-    if context not in CONTEXT_METHODS:
-        raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+    check({}, preset, context)
     _check_used(mesh.shape, preset)
     tokens = _rules.set(rules(preset)), _method.set(context)
     enter = jax.sharding.use_abstract_mesh if isinstance(mesh, AbstractMesh) else jax.set_mesh

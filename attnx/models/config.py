@@ -1,6 +1,8 @@
 """The model's config, and the expansion of its layer pattern."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -126,11 +128,12 @@ class ModelConfig(StackConfig):
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
 
-    def check(self, length: int) -> None:
+    def check(self, length: int, build: Callable[[Callable], Any] | None = None) -> None:
         """Builds each of the mixers abstractly: raises the ValueError of what none of them can be.
 
-        length: tokens of a row of the data.
+        length: tokens of a row of the data. build: how to call what builds a mixer of `rngs`, if not so.
         """
+        build = build or (lambda made: jax.eval_shape(lambda: made(rngs=nnx.Rngs(0))))
         both, dims = self.kind == 'encoder_decoder', dataclasses.replace(self, max_length=self.max_length or length).dims
         groups = [(self.layers(), self.kind != 'encoder')]
         groups += [(self.encoder_layers(), False), ((self.mixer(self.cross),), True)] if both else []
@@ -138,7 +141,7 @@ class ModelConfig(StackConfig):
             of_layers = dims(causal=causal, num_layers=len(layers))
             for layer in {layer.name: layer for layer in layers}.values():
                 try:
-                    jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                    build(functools.partial(layer.spec.build, layer.config, of_layers))
                 except ValueError as error:
                     raise ValueError(f'config.model: mixer {layer.name!r}: {error}') from None
 

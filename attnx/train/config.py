@@ -2,10 +2,11 @@
 
 import dataclasses
 import fnmatch
+import pathlib
 from collections.abc import Mapping
 
 from attnx import config as config_lib
-from attnx import models
+from attnx import models, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import metrics
@@ -90,6 +91,32 @@ class Config:
         object.__setattr__(self, 'model', dataclasses.replace(self.model, mixers=mixers))
 
 
+def build(given) -> Config:
+    """The config of a mapping, or a ValueError; see `attnx.config.build`."""
+    return config_lib.build(Config, given)
+
+
+def resolved(path: str) -> Config:
+    """The config that a run has written as JSON; nothing is executed.
+
+    Raises:
+      ValueError: it can't be read, or is refused.
+    """
+    try:
+        return config_lib.from_json(Config, pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def check(config: Config, build=None) -> None:
+    """Raises ValueError for what shows before any data are read. build: see `ModelConfig.check`."""
+    sharding.check(config.mesh, config.sharding, config.context)
+    metrics.check(config.log)
+    optim_lib.schedule(config.optim, config.steps)
+    config.model.layers()
+    config.model.check(config.data.length, build)
+
+
 def _present(given):
     given = config_lib.as_dict(given, 'config') if isinstance(given, Mapping) or hasattr(given, 'to_dict') else given
     return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given
@@ -114,3 +141,16 @@ def completed(model: models.ModelConfig, task) -> models.ModelConfig:
         raise ValueError(f'config.model.max_length is {model.max_length}; rows of the data are longer: {task.length}')
     known['vocab_size'] = model.vocab_size or task.vocab_size
     return dataclasses.replace(model, **known, max_length=model.max_length or task.length)
+
+
+def served(config: Config, task) -> Config:
+    """The config with what the task decides filled in.
+
+    Raises:
+      ValueError: the model was given other sizes, can't keep the task's packed documents apart, or lacks a side input.
+    """
+    model = completed(config.model, task)
+    if task.packed:
+        model.check_packing(task.documents)
+    model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+    return dataclasses.replace(config, model=model)

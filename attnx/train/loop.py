@@ -27,7 +27,7 @@ from attnx.train import data as data_lib
 from attnx.train import health, metrics, report
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
-from attnx.train.config import Config, completed, free
+from attnx.train.config import Config, check, free, served
 from attnx.train.process import Stop, locked, writable
 from attnx.train.program import check_rows, placed, program, training
 
@@ -51,10 +51,11 @@ class Step(NamedTuple):
     position: int  # batches taken so far, this one included
 
 
-def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int | None = None) -> Result:
+def run(config: Config, *, task=None, teacher: Any = None, initial: Any = None, until: int | None = None) -> Result:
     """Trains `config`, or resumes it.
 
     Args:
+      task: what `config.data` describes, where it was built before.
       teacher: a model whose logits are learnt from, with weight `config.step.distill`.
       initial: a model, or its flat parameters, to begin from (of `attnx.interop.convert`, say); the others begin at random.
       until: a step at which to evaluate, save and return as 'stopped'; a later call goes on as if there had been no pause.
@@ -63,8 +64,6 @@ def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int 
       ValueError: a setting that can't be served, a checkpoint that can't be used or written.
       report.TrainingFailure: a NaN or Inf; run_dir/failure.json names the first bad layer and tensor.
     """
-    optim_lib.schedule(config.optim, config.steps)  # these two need nothing, so they refuse before anything is made
-    config.model.layers()
     if (teacher is None) != (not config.step.distill):
         raise ValueError('a teacher and its weight step.distill go together: run(config, teacher=model), distill > 0')
     if config.distributed:
@@ -72,11 +71,11 @@ def run(config: Config, *, teacher: Any = None, initial: Any = None, until: int 
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
         known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
         jax.distributed.initialize(**known)
-    config.model.check(config.data.length)
+    check(config)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
-        return _Run(config, run_dir, stack, teacher, initial).run(until)
+        return _Run(config, run_dir, stack, task, teacher, initial).run(until)
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
@@ -99,17 +98,14 @@ def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
 class _Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
-    def __init__(self, config: Config, run_dir: pathlib.Path, stack: contextlib.ExitStack, teacher=None, initial=None):
+    def __init__(self, config: Config, run_dir: pathlib.Path, stack, task=None, teacher=None, initial=None):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
         check_rows(config, self.mesh.shape)
         index, count = sharding.row_share(self.mesh, config.sharding)
-        self.data = data_lib.open(config.data, run_dir=run_dir, process_index=index, process_count=count)
+        self.data = data_lib.open(config.data, task=task, run_dir=run_dir, process_index=index, process_count=count)
         task = self.data.task
-        self.config = config = dataclasses.replace(config, model=completed(config.model, task))
-        if task.packed:
-            config.model.check_packing(task.documents)
-        config.model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+        self.config = config = served(config, task)
         shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
         plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
         self.program = made = program(config.model, packed=task.packed)
@@ -404,10 +400,10 @@ def tell(result: Result) -> None:
     print(result.message)
 
 
-def command(config: Config, *, traceback: bool = False) -> int:
+def command(config: Config, *, task=None, traceback: bool = False) -> int:
     """Runs, says how it ended, and returns the exit code: 0 complete, 1 NaN or Inf, 2 bad input, 143 stopped."""
     try:
-        result = run(config)
+        result = run(config, task=task)
     except ValueError as error:
         if traceback:
             raise
