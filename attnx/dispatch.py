@@ -99,6 +99,11 @@ def observe():
         _observed.reset(token)
 
 
+def observed() -> bool:
+    """Whether `observe` sees this call: an op may then return more for it to see."""
+    return _observed.get() is not None
+
+
 def shown(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], call: Callable):
     """`call()`, as the op call that `observe` sees; the ops inside it are its own affair."""
     if (seen := _observed.get()) is None:
@@ -229,6 +234,7 @@ def _platform_dependent(branches, default, args, kwargs):
 
     return jax.lax.platform_dependent(
         *arrays,
-        default=wrapped(default),
+        # What the branches keep for a backward pass is kept on every platform, so this one keeps nothing but its arguments.
+        default=jax.checkpoint(wrapped(default)),
         **{platform: wrapped(function) for platform, function in branches.items()},
     )

@@ -23,6 +23,7 @@ def get_config():
     c.sharding = 'ddp'
     c.context = 'auto'
     c.distributed = False
+    c.compiler = cd.placeholder(object)  # "{'xla_gpu_enable_latency_hiding_scheduler': True}"
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
         {
@@ -79,6 +80,8 @@ def get_config():
             'mask_heads': 0,
             'mask_heads_by': 'random',
             'mask_heads_rescale': False,
+            'qk_clip': 0.0,
+            'qk_clip_every': 1,
         }
     )
     c.checkpoint = ConfigDict(
@@ -123,6 +126,7 @@ def model():
     c.logit_softcap = 0.0
     c.dropout = 0.0
     c.remat = 'none'
+    c.unroll = 1
     c.dtype = 'float32'  # bfloat16 on accelerators
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's

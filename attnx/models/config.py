@@ -63,7 +63,8 @@ class ModelConfig(StackConfig):
     tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
-    remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
+    remat: str = 'none'  # recompute in the backward pass: none, dots (all but projections' products and ops), full
+    unroll: int = 1  # repeats of the pattern that one turn of the loop over them holds; 0: all, no loop (slower to compile)
     dtype: str = 'float32'  # of the computation; parameters are float32
     impl: str = 'auto'  # implementation of every op, see attnx.dispatch
 
@@ -78,8 +79,8 @@ class ModelConfig(StackConfig):
             raise ValueError(f'width {self.width} and num_layers {self.num_layers} must be positive')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
-        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length) < 0:
-            raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
+        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length, self.unroll) < 0:
+            raise ValueError('num_classes, vocab_size, input_dim, max_length and unroll must not be negative')
         if self.conv_taps < 0 or (self.conv_taps and self.kind != 'decoder'):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):

@@ -9,6 +9,7 @@ from flax import nnx
 from attnx import ops
 from attnx.nn.params import normal, param
 from attnx.spec import Dims
+from pallas_kernels.kept import kept
 
 
 class Linear(nnx.Module):
@@ -31,7 +32,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return kept(y if self.bias is None else y + self.bias[...].astype(self.dtype))
 
 
 def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from attnx import config as config_lib
 from attnx import models, sharding, tasks
@@ -16,9 +17,8 @@ from attnx.train import step as step_lib
 # Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
 FREE = (
     'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
-    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
-    'health.*', 'model.remat',
-    'model.impl',
+    'distributed', 'compiler*', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
+    'health.*', 'model.remat', 'model.unroll', 'model.impl',
 )  # fmt: skip
 
 
@@ -75,6 +75,7 @@ class Config:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
     sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
+    compiler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of XLA for the training step, by name
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
 
     def __post_init__(self):

@@ -72,10 +72,20 @@ def run(config: Config, *, task=None, teacher: Any = None, initial: Any = None, 
         known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
         jax.distributed.initialize(**known)
     check(config)
+    check_compiler(config.compiler)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
         return _Run(config, run_dir, stack, task, teacher, initial).run(until)
+
+
+def check_compiler(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that XLA does not have, or of another type, before the step is compiled."""
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f'config.compiler: {name}={value!r}: {str(error).splitlines()[0]}') from None
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnx import models, sharding, tasks
 from attnx.nn import params as params_lib
+from attnx.train import clip as clip_lib
 from attnx.train import heads as heads_lib
 from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
@@ -86,11 +87,13 @@ def training(config: Config, made: Program, mesh: jax.sharding.Mesh) -> Training
     opt = optim_lib.state_shardings(transform, made.shapes, where, mesh)
     state = {'params': where, 'opt': opt, 'step': single, 'bad': single}
     heads = heads_lib.projections(config.model, made.shapes)
-    update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
+    clip = clip_lib.hook(config.model, made, config.step.qk_clip) if config.step.qk_clip else None
+    update = step_lib.train_step(made.forward, transform, rate, config.step, heads, clip)
+    options = dict(config.compiler) or None
     return Training(
         where=state,
         init=lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform),
-        update=jax.jit(update, donate_argnums=0, out_shardings=(state, single)),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(state, single), compiler_options=options),
     )
 
 

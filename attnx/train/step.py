@@ -35,6 +35,8 @@ class Config:
     mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask: 2009.09672)
     mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
     mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
+    qk_clip: float = 0.0  # largest attention logit after an update: heads beyond it get smaller queries and keys; 0: off
+    qk_clip_every: int = 1  # updates between looks at the logits, each a forward pass
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -51,6 +53,10 @@ class Config:
             raise ValueError('hard and distill_temperature belong to distillation: set distill, its weight')
         if self.mask_heads_by not in ('random', 'importance'):
             raise ValueError(f'mask_heads_by: {nearest(self.mask_heads_by, ("random", "importance"))}')
+        if self.qk_clip < 0 or self.qk_clip_every < 1:
+            raise ValueError(f'qk_clip {self.qk_clip} must be >= 0 and qk_clip_every {self.qk_clip_every} >= 1')
+        if self.qk_clip_every != 1 and not self.qk_clip:
+            raise ValueError('qk_clip_every says how often logits are looked at: set qk_clip, their limit')
         if not self.mask_heads and (self.mask_heads_by != 'random' or self.mask_heads_rescale):
             raise ValueError('mask_heads_by and mask_heads_rescale say how heads are masked: set mask_heads, how many')
 
@@ -64,13 +70,36 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
       logits: [..., V], any float dtype; computed in float32.
       targets: int [...], inside [0, V): out of range is clamped by XLA, so check ids on the host.
     """
-    logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    nll = lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    lse, picked = _lse_and_picked(logits, targets)
+    nll = lse - picked
     smoothed = nll
     if label_smoothing:
-        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits, axis=-1))
+        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits.astype(jnp.float32), axis=-1))
     return nll, smoothed, lse
+
+
+@jax.custom_vjp
+def _lse_and_picked(logits, targets):
+    """(logsumexp(logits), logits[target]), float32. Of arrays as large as the logits the backward pass makes one, their
+    gradient; autodiff would scatter into a second and keep the exponentials."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1), jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _lse_and_picked_fwd(logits, targets):
+    lse, picked = _lse_and_picked(logits, targets)
+    return (lse, picked), (logits, targets, lse)
+
+
+def _lse_and_picked_bwd(saved, cotangents):
+    logits, targets, lse = saved
+    dlse, dpicked = (x[..., None] for x in cotangents)
+    softmax = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+    hit = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
+    return (softmax * dlse + jnp.where(hit, dpicked, 0)).astype(logits.dtype), None
+
+
+_lse_and_picked.defvjp(_lse_and_picked_fwd, _lse_and_picked_bwd)
 
 
 def divergence(teacher: jax.Array, student: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -190,6 +219,7 @@ def train_step(
     rate: Callable,
     config: Config,
     heads: Mapping[str, int] | None = None,
+    clip: Callable | None = None,
 ):
     """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
     every step: as an argument, one compiled program serves all seeds.
@@ -200,8 +230,11 @@ def train_step(
     Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
     heads: output projections and their numbers of heads (`heads.projections`), for `config.mask_heads`.
+    clip: `clip.hook`, for `config.qk_clip`; metrics then count the heads that were clipped.
     """
 
+    if config.qk_clip and clip is None:
+        raise ValueError('step.qk_clip looks inside the model: give train_step its hook')
     tolerated = config.max_non_finite if config.non_finite == 'skip' else 0
 
     def step(state, batch, key):
@@ -226,8 +259,13 @@ def train_step(
             'bad': bad,
             'frozen': frozen,
         }
+        params = keep(optax.apply_updates(params, updates), params)
+        if config.qk_clip:
+            due = ok & ((number + 1) % config.qk_clip_every == 0)
+            look, pass_by = functools.partial(clip, batch=batch, step=number), lambda params: (params, jnp.int32(0))
+            params, metrics['qk_clipped'] = jax.lax.cond(due, look, pass_by, params)
         state = {
-            'params': keep(optax.apply_updates(params, updates), params),
+            'params': params,
             'opt': keep(new_opt, opt),
             'step': number + ~frozen,
             'bad': bad,

@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
+from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
 from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
@@ -183,7 +184,7 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
-    out, (lse2, *rows) = out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]
+    out, (lse2, *rows) = kept_once((out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]))
     rows = [x * common.LN2 for x in rows] if stats else None
     return (out, lse2 * common.LN2, rows), (q, k, v, mask, score, sinks, dropout, out, lse2)
 

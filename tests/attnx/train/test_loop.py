@@ -377,6 +377,7 @@ def test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id(monkeypatch, tmp_p
         ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of 2'),
         ({'data.batch_size': 12}, 'data.batch_size 12 must be a multiple of 8'),
         ({'sharding': 'fdsp'}, "unknown sharding preset 'fdsp'; did you mean 'fsdp'"),
+        ({'compiler': {'xla_gpu_enable_hiding': True}}, r"config.compiler: .*No such compile option: 'xla_gpu_enable_hiding'"),
         ({'model.num_classes': 3}, r'config.model.num_classes is 3; the task .text. has 0'),
     ],
 )
@@ -420,7 +421,7 @@ def test_the_base_config_names_every_setting():
     given = base.get_config()
     built = config_lib.build(loop.Config, given)
     free_form = ('model.mixers', 'data.task', 'mesh', 'step.aux_weights', 'model.overrides', 'model.encoder.overrides')
-    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides')
+    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides', 'compiler')
     names = lambda d: {n for n in config_lib.flatten(d) if not n.startswith(free_form)}
     assert names(given.to_dict()) == names(config_lib.to_dict(built))
     assert built.data.task == {'kind': 'text'}
