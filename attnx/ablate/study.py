@@ -204,6 +204,8 @@ class Study:
                 raise ValueError(f'unknown metric {inner!r}; {nearest(inner, METRICS)}')
             if inner == 'nats_per_byte' and made.token_bytes is None:
                 raise ValueError(f"the task {made.kind!r} has no metric 'nats_per_byte'; it has loss, accuracy")
+            if inner == 'accuracy' and made.real:
+                raise ValueError(f"the task {made.kind!r} has no metric 'accuracy'; it has loss")
             for change in self.evals.values():
                 task_of(build(changed(self.on(arm, task), change)))
 
