@@ -5,6 +5,7 @@ import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 
@@ -18,6 +19,7 @@ from attnx import models
 from attnx.ablate import Halving, Match, Study, match, runner, statistics
 from attnx.ablate.results import results
 from attnx.nn import to_flat
+from attnx.train import metrics
 
 
 def base(**change):
@@ -234,6 +236,52 @@ def test_sweep_takes_each_arms_best_rate(tmp_path):
     best = {arm: min((loss, rate) for a, loss, rate in rows if a == arm)[1] for arm in ('base', 'gqa')}
     assert {r.arm: r.rate for r in results(made)} == best
     assert len(made.results['arm']) == 4
+
+
+def test_batched_seeds_find_what_separate_runs_do(done, tmp_path):
+    """Equal parameters and rows; after four updates the numbers agree to rounding, and each run can be evaluated alone."""
+    given = {**fields(done), 'generate': (), 'tasks': {'near': {}}, 'run_dir': str(tmp_path / 'batched'), 'batch_seeds': True}
+    made = Study(**given).run()
+    assert set(made.results['status']) == {'finished'} and len(made.results['arm']) == 4
+    separate = {(e['arm'], e['seed']): e['values'] for e in runner.finished(done) if e['task'] == 'near'}
+    for entry in runner.finished(made):
+        wanted = separate[entry['arm'], entry['seed']]
+        assert entry['values'].keys() == wanted.keys()
+        for name in ('loss', 'long/loss'):
+            assert entry['values'][name] == pytest.approx(wanted[name], rel=1e-5)
+    cells = {c.name: c for c in done.cells()}
+    for cell in made.cells():
+        mine, other = metrics.read(cell.config.run_dir), metrics.read(cells[cell.name].config.run_dir)
+        assert [(e['step'], e['split']) for e in mine] == [(e['step'], e['split']) for e in other]
+        assert mine[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-6)  # before the first update
+    assert len({e['values']['loss'] for e in runner.finished(made)}) == 4
+
+
+def test_a_batch_cut_short_begins_again_and_finds_the_same(tmp_path, monkeypatch):
+    made = study(tmp_path, batch_seeds=True, arms={'base': {}, 'gqa': {'model.pattern': ('gqa',)}})
+    whole = {e['arm'] + str(e['seed']): e['values'] for e in runner.finished(made.run())}
+    other = Study(**{**fields(made), 'run_dir': str(tmp_path / 'other')})
+    written = runner._write_outcome
+
+    def killed(study, cell, entry):
+        if cell.name == 'gqa-seed1':
+            raise KeyboardInterrupt
+        return written(study, cell, entry)
+
+    monkeypatch.setattr(runner, '_write_outcome', killed)
+    with pytest.raises(KeyboardInterrupt):
+        other.run()
+    assert len(runner.finished(other)) == 3
+    monkeypatch.setattr(runner, '_write_outcome', written)
+    shutil.rmtree(next(c for c in other.cells() if c.name == 'gqa-seed1').config.run_dir)  # lost: its batch is run again
+    assert {e['arm'] + str(e['seed']): e['values'] for e in runner.finished(other.run())} == whole
+
+
+def test_a_batch_with_a_nan_says_which_run_it_was(tmp_path):
+    arms = {'base': {}, 'wild': {'optim.learning_rate': 1e30, 'optim.clip_norm': None}}
+    made = study(tmp_path, arms=arms, batch_seeds=True).run()
+    status = list(zip(made.results['arm'], made.results['status']))
+    assert all(s == 'finished' if a == 'base' else s.startswith('failed') for a, s in status) and len(status) == 4
 
 
 STUDY = """
