@@ -8,10 +8,13 @@ shared file system or a SLURM array are just more workers.
 import contextlib
 import datetime
 import fcntl
+import functools
+import importlib.metadata
 import itertools
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -21,6 +24,8 @@ from typing import Any
 from attnx import config as config_lib
 from attnx.ablate.study import METRICS, Cell, Study
 from attnx.train.checkpoint import differing
+
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 class Stopped(RuntimeError):
@@ -195,8 +200,24 @@ def _other(cell: Cell, change: dict):
     return build(changed(config_lib.to_dict(cell.config), change)).data
 
 
+@functools.cache
+def circumstances() -> dict[str, str]:
+    """Of this process: device, versions, commit (of the checkout; GIT_COMMIT where there is none)."""
+    import jax
+
+    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    found, edited = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no').stdout.strip()
+    commit = found.stdout.strip() + (' with local changes' if edited else '')
+    versions = [f'Python {platform.python_version()}', *(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)]
+    return {
+        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} CPU cores',
+        'versions': ', '.join(versions),
+        'commit': commit if found.returncode == 0 else os.environ.get('GIT_COMMIT', 'not a checkout'),
+    }
+
+
 def _write_outcome(study: Study, cell: Cell, entry: dict) -> dict:
-    entry = {'arm': cell.arm, 'task': cell.task, 'seed': cell.seed, 'rate': cell.rate, **entry}
+    entry = {'arm': cell.arm, 'task': cell.task, 'seed': cell.seed, 'rate': cell.rate, **entry, **circumstances()}
     entry['ended'] = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     path = folder(study) / 'results' / f'{cell.name}.json'
     path.parent.mkdir(parents=True, exist_ok=True)
