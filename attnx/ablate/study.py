@@ -325,10 +325,16 @@ def slug(text: str) -> str:
     return plain if plain == text else f'{plain[:40]}_{hashlib.sha256(str(text).encode()).hexdigest()[:6]}'
 
 
+def swapped_in(given) -> tuple[str, str]:
+    """What a swap's arms call the mixer, and its name in the model: `given` is a name, or a mixer's settings."""
+    return (given, given) if isinstance(given, str) else (given['kind'], f'{given["kind"]} swapped in')
+
+
 def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
     """Arms of one generator.
 
-    {'swap': 'gqa'}: for every layer, the base with that layer swapped. {'patterns': {'mixers': ('gla', 'gqa'), 'count':
+    {'swap': 'gqa'}: for every layer, the base with that layer swapped; {'swap': {'kind': 'gqa', …}} for one with settings.
+    {'patterns': {'mixers': ('gla', 'gqa'), 'count':
     2}}: every placement of `count` layers of the second mixer among layers of the first. {'grid': {setting: values, …}}:
     every combination. {'random': {'grid': …, 'num': 8, 'seed': 0}}: `num` different ones of them.
     """
@@ -337,10 +343,12 @@ def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
     kind, given = next(iter(entry.items()))
     layers = base['model']['num_layers']
     if kind == 'swap':
+        name, put = swapped_in(given)
         others, pattern = dict(base['model'].get('overrides') or {}), base['model']['pattern']
         names = {i: others.get(i, pattern[i % len(pattern)]) for i in range(layers)}
-        swapped = {i: {'model.overrides': {**others, i: given}} for i in range(layers) if names[i] != given}
-        return {f'layer {i}: {given}': change for i, change in swapped.items()}
+        change = {} if name == put else {'model.mixers': {**(base['model'].get('mixers') or {}), put: given}}
+        swapped = {i: {'model.overrides': {**others, i: put}, **change} for i in range(layers) if names[i] != put}
+        return {f'layer {i}: {name}': change for i, change in swapped.items()}
     if kind == 'patterns':
         (first, second), count = given['mixers'], given['count']
         if not 0 <= count <= layers:

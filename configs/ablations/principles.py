@@ -2,18 +2,19 @@
 
     python -m attnx.ablate --config=configs/ablations/principles.py
 
-Relaxed forms of attention (2510.11602) in all four layers, or interleaved with softmax attention, at equal parameters: no mixing;
-uniform weights; static: queries and keys from token embeddings; position-only: from a noise of the position, so that the map is
-the same for all inputs; softmax-free: the second-order Taylor polynomial of the exponential.
+Relaxed forms of attention (2510.11602) in all four layers, or interleaved with softmax attention, at equal parameters: no
+mixing; uniform weights; static: queries and keys from token embeddings; position-only: from a noise of the position, so
+that the map is the same for all inputs; softmax-free: the second-order Taylor polynomial of the exponential.
 """
 
 from ml_collections import ConfigDict
 
-OPTIM = {'kind': 'adamw', 'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 250, 'optim': OPTIM}
-MODEL = {'model.num_layers': 4, 'model.width': 64, 'model.conv_taps': 3}
-RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32, 'steps': 1500}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 16, 'data.eval_batches': 32, 'steps': 1500}
+OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
+MODEL = {'model.num_layers': 4, 'model.width': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
+RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32, 'steps': 1000}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 16, 'data.eval_batches': 32, 'steps': 1000}
+TEXT |= {'optim.learning_rate': 3e-3}
 
 
 def get_config():
