@@ -10,7 +10,7 @@ that the map is the same for all inputs; softmax-free: the second-order Taylor p
 from ml_collections import ConfigDict
 
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 200, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
 RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32, 'steps': 1000}
 TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 16, 'data.eval_batches': 32, 'steps': 1000}

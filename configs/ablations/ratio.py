@@ -8,18 +8,20 @@ parameters. A short convolution before every mixer gives all of them the previou
 
 from ml_collections import ConfigDict
 
+from attnx.ablate.study import changed, load
+
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
-MODEL = {'model.num_layers': 4, 'model.width': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
-RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32, 'steps': 400}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 16, 'data.eval_batches': 16, 'steps': 200}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 200, 'optim': OPTIM}
+MODEL = {'model.num_layers': 4, 'model.width': 64, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
+RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32, 'steps': 800}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 16, 'data.eval_batches': 16, 'steps': 300}
 TEXT |= {'optim.learning_rate': 3e-3}
 
 
 def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'How many attention layers does a recurrent model need, for recall and for text?'
-    c.base = 'configs/base.py'
+    c.base = changed(load('configs/base.py'), MODEL)
     softmax = {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}
     mixers = {'g': {'kind': 'gla'}, 'a': softmax, 'l': {'kind': 'linear_transformer'}}
     patterns = {'gqa': 'aaaa', '3 of 4': 'gaaa', '2 of 4': 'gaga', '1 of 4': 'ggag', 'gla': 'gggg', 'linear': 'llll'}
@@ -27,8 +29,7 @@ def get_config():
         name: {'model.pattern': tuple(pattern), 'model.mixers': {key: mixers[key] for key in pattern}}
         for name, pattern in patterns.items()
     }
-    common = {**MODEL, **QUIET}
-    c.tasks = {'recall': {**common, **RECALL}, 'text': {**common, **TEXT}}
+    c.tasks = {'recall': {**QUIET, **RECALL}, 'text': {**QUIET, **TEXT}}
     c.metric = 'accuracy'
     c.match = {'what': 'parameters', 'by': 'model.mlp.hidden', 'step': 1}
     c.seeds = (0, 1, 2)

@@ -10,7 +10,7 @@ mixer gives all of them the previous token.
 from ml_collections import ConfigDict
 
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 200, 'optim': OPTIM}
 MODEL = {'model.num_layers': 2, 'model.pattern': ('m',), 'model.conv_taps': 3, 'model.width': 64}
 MODEL |= {'model.mlp': {'kind': 'none'}, 'model.tie_embeddings': False}
 

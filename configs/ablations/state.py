@@ -8,7 +8,7 @@ Every arm keeps 64 numbers a token and layer: keys and values of four, two or on
 from ml_collections import ConfigDict
 
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 200, 'optim': OPTIM}
 
 
 def get_config():

@@ -67,6 +67,11 @@ def done(tmp_path_factory):
 def test_generators():
     arms = Study(question='?', base=base(), arms={}, generate=({'swap': 'gqa'}, {'swap': 'gla'})).named_arms()
     assert arms == {'layer 0: gqa': {'model.overrides': {0: 'gqa'}}, 'layer 1: gla': {'model.overrides': {1: 'gla'}}}
+    one = {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1}
+    arms = Study(question='?', base=base(), arms={'base': {}}, generate=({'swap': one},)).named_arms()
+    assert list(arms) == ['base', 'layer 0: gqa', 'layer 1: gqa']
+    put = {'model.mixers': {'gqa swapped in': one}}
+    assert arms['layer 1: gqa'] == {'model.overrides': {1: 'gqa swapped in'}, **put}
     six = base(model={**base()['model'], 'num_layers': 4})
     entry = {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}
     assert len(Study(question='?', base=six, arms={}, generate=(entry,)).named_arms()) == math.comb(4, 2)
