@@ -4,7 +4,7 @@
 
 Multi-query associative recall as Zoology (2312.04927) has it, in two layers without MLP: softmax attention keeps all pairs,
 what keeps a state of fixed size can not once there are more pairs than it has room for. A short convolution before every
-mixer gives all of them the previous token.
+mixer gives all of them the previous token. More heads are a smaller state: of linear attention 64² / heads numbers a layer.
 """
 
 from ml_collections import ConfigDict
@@ -22,13 +22,14 @@ def get_config():
     mixers = {
         'softmax': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'},
         'window of 16': {'kind': 'sliding_window', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none', 'window': 16},
-        'linear': {'kind': 'linear_transformer', 'num_heads': 4},
+        'linear, 4 heads': {'kind': 'linear_transformer', 'num_heads': 4},
+        'linear, 16 heads': {'kind': 'linear_transformer', 'num_heads': 16},
         'gla': {'kind': 'gla'},
         'deltanet': {'kind': 'deltanet'},
         'gated deltanet': {'kind': 'gated_deltanet'},
     }
     c.arms = {name: {'model.mixers': {'m': mixer}} for name, mixer in mixers.items()}
-    common = {**QUIET, **MODEL, 'data.batch_size': 32, 'steps': 800}
+    common = {**QUIET, **MODEL, 'data.batch_size': 32, 'steps': 1500}
     task = lambda pairs: {'data.task': {'kind': 'mqar', 'num_pairs': pairs}, 'data.length': 64}
     c.tasks = {f'{pairs} pairs': {**common, **task(pairs)} for pairs in (4, 8, 16)}
     c.metric = 'accuracy'

@@ -2,7 +2,8 @@
 
     python -m attnx.ablate --config=configs/ablations/state.py
 
-Every arm keeps 64 numbers a token and layer: keys and values of four, two or one head, or a latent of 48 with 16 rotated.
+Two layers without MLPs. Every arm keeps 64 numbers a token and layer: keys and values of four, two or one head, or a latent
+of 48 with 16 rotated.
 """
 
 from ml_collections import ConfigDict
@@ -23,9 +24,9 @@ def get_config():
     }
     c.arms = {name: {'model.mixers': {'a': mixer}} for name, mixer in mixers.items()}
     model = {'model.num_layers': 2, 'model.width': 64, 'model.pattern': ('a',), 'model.conv_taps': 3}
-    model |= {'model.tie_embeddings': False}
+    model |= {'model.mlp.kind': 'none', 'model.tie_embeddings': False}
     recall = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32}
-    c.tasks = {'recall': {**QUIET, **model, **recall, 'steps': 600}}
+    c.tasks = {'recall': {**QUIET, **model, **recall, 'steps': 1500}}
     c.metric = 'accuracy'
     c.match = {'what': 'state', 'by': ''}
     c.seeds = (0, 1, 2)

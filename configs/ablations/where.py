@@ -2,7 +2,7 @@
 
     python -m attnx.ablate --config=configs/ablations/where.py
 
-Six layers of gated linear attention; every arm swaps one of them for softmax attention.
+Four layers of gated linear attention without MLPs; every arm swaps one of them for softmax attention.
 """
 
 from ml_collections import ConfigDict
@@ -15,13 +15,14 @@ QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, '
 
 def get_config():
     c = ConfigDict(convert_dict=False)
-    c.question = 'One attention layer in a recurrent model of six: where?'
+    c.question = 'One attention layer in a recurrent model of four: where?'
     model = {'model.pattern': ('gla',), 'model.mixers': {}, 'model.width': 64, 'model.conv_taps': 3}
-    c.base = changed(load('configs/base.py'), {**model, 'model.tie_embeddings': False})
+    model |= {'model.num_layers': 4, 'model.mlp.kind': 'none', 'model.tie_embeddings': False}
+    c.base = changed(load('configs/base.py'), model)
     c.arms = {'gla': {}}
     c.generate = ({'swap': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}},)
     recall = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 64, 'data.batch_size': 32}
-    c.tasks = {'recall': {**QUIET, **recall, 'steps': 600}}
+    c.tasks = {'recall': {**QUIET, **recall, 'steps': 1500}}
     c.metric = 'accuracy'
     c.seeds = (0, 1, 2)
     c.batch_seeds = True
