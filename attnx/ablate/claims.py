@@ -1,14 +1,15 @@
 """Claims of papers, judged: `configs/ablations/claims.py` says what is claimed and by which rule, this file applies it.
 
-  python -m attnx.ablate.claims                     the table of verdicts, from gallery/claims/results.csv
-  python -m attnx.ablate.claims run --workers=8     trains all studies; the same command goes on where it was
-  python -m attnx.ablate.claims run s014 s034       these alone
-  python -m attnx.ablate.claims measure             throughput of S030's arms: on an accelerator with nothing else on it
-  python -m attnx.ablate.claims collect             writes gallery/claims from the runs in runs/ablations/claims
+python -m attnx.ablate.claims                     the table of verdicts, from gallery/claims/results.csv
+python -m attnx.ablate.claims run --workers=8     trains all studies; the same command goes on where it was
+python -m attnx.ablate.claims run s014 s034       these alone
+python -m attnx.ablate.claims measure             throughput of S030's arms: on an accelerator with nothing else on it
+python -m attnx.ablate.claims collect             writes gallery/claims from the runs in runs/ablations/claims
 """
 
 import argparse
 import csv
+import dataclasses
 import functools
 import importlib.util
 import json
@@ -142,29 +143,27 @@ def page(outcomes: Outcomes) -> str:
         '# Twelve claims, judged at small scale', '',
         'Written by `python -m attnx.ablate.claims collect`; the rules stand in `configs/ablations/claims.py` and were fixed',
         'before the runs. Models are of 15 thousand to 250 thousand parameters, trained for a minute: a verdict is one on the',
-        'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected for',
-        'the number of statements.', '',
+        'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
+        'for the number of statements.', '',
         ', '.join(f'{n} {verdict}' for verdict, n in count.items()) + '.', '',
         *lines([['', 'paper', 'claim', 'verdict'], *([
             name, f'[{c["title"]}](https://arxiv.org/abs/{c["paper"]})', c['claim'],
             f'**{found[name].verdict}**' + (f' ({found[name].why})' if found[name].why else ''),
         ] for name, c in claims.items())]),
         '## Statements', '',
-        'A margin is positive where the statement is true; in the unit of the metric (nats, a share of answers, tokens a second).',
-        '',
+        'A margin is above 0 where the statement is true, in the metric’s unit: nats, a share of answers, tokens/s.', '',
         *lines([['', 'statement', 'margin, 95 % interval', 'seeds', 'verdict'], *(
             [name, j.words, figure(j), j.seeds, j.verdict] for name, f in found.items() for j in f.statements
         )]),
         '## Outcomes', '', 'Means over seeds; every value is in [results.csv](results.csv).', '',
     ]  # fmt: skip
-    for study in claims_file().STUDIES:
-        arms = list(dict.fromkeys(arm for s, arm, _ in outcomes if s == study))
-        metrics = list(dict.fromkeys(metric for s, _, metric in outcomes if s == study))
-        mean = lambda arm, metric: outcomes.get((study, arm, metric), {}).values()
-        show = lambda values: f'{statistics.fmean(values):,.6g}' if values else '—'
-        if arms:
-            rows = [[arm, *(show(mean(arm, m)) for m in metrics)] for arm in arms]
-            text += [f'`{study}`: {claims_file().STUDIES[study]["question"]}', '', *lines([['arm', *metrics], *rows])]
+    show = lambda values: f'{statistics.fmean(values.values()):,.6g}' if values else '—'
+    for name, study in claims_file().STUDIES.items():
+        mine = {(arm, metric): values for (s, arm, metric), values in outcomes.items() if s == name}
+        metrics = list(dict.fromkeys(metric for _, metric in mine))
+        rows = [[arm, *(show(mine.get((arm, m))) for m in metrics)] for arm in dict.fromkeys(arm for arm, _ in mine)]
+        if rows:
+            text += [f'`{name}`: {study["question"]}', '', *lines([['arm', *metrics], *rows])]
     return '\n'.join(text)
 
 
@@ -208,37 +207,36 @@ def run(names: Sequence[str], worker: int, workers: int) -> None:
 
 def measure(repeats: int = 5, lengths: Sequence[int] = LENGTHS) -> None:
     """Tokens a second of S030's arms: the forward pass, and loss and gradients. Arms take turns, `repeats` times."""
-    import dataclasses
-
     import jax
+    import jax.numpy as jnp
 
     from attnx.train import step as step_lib
     from attnx.train.program import program
 
-    study, rows = studies()['s030'], []
+    def speed(call, length, times=3):
+        start = time.perf_counter()
+        for _ in range(times):
+            found = call()
+        jax.block_until_ready(found)
+        return times * length / (time.perf_counter() - start)
+
+    study, rows, key, settings = studies()['s030'], [], jax.random.key(0), step_lib.Config()
     for length in lengths:
-        calls = {}
+        tokens = jax.random.randint(key, (1, length), 0, 256)
+        batch, calls = {'tokens': tokens, 'targets': tokens, 'weights': jnp.ones(tokens.shape)}, {}
         for arm in study.resolved():
             given = build(study.on(arm, next(iter(study.tasks)))).model
             made = program(dataclasses.replace(given, vocab_size=256, max_length=length), packed=False)
-            params = jax.jit(made.init)(jax.random.key(0))
-            tokens = jax.random.randint(jax.random.key(1), (1, length), 0, 256)
-            batch = {'tokens': tokens, 'targets': tokens, 'weights': jax.numpy.ones(tokens.shape)}
-            forward = jax.jit(lambda params, batch, made=made: made.forward(params, batch, None)[0])
-            key, settings = jax.random.key(2), step_lib.Config()
-            step = jax.jit(lambda params, batch, made=made, k=key, s=settings: step_lib.gradients(made.forward, params, batch, k, s))
-            calls |= {(arm.name, 'forward'): (forward, params, batch), (arm.name, 'step'): (step, params, batch)}
-        for call, *given in calls.values():
-            jax.block_until_ready(call(*given))
+            params, forward = jax.jit(made.init)(key), jax.jit(made.forward)
+            step = jax.jit(functools.partial(step_lib.gradients, made.forward, config=settings))
+            calls[arm.name, 'forward'] = functools.partial(forward, params, batch, None)
+            calls[arm.name, 'step'] = functools.partial(step, params, batch, key)
+        for call in calls.values():
+            jax.block_until_ready(call())  # compiles
         for repeat in range(repeats):
-            for (arm, what), (call, *given) in calls.items():
-                jax.block_until_ready(call(*given))
-                start = time.perf_counter()
-                for _ in range(3):
-                    found = call(*given)
-                jax.block_until_ready(found)
-                speed = 3 * length / (time.perf_counter() - start)
-                rows.append(['s030', arm, f'{what} tokens/s at {length}', repeat, speed])
+            for (arm, what), call in calls.items():
+                jax.block_until_ready(call())
+                rows.append(['s030', arm, f'{what} tokens/s at {length}', repeat, speed(call, length)])
                 print(*rows[-1], flush=True)
     folder = runner.folder(study)
     folder.mkdir(parents=True, exist_ok=True)

@@ -176,11 +176,11 @@ STUDIES = {
         evals={'dense': {'data.length': 24}, 'sparse': {'data.length': 88}},
     ),
     's033_counting': study(
-        'Does CoPE solve counting out of distribution: programs twice as long with twice the passes?',
+        'Does CoPE solve counting out of distribution: programs four times as long, with as much to count?',
         COUNTERS,
-        TINY | {'data.task': {'kind': 'counting', 'num_variables': 3}, 'data.length': 33, 'steps': 2500},
+        TINY | {'data.task': {'kind': 'counting', 'passes': 10.0}, 'data.length': 33, 'steps': 2500},
         metric='long/accuracy',
-        evals={'long': {'data.task': {'kind': 'counting', 'num_variables': 3, 'passes': 100.0}, 'data.length': 65}},
+        evals={'long': {'data.task': {'kind': 'counting', 'passes': 50.0}, 'data.length': 129}},
     ),
     's034': study(
         'Does collinear constrained attention keep its loss at sixteen times the length of training?',
@@ -326,8 +326,8 @@ CLAIMS = {
         'claim': 'Fewer query heads: up to three times the throughput on sequences of 32k to 200k tokens',
         'learned': [],
         'statements': [
-            ('xSQA: forward at 131,072 tokens at least 3 times as fast as multi-head', *above('s030', 'xsqa', 'mha', FORWARD, 3.0)),
-            ('xSQA: a training step there at least 3 times as fast', *above('s030', 'xsqa', 'mha', STEP, 3.0)),
+            ('xSQA: forward at 131,072 tokens 3 times as fast as multi-head', *above('s030', 'xsqa', 'mha', FORWARD, 3.0)),
+            ('xSQA: a training step there 3 times as fast', *above('s030', 'xsqa', 'mha', STEP, 3.0)),
         ],
     },
     'S033': {
