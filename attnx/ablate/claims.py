@@ -57,6 +57,8 @@ class Verdict(NamedTuple):
 
 @functools.cache
 def claims_file():
+    if not FILE.exists():
+        raise ValueError(f'there is no {FILE}: claims are studied in a checkout of the project')
     spec = importlib.util.spec_from_file_location('attnx_claims', FILE)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -125,6 +127,8 @@ def table(outcomes: Outcomes) -> list[list[str]]:
 
 def read(path: pathlib.Path) -> dict[tuple[str, str, str], dict[int, float]]:
     """Outcomes from a CSV file of study, arm, metric, seed, value."""
+    if not path.exists():
+        raise ValueError(f'there is no {path}; `collect` writes it from runs')
     outcomes: dict[tuple[str, str, str], dict[int, float]] = {}
     with path.open(newline='') as stream:
         for row in csv.DictReader(stream):
