@@ -72,6 +72,8 @@ class Study:
     learning_rates: tuple = ()  # swept: every arm runs with each and is judged by its best; (): the base's own
     rate: str = 'shared'  # without a sweep: shared; transfer: times base width / width, for AdamW and widths that differ
     halving: Halving = dataclasses.field(default_factory=Halving)  # early stopping of hopeless arms
+    batch_seeds: bool = False  # an arm's seeds are one program, batched by vmap: as separate runs but for rounding, and quicker
+    # where one small model leaves the device idle; such runs are saved at their end only
     run_dir: str = 'runs/ablations/study'  # everything the study writes
 
     def __post_init__(self):
@@ -87,6 +89,8 @@ class Study:
             raise ValueError(f'unknown rate {self.rate!r}; {nearest(self.rate, RATES)}')
         if self.learning_rates and self.rate != 'shared':
             raise ValueError('learning_rates are swept; rate stays shared')
+        if self.batch_seeds and self.halving.rungs:
+            raise ValueError('halving stops runs on the way; with batch_seeds they are trained to their end at once')
 
     # Arms
 
@@ -204,6 +208,8 @@ class Study:
                 raise ValueError(f'unknown metric {inner!r}; {nearest(inner, METRICS)}')
             if inner == 'nats_per_byte' and made.token_bytes is None:
                 raise ValueError(f"the task {made.kind!r} has no metric 'nats_per_byte'; it has loss, accuracy")
+            if inner == 'accuracy' and made.real:
+                raise ValueError(f"the task {made.kind!r} has no metric 'accuracy'; it has loss")
             for change in self.evals.values():
                 task_of(build(changed(self.on(arm, task), change)))
 
@@ -242,7 +248,8 @@ class Study:
     def description(self) -> dict:
         """What the runs depend on, as plain JSON: a study that differs is another study."""
         flat = {'question': self.question, 'metric': self.metric, 'baseline': self.reference, 'seeds': self.seeds}
-        flat |= {'learning_rates': self.learning_rates, 'rate': self.rate, 'tasks': self.tasks, 'evals': self.evals}
+        flat |= {'batch_seeds': self.batch_seeds, 'learning_rates': self.learning_rates, 'rate': self.rate}
+        flat |= {'tasks': self.tasks, 'evals': self.evals}
         flat |= config_lib.flatten({'match': config_lib.to_dict(self.match), 'halving': config_lib.to_dict(self.halving)})
         flat |= {f'base.{k}': v for k, v in config_lib.flatten(config_lib.to_dict(self.base)).items() if k != 'run_dir'}
         flat |= {f'arms.{name}': change for name, change in self.named_arms().items()}
