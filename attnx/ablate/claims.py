@@ -126,7 +126,7 @@ def table(outcomes: Outcomes) -> list[list[str]]:
 
 
 def read(path: pathlib.Path) -> dict[tuple[str, str, str], dict[int, float]]:
-    """Outcomes from a CSV file of study, arm, metric, seed, value."""
+    """Outcomes from a CSV file of study, arm, metric, seed, value, device."""
     if not path.exists():
         raise ValueError(f'there is no {path}; `collect` writes it from runs')
     outcomes: dict[tuple[str, str, str], dict[int, float]] = {}
@@ -136,8 +136,11 @@ def read(path: pathlib.Path) -> dict[tuple[str, str, str], dict[int, float]]:
     return outcomes
 
 
-def page(outcomes: Outcomes) -> str:
-    """gallery/claims/README.md: verdicts, the statements behind them, and the outcomes of the arms."""
+def page(path: pathlib.Path) -> str:
+    """gallery/claims/README.md from results.csv: verdicts, the statements behind them, and the outcomes of the arms."""
+    outcomes = read(path)
+    with path.open(newline='') as stream:
+        devices = sorted({row['device'] for row in csv.DictReader(stream)})
     line = lambda row: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in row) + ' |'
     lines = lambda rows: [line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:]), '']
     claims = claims_file().CLAIMS
@@ -148,7 +151,7 @@ def page(outcomes: Outcomes) -> str:
         'Written by `python -m attnx.ablate.claims collect`; the rules stand in `configs/ablations/claims.py` and were fixed',
         'before the runs. Models are of 15 thousand to 250 thousand parameters, trained for a minute: a verdict is one on the',
         'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
-        'for the number of statements.', '',
+        'for the number of statements. Run on ' + '; '.join(devices) + '.', '',
         ', '.join(f'{n} {verdict}' for verdict, n in count.items()) + '.', '',
         *lines([['', 'paper', 'claim', 'verdict'], *([
             name, f'[{c["title"]}](https://arxiv.org/abs/{c["paper"]})', c['claim'],
@@ -175,7 +178,7 @@ def page(outcomes: Outcomes) -> str:
 
 
 def outcomes_of(name: str, study: Study) -> list[list]:
-    """Rows of study, arm, metric, seed, value from a study's folder."""
+    """Rows of study, arm, metric, seed, value, device from a study's folder."""
     from attnx.train import metrics
 
     rows, size = [], {arm.name: study.costs(arm).parameters for arm in study.resolved()}
@@ -187,7 +190,11 @@ def outcomes_of(name: str, study: Study) -> list[list]:
         curve = [e for e in metrics.read(cell.config.run_dir) if e['split'] == 'eval' and e['step'] > 0]
         values |= {f'curve/{m}': statistics.fmean(e[m] for e in curve) for m in METRICS if curve and m in curve[0]}
         values |= {'parameters': size[cell.arm]}
-        rows += [[name, cell.arm, metric, cell.seed, value] for metric, value in values.items() if np.isfinite(value)]
+        rows += [
+            [name, cell.arm, metric, cell.seed, value, entry['device']]
+            for metric, value in values.items()
+            if np.isfinite(value)
+        ]
     measured = runner.folder(study) / 'measured.jsonl'
     return rows + [json.loads(text) for text in (measured.read_text().splitlines() if measured.exists() else ())]
 
@@ -197,8 +204,8 @@ def collect() -> None:
     rows = [row for name, study in studies().items() for row in outcomes_of(name, study)]
     GALLERY.mkdir(parents=True, exist_ok=True)
     with (GALLERY / 'results.csv').open('w', newline='') as stream:
-        csv.writer(stream, lineterminator='\n').writerows([['study', 'arm', 'metric', 'seed', 'value'], *rows])
-    (GALLERY / 'README.md').write_text(page(read(GALLERY / 'results.csv')))
+        csv.writer(stream, lineterminator='\n').writerows([['study', 'arm', 'metric', 'seed', 'value', 'device'], *rows])
+    (GALLERY / 'README.md').write_text(page(GALLERY / 'results.csv'))
 
 
 def run(names: Sequence[str], worker: int, workers: int) -> None:
@@ -240,8 +247,10 @@ def measure(repeats: int = 5, lengths: Sequence[int] = LENGTHS) -> None:
         for repeat in range(repeats):
             for (arm, what), call in calls.items():
                 jax.block_until_ready(call())
-                rows.append(['s030', arm, f'{what} tokens/s at {length}', repeat, speed(call, length)])
-                print(*rows[-1], flush=True)
+                rows.append(
+                    ['s030', arm, f'{what} tokens/s at {length}', repeat, speed(call, length), jax.devices()[0].device_kind]
+                )
+                print(*rows[-1][:5], flush=True)
     folder = runner.folder(study)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / 'measured.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
