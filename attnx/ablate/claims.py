@@ -8,6 +8,7 @@ python -m attnx.ablate.claims collect             writes gallery/claims from the
 """
 
 import argparse
+import concurrent.futures
 import csv
 import dataclasses
 import functools
@@ -238,12 +239,12 @@ def measure(repeats: int = 5, lengths: Sequence[int] = LENGTHS) -> None:
         for arm in study.resolved():
             given = build(study.on(arm, next(iter(study.tasks)))).model
             made = program(dataclasses.replace(given, vocab_size=256, max_length=length), packed=False)
-            params, forward = jax.jit(made.init)(key), jax.jit(made.forward)
-            step = jax.jit(functools.partial(step_lib.gradients, made.forward, config=settings))
-            calls[arm.name, 'forward'] = functools.partial(forward, params, batch, None)
-            calls[arm.name, 'step'] = functools.partial(step, params, batch, key)
-        for call in calls.values():
-            jax.block_until_ready(call())  # compiles
+            params, step = jax.jit(made.init)(key), functools.partial(step_lib.gradients, made.forward, config=settings)
+            calls[arm.name, 'forward'] = jax.jit(made.forward), (params, batch, None)
+            calls[arm.name, 'step'] = jax.jit(step), (params, batch, key)
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            compiled = pool.map(lambda call: functools.partial(call[0].lower(*call[1]).compile(), *call[1]), calls.values())
+            calls = dict(zip(calls, compiled))
         for repeat in range(repeats):
             for (arm, what), call in calls.items():
                 jax.block_until_ready(call())
