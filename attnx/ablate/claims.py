@@ -1,10 +1,12 @@
 """Claims of papers, judged: `configs/ablations/claims.py` says what is claimed and by which rule, this file applies it.
 
-python -m attnx.ablate.claims                     the table of verdicts, from gallery/claims/results.csv
-python -m attnx.ablate.claims run --workers=8     trains all studies; the same command goes on where it was
-python -m attnx.ablate.claims run s014 s034       these alone
-python -m attnx.ablate.claims measure             throughput of S030's arms: on an accelerator with nothing else on it
-python -m attnx.ablate.claims collect             writes gallery/claims from the runs in runs/ablations/claims
+    python -m attnx.ablate.claims                     the table of verdicts, from gallery/claims/results.csv
+    python -m attnx.ablate.claims run --workers=8     trains all studies; the same command goes on where it was
+    python -m attnx.ablate.claims run s014 s034       these alone
+    python -m attnx.ablate.claims measure             throughput of S030's arms: on an accelerator with nothing else on it
+    python -m attnx.ablate.claims collect             writes gallery/claims from the runs in runs/ablations/claims
+
+Exit codes: 0 done, 2 bad input, 143 stopped.
 """
 
 import argparse
