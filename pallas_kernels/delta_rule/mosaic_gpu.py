@@ -158,18 +158,19 @@ def _backward(static, saved, cotangents):
         dstate = _chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': linear.GROUP, 'interpret': interpret}
     (u, low), states = sweeps.write(None, k8, v8, *shared, state, **every)
-    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
+    (w, w_low), dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
     partner = lambda x: None if wanted is None else x
     sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
     dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), k_low=low, scale=scale)
-    dk, _, erases = sweep(w, u, k8, decay, turn(state), partner(k8), k_low=low, strict=True, wide=True, scale=-scale)
-    later = functools.partial(sweep, u, reverse=True)
-    dk, _, asks = later(do8, q8, decay, turn(dstate), partner(k8), base=dk, wide=True, scale=scale)
-    dk, _, spares = later(w, k8, decay, None, partner(k8), base=dk, strict=True, scale=-scale)
+    strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
+    later = {'q_low': low, 'reverse': True}
+    dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8), q_low=w_low, k_low=low)
+    dk, _, spares = strict(u, w, k8, decay, None, partner(k8), k_low=w_low, base=dk, **later)
+    dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, **later)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
     wide = lambda x: cut.join(x)[:, :T, :, :V].astype(jnp.float32)
-    dv = wide(w) * scale
+    dv = (wide(w) + wide(w_low)) * scale
     dbeta = ((wide(u) + wide(low)) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST) ** 2
     states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
@@ -177,9 +178,8 @@ def _backward(static, saved, cotangents):
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
-        last = jnp.zeros(states.shape[:2]) if dlast is None else (states[:, :, -1] * dlast).sum((2, 3))
-        between = jnp.einsum('bngkv,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
-        anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
+        first = None if initial_state is None else linear.pad_state(initial_state)
+        anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
         each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
         step = linear.steps(log_decay, segment_ids)
         each = linear.decay_gradient(each, anchors, step)

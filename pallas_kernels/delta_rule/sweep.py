@@ -50,8 +50,8 @@ def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, on
 
 
 def reach(q, k, do, strength, inverse, decay, state, *, every=None, only_states=False, interpret=False):
-    """Backward in time: w [B, T', N, V] and the states D, before each group of chunks and decayed to its first token."""
-    results = () if only_states else ('u',)
+    """Backward in time: w as its two terms, and the states D, before each group of chunks and decayed to its first token."""
+    results = () if only_states else ('u', 'low')
     return _sweep(q, k, do, strength, inverse, decay, state, True, every, 1.0, results, interpret)
 
 

@@ -169,12 +169,8 @@ def _backward(static, saved, cotangents):
     if log_decay is not None:
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
-        last = None if dstate is None else (states[:, :, -1], dstate.swapaxes(2, 3))
-        between = jnp.einsum('bngvk,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
-        last = jnp.zeros_like(reads[:, :, 0, 0]) if last is None else (last[0] * last[1]).sum((2, 3))
-        anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
         each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decay_gradient(each[..., :T], anchors, step)
+        each = decay_gradient(each[..., :T], anchors('bngvk,bngkv->bng', state, states, dstate, dstates) * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -210,20 +206,32 @@ def cumulative(step, T: int):
     return jnp.cumsum(step.reshape(*step.shape[:2], -1, CHUNK), axis=-1)
 
 
+def anchors(spec: str, state, states, dstate, dstates):
+    """<S, dS> where groups of chunks meet, both ends included, by einsum's `spec`: the gradient of the log-decay there.
+
+    state, dstate: [B, N, x, y], before the first group and after the last, or None for zero. states, dstates: [B, N, groups,
+    x, y], after each group and before it.
+    """
+    whole = lambda x, like: jnp.zeros_like(like[:, :, :1]) if x is None else x[:, :, None]
+    states = jnp.concatenate([whole(state, states), states], axis=2)
+    dstates = jnp.concatenate([dstates, whole(dstate, dstates)], axis=2)
+    return jnp.einsum(spec, states, dstates, precision='highest')
+
+
 def decay_gradient(each, anchors, step):
     """Gradient of the log-decay of every step.
 
     With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
     d_t = d_{t+1} + a_t - b_t. Summed from the end that would carry rounding errors over the whole sequence, and into steps
     that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
-    such step, from 0.
+    such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
 
     Args:
       each: a_t - b_t, float32 [B, N, T].
-      anchors: d of the token after each group, [B, N, groups].
+      anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
       step: `steps`.
     """
-    (B, N, T), groups = each.shape, anchors.shape[-1]
+    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
     silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
     idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
     cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
@@ -232,11 +240,25 @@ def decay_gradient(each, anchors, step):
     count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
     heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
     within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
-    silence, following, chunks = count[..., -1:] - count + silent, anchors, []
+    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
     for c in reversed(range(GROUP)):
         chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
         following = chunks[-1][..., 0]
-    return jnp.stack(chunks[::-1], axis=3).reshape(B, N, -1)[..., :T]
+    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
+    heard = jnp.cumsum(silent.reshape(*silent.shape[:2], *each.shape[2:]), axis=-1) == 0
+    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
+    return each.reshape(B, N, -1)[..., :T]
+
+
+def bridge(heard, T: int):
+    """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
+
+    heard: [.., groups, tokens], whether no step from the first up to this one is silent.
+    """
+    groups, size = heard.shape[-2:]
+    place = np.arange(groups * size).reshape(groups, size)
+    length = (heard & (place < T)).sum(-1, keepdims=True)
+    return jnp.where(heard, jnp.maximum(length - place[0], 0) / jnp.maximum(length, 1), 0.0)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------------

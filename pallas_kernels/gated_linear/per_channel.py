@@ -65,8 +65,8 @@ def _factors(log_decay):
 
 
 def _decay_gradient(each, anchors, segment_ids):
-    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups, N, H], where only resets are silent."""
-    (B, T, N, H), groups = each.shape, anchors.shape[1]
+    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
+    (B, T, N, H), groups = each.shape, anchors.shape[1] - 1
     later = np.triu(np.ones((CHUNK, CHUNK)))
     silence = None
     if segment_ids is not None:
@@ -77,12 +77,17 @@ def _decay_gradient(each, anchors, segment_ids):
         silence = (count[..., -1:] - count + reset).reshape(B, groups, shared.GROUP, CHUNK, 1, 1)
     each = jnp.pad(each, [(0, 0), (0, groups * shared.GROUP * CHUNK - T), (0, 0), (0, 0)])
     within = _sums(each.reshape(B, -1, CHUNK, N, H), later).reshape(B, groups, shared.GROUP, CHUNK, N, H)
-    following, chunks = anchors, []
+    following, chunks = anchors[:, 1:], []
     for c in reversed(range(shared.GROUP)):
         felt = following[:, :, None]
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
-    each = jnp.stack(chunks[::-1], axis=2).reshape(B, -1, N, H)[:, :T]
+    each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
+    heard = jnp.ones((B, groups, shared.GROUP * CHUNK), bool)
+    if silence is not None:
+        heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
+    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * shared.bridge(heard, T)[..., None, None]
+    each = each.reshape(B, -1, N, H)[:, :T]
     return each if silence is None else jnp.where(reset.reshape(B, -1)[:, :T, None, None] > 0, 0.0, each)
 
 
@@ -133,28 +138,27 @@ def _backward(static, args, cotangents):
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
-    (qd, low), (kd, _), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    (qd, q_low), (kd, k_low), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
     run = functools.partial(sweep, scales=between, scale=scale, every=shared.GROUP, interpret=interpret)
-    dqd, states, _ = run(do8, v8, kd, resets, turn(state), by_columns=True, strict=True)
-    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=low, reverse=True)
-    dkd, _, _ = run(v8, do8, qd, resets, turn(dstate), by_columns=True, reverse=True, strict=True)
-    wide = lambda x: x[:, :T, :, :K].astype(jnp.float32)
-    qd, kd, dqd, dkd = map(wide, (qd, kd, dqd, dkd))
+    of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
+    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), v_low=k_low)
+    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=q_low, reverse=True)
+    dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), v_low=q_low, reverse=True)
+    dq, dk = factor * dqd[:, :T, :, :K], dkd[:, :T, :, :K] / factor
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
     own = scale * (v.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1, keepdims=True)
-    repeat = lambda x: jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32)
-    dq = (factor * dqd + own * repeat(k)).astype(q.dtype)
-    dk = (dkd / factor + own * repeat(q)).astype(k.dtype)
-    dq, dk = (shared.over_groups(x, heads) for x in (dq, dk))
+    q_wide, k_wide = (jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32) for x in (q, k))
+    each = q_wide * dq - k_wide * dk
+    dq = shared.over_groups(dq + own * k_wide, heads).astype(q.dtype)
+    dk = shared.over_groups(dk + own * q_wide, heads).astype(k.dtype)
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
-    following = jnp.concatenate([dstates[:, :, 1:], dstate[:, :, None]], axis=2)
-    anchors = jnp.einsum('bngvk,bngkv->bgnk', states, following, precision='highest')[..., :K] * scale
-    dlog_decay = _decay_gradient(qd * dqd - kd * dkd, anchors, segment_ids).astype(log_decay.dtype)
+    anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
+    dlog_decay = _decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 

@@ -59,9 +59,8 @@ def plain_delta(
     as_input = lambda x: jnp.asarray(x, jnp.float32)
     if only_states:
         return (), as_input(states)
-    if reverse:
-        return as_input(u), as_input(states)
-    return as_input(out) if has_q else (as_input(u), jnp.zeros_like(as_input(u))), as_input(states)
+    terms = as_input(u), jnp.zeros_like(as_input(u))
+    return as_input(out) if has_q and not reverse else terms, as_input(states)
 
 
 @pytest.mark.parametrize(

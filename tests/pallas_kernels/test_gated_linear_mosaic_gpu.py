@@ -20,6 +20,8 @@ def plain_sweep(
     scales=None,
     k_low=None,
     base=None,
+    q_low=None,
+    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -33,7 +35,7 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    k = k if k_low is None else k + k_low
+    q, k, v = (x if low is None else x + low for x, low in ((q, q_low), (k, k_low), (v, v_low)))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
