@@ -66,8 +66,7 @@ def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
     (B, T, N, V), K = value.shape, key.shape[3]
     if T == 1:
         return 'one token: each state is read and written once'
-    per_channel = log_decay is not None and log_decay.ndim == 4
-    count = 1 if per_channel else Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
+    count = Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
     return (
         f'{count} pieces of the sequence side by side, in chunks of {CHUNK}' if count > 1 else f'chunk after chunk of {CHUNK}'
     )
@@ -278,14 +277,14 @@ class Pieces:
         self.count = common.cdiv(T, size)
         self.size = size if self.count > 1 else T
 
-    def cut(self, x, axis=1, unit=1):
-        """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]."""
+    def cut(self, x, axis=1, unit=1, fill=0):
+        """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]; what is added holds `fill`."""
         if x is None:
             return None
         B, size = x.shape[0], self.size // unit
         idle = [(0, 0)] * x.ndim
         idle[axis] = (0, self.count * size - x.shape[axis])
-        x = jnp.pad(x, idle).reshape(*x.shape[:axis], self.count, size, *x.shape[axis + 1 :])
+        x = jnp.pad(x, idle, constant_values=fill).reshape(*x.shape[:axis], self.count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 1).reshape(B * self.count, *x.shape[1:axis], *x.shape[axis + 1 :])
 
     def cut_decay(self, decay, B: int):
@@ -309,8 +308,10 @@ def run(
     state,
     partner=None,
     *,
+    scales=None,
     k_low=None,
-    base=None,
+    v_low=None,
+    by_columns=False,
     reverse=False,
     grouped=False,
     interpret=False,
@@ -327,19 +328,27 @@ def run(
     cut = Pieces(T, parts or pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
     options |= shared | {'every': GROUP if grouped else None}
+    terms = {'k_low': k_low, 'v_low': v_low}
     if cut.count == 1:
-        return sweep(q, k, v, decay, state, partner, k_low=k_low, base=base, **options)
+        return sweep(q, k, v, decay, state, partner, scales, by_columns=by_columns, **terms, **options)
     local_decay = cut.cut_decay(decay, B)
-    q, k, v, partner, k_low, base = map(cut.cut, (q, k, v, partner, k_low, base))
-    _, local, _ = sweep(None, k, v, local_decay, None, k_low=k_low, heads=N, **shared)
-    total = None
+    q, k, v, partner = map(cut.cut, (q, k, v, partner))
+    terms = {name: cut.cut(x) for name, x in terms.items()} | {'by_columns': by_columns}
+    scales = cut.cut(scales, 2, CHUNK, fill=1)
+    _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **terms, **shared)
+    total = None  # [B or 1, N or 1, channels or 1, parts]
     if decay is not None:
         total = jnp.broadcast_to(local_decay[..., -1], (*local_decay.shape[:2], cut.size // CHUNK)).sum(-1)
         total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
-        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))
-    starts = _starts(local.reshape(B, cut.count, N, K, V), total, state, reverse)
-    starts = starts.reshape(-1, N, K, V)
-    out, states, dots = sweep(q, k, v, local_decay, starts, partner, k_low=k_low, base=base, **options)
+        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))[:, :, None]
+    if scales is not None:
+        by_channel = 2 * jnp.log2(scales).sum(2)
+        by_channel = jnp.moveaxis(by_channel.reshape(B, cut.count, N, -1), 1, 3)
+        total = by_channel if total is None else by_channel + total
+    turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
+    starts = _starts(turn(local.reshape(B, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
+    starts = turn(starts).reshape(-1, N, K, V)
+    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, **terms, **options)
     states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]
@@ -347,21 +356,24 @@ def run(
 
 
 def _starts(local, total, state, reverse):
-    """The state that each piece starts with, [B, parts, N, K, V], from the pieces' own last states."""
-    parts = local.shape[1]
+    """The state that each piece starts with, [B, parts, N, K, V], from the pieces' own last states and decays in base 2."""
+    (B, parts, N), shape = local.shape[:3], local.shape
+    channels = 1 if total is None else total.shape[2]
+    local = local.reshape(B, parts, N, channels, -1)
+    state = None if state is None else state.reshape(B, N, channels, -1)
     if reverse:
-        local, total = jnp.flip(local, 1), None if total is None else jnp.flip(total, 2)
+        local, total = jnp.flip(local, 1), None if total is None else jnp.flip(total, 3)
     first = jnp.zeros_like(local[:, :1]) if state is None else state[:, None]
     own = jnp.concatenate([first, local[:, :-1]], axis=1)  # own[j] is complete before piece j
     lower = jnp.tril(jnp.ones((parts, parts), bool))
     if total is None:
-        weights = lower[None, None].astype(jnp.float32)
+        weights = lower[None, None, None].astype(jnp.float32)
     else:  # between[i, j] = sum of total over pieces j <= r < i, summed and not subtracted
-        terms = jnp.where(jnp.tril(lower, -1), jnp.pad(total, [(0, 0), (0, 0), (1, 0)])[:, :, :-1, None], 0.0)
-        weights = jnp.where(lower, jnp.exp2(jnp.cumsum(terms, axis=2)), 0.0)
-    weights = jnp.broadcast_to(weights, (local.shape[0], local.shape[2], parts, parts))
-    starts = jnp.einsum('bnij,bjnkv->binkv', weights, own, precision='highest')
-    return jnp.flip(starts, 1) if reverse else starts
+        terms = jnp.where(jnp.tril(lower, -1), jnp.pad(total, [(0, 0)] * 3 + [(1, 0)])[..., :-1, None], 0.0)
+        weights = jnp.where(lower, jnp.exp2(jnp.cumsum(terms, axis=3)), 0.0)
+    weights = jnp.broadcast_to(weights, (B, N, channels, parts, parts))
+    starts = jnp.einsum('bnkij,bjnkv->binkv', weights, own, precision='highest')
+    return (jnp.flip(starts, 1) if reverse else starts).reshape(shape)
 
 
 # Layout ------------------------------------------------------------------------------------------------------------------

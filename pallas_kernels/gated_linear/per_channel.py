@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear import mosaic_gpu as shared
-from pallas_kernels.gated_linear.sweep import CHUNK, sweep
+from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
 choose = jax.lax.cond  # on the device
@@ -109,7 +109,7 @@ def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
     (qd, _), (kd, low), v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = sweep(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
+    out, states, _ = shared.run(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
@@ -142,7 +142,7 @@ def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
-    run = functools.partial(sweep, scales=between, scale=scale, every=shared.GROUP, interpret=interpret)
+    run = functools.partial(shared.run, scales=between, scale=scale, grouped=True, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
     dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), v_low=k_low)
     dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=q_low, reverse=True)

@@ -79,7 +79,6 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
-    monkeypatch.setattr(per_channel, 'sweep', plain_sweep)
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
@@ -98,6 +97,7 @@ def gradients(function, case):
         check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
         check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+        check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
         check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
     ],
     ids=lambda c: c.name,
