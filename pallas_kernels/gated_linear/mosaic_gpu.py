@@ -29,7 +29,7 @@ def unsupported(
     query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
-    return refuse(query, key, value, log_decay, scale, chunk, per_channel=True)
+    return refuse(query, key, value, scale, chunk)
 
 
 def held_back(query, key, value, log_decay=None, **_) -> str | None:
@@ -39,7 +39,7 @@ def held_back(query, key, value, log_decay=None, **_) -> str | None:
     return None
 
 
-def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str | None:
+def refuse(query, key, value, scale, chunk) -> str | None:
     """The reasons that the recurrent kernels share."""
     (_, T, heads, K), (N, V) = query.shape, value.shape[2:]
     dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
@@ -52,8 +52,6 @@ def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(K, V) > WIDEST:
         return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
-    if log_decay is not None and log_decay.ndim == 4 and not per_channel and T > 1:
-        return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
     if chunk not in (None, CHUNK):
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
     if scale is not None and (isinstance(scale, jax.Array) or not float(scale)):

@@ -29,9 +29,8 @@ PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
     """(out, last state); static: (scale, interpret)."""
-    fits = _fits(log_decay)
     arrays = q, k, v, log_decay, initial_state, segment_ids
-    return choose(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+    return choose(fits(log_decay), lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
 
 
 def _steps(log_decay):
@@ -50,12 +49,12 @@ def _sums(x, mask):
     return jnp.einsum(spec, mask.astype(jnp.float32), x, precision='highest')
 
 
-def _fits(log_decay):
+def fits(log_decay):
     step = _steps(log_decay)
     return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > shared.NEGLIGIBLE)
 
 
-def _factors(log_decay):
+def factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
     G = _sums(_chunked(_steps(log_decay)), np.tri(CHUNK))
     half = G[:, :, -1:] / 2
@@ -64,7 +63,7 @@ def _factors(log_decay):
     return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
 
 
-def _decay_gradient(each, anchors, segment_ids):
+def decay_gradient(each, anchors, segment_ids):
     """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
     (B, T, N, H), groups = each.shape, anchors.shape[1] - 1
     later = np.triu(np.ones((CHUNK, CHUNK)))
@@ -94,15 +93,18 @@ def _decay_gradient(each, anchors, segment_ids):
 def _prepare(q, k, v, log_decay, segment_ids):
     groups = v.shape[2] // k.shape[2]
     wide = lambda x: jnp.repeat(x, groups, 2).astype(jnp.float32)
-    factor, between = _factors(log_decay)
-
-    def split(x):  # in two 16-bit terms: states are to be good to float32
-        info = jnp.finfo(q.dtype)
-        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
-        return shared.pad(high.astype(q.dtype)), shared.pad((x - high).astype(q.dtype))
+    factor, between = factors(log_decay)
 
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
-    return split(wide(q) * factor), split(wide(k) / factor), shared.pad(v), resets, factor, between
+    terms = functools.partial(split, dtype=q.dtype)
+    return terms(wide(q) * factor), terms(wide(k) / factor), shared.pad(v), resets, factor, between
+
+
+def split(x, dtype):
+    """Two 16-bit terms, padded for the sweeps: states are to be good to float32."""
+    info = jnp.finfo(dtype)
+    high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
+    return shared.pad(high.astype(dtype)), shared.pad((x - high).astype(dtype))
 
 
 def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
@@ -132,7 +134,7 @@ def _backward(static, args, cotangents):
         return pull((do, dlast))
 
     fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *choose(_fits(log_decay), fast, slow, args, do, dlast), None
+    return *choose(fits(log_decay), fast, slow, args, do, dlast), None
 
 
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
@@ -158,15 +160,15 @@ def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
-    dlog_decay = _decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
+    dlog_decay = decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 
 per_channel.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
-    """The same for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
+def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
+    """The same, with `beta` the delta rule's, for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
     (B, T, N, V), K = v.shape, k.shape[3]
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
     step = _steps(log_decay)
@@ -178,13 +180,18 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
         return jnp.moveaxis(x.reshape(B, -1, KEPT, PAIRS, N, x.shape[3]), (1, 2, 4), (0, 1, 3))
 
     lower = jnp.tril(jnp.ones((PAIRS, PAIRS), bool))[..., None]
+    strict = jnp.tril(jnp.ones((PAIRS, PAIRS)), -1)[..., None]
     einsum = functools.partial(jnp.einsum, precision='highest')
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state, xs):
-        q, k, v, step = xs
+        q, k, v, step, *strength = xs
         G = jnp.cumsum(step, axis=2)
         pairs = jnp.exp2(jnp.where(lower, G[:, :, :, None] - G[:, :, None], 0.0)) * lower
+        for beta in strength:
+            coupling = beta * einsum('bnik,bnjk,bnijk->bnij', k, k, pairs * strict)
+            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp2(G), state))
+            v = jax.lax.linalg.triangular_solve(coupling, v, left_side=True, lower=True, unit_diagonal=True)
         weights = einsum('bnik,bnjk,bnijk->bnij', q, k, pairs)
         out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp2(G), state)
         end = G[:, :, -1:]
@@ -197,5 +204,6 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
         return state, out.astype(v.dtype)
 
     state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    state, out = jax.lax.scan(several, state, tuple(map(cut, (wide(q), wide(k), wide(v), step))))
+    arrays = wide(q), wide(k), wide(v), step, *(() if beta is None else (beta.astype(jnp.float32)[..., None],))
+    state, out = jax.lax.scan(several, state, tuple(map(cut, arrays)))
     return jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(B, -1, N, V)[:, :T], state
