@@ -211,10 +211,12 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 def output():
                     def run(out):
                         out.add(q_smem.at[slot], s_smem.at[here, 0])
-                        weights = weigh(q_smem, e_smem, None, el_smem).astype(dtype)
+                        high, low = split(weigh(q_smem, e_smem, None, el_smem))
                         if read is not None:
                             out.set(times(out.load(0), read))
-                        out.add(weights, r_smem.at[here, 0])
+                        out.add(high, r_smem.at[here, 0])
+                        if c_smem is not None:  # q and the key were rounded once more already, by their decays
+                            out.add(low, r_smem.at[here, 0])
                         o = out.load(0)
                         return (o * scale if scale != 1 else o).astype(dtype)
 
