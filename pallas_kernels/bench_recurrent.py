@@ -296,6 +296,7 @@ def main(argv=None):
     parser.add_argument('--with', dest='extra', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
+    parser.add_argument('--no-warm', action='store_true', help="leave Triton's cache as it is")
     parser.add_argument('--no-clock', action='store_true', help='compile only, where caches are kept on disk')
     parser.add_argument('--worker', nargs='+', help=argparse.SUPPRESS)
     parser.add_argument('--torch-only', choices=('warm', 'time'), help=argparse.SUPPRESS)
@@ -311,7 +312,7 @@ def main(argv=None):
     jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
     jobs = [start(*me, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
     with_torch = not args.no_torch and importlib.util.find_spec('fla')
-    warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch else []
+    warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch and not args.no_warm else []
     if not args.no_gate:
         gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
         for process in [gate(op, i) for i in range(SHARDS) for op in (LINEAR, DELTA)]:
