@@ -176,7 +176,7 @@ def worker(jobs):
             function, pick = found
             a = pick(*made)
             figure[f'{key}_ms'] = guarded(lambda f=function, a=a: round(clock(f, a), 4))
-            if row.B == 1:
+            if row.B == 1 or peer not in ('ours', 'copy'):
                 continue
             figure[f'{key}_kernels'] = found = guarded(lambda f=function, a=a: parts(f, a))
             if row.copied and isinstance(found, dict) and sum(found.values()):
@@ -229,6 +229,10 @@ def run_torch(rows, warm=False):
     timed = functools.partial(do_bench, warmup=10, rep=60, return_mode='median')
     if warm:
         timed = lambda f: f() is None or 0.0
+    else:
+        fla(Row(LINEAR, 'head', 1, 64))  # imports it
+        print('READY', flush=True)
+        sys.stdin.readline()
 
     def both(f, leaves, cotangent):
         f(*leaves).backward(cotangent)
@@ -312,6 +316,7 @@ def main(argv=None):
     jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
     jobs = [start(*me, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
     with_torch = not args.no_torch and importlib.util.find_spec('fla')
+    peers = [start(*me, '--torch-only', 'time', *args.words)] if with_torch else []
     warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch and not args.no_warm else []
     if not args.no_gate:
         gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
@@ -322,15 +327,13 @@ def main(argv=None):
         read(process, results)
     waiting = [job for job in jobs if read(job, results, until='READY')]
     if args.no_clock:
-        for job in waiting:
+        for job in [*waiting, *peers]:
             job.kill()
         return 0 if good else 1
-    for job in waiting:
+    for job in [*waiting, *(job for job in peers if read(job, results, until='READY'))]:
         job.stdin.write('go\n')
         job.stdin.flush()
         read(job, results)
-    if with_torch:
-        read(start(*me, '--torch-only', 'time', *args.words), results)
     print(table(results), flush=True)
     if args.json:
         with open(args.json, 'w') as file:
