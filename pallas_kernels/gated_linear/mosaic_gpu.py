@@ -56,7 +56,7 @@ def refuse(query, key, value, scale, chunk) -> str | None:
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
     if scale is not None and (isinstance(scale, jax.Array) or not float(scale)):
         return 'scale must be a Python number other than 0; multiply the query instead'
-    return _hardware()
+    return hardware()
 
 
 def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
@@ -70,7 +70,7 @@ def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
     )
 
 
-def _hardware() -> str | None:
+def hardware() -> str | None:
     try:
         device = jax.devices('cuda')[0]
     except RuntimeError:
