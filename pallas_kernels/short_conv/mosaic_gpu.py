@@ -3,7 +3,7 @@
     z_t = sum_{l < W} kernel_{W-1-l} x_{t-l}        y_t = silu(z_t) or z_t
 
 `short_conv` has the signature of `attnx.ops.short_conv` without `impl`; `unsupported` says why a call can't run here. XLA makes
-one kernel of the forward pass, which reads x and writes y; of the backward pass it makes three, which move eight times x's bytes.
+one kernel of the forward pass, which reads x and writes y; the backward pass takes it three, which move eight times x's size.
 Here a warpgroup walks over 32 tokens of 128 to 512 channels with the last W - 1 inputs, the gradients that are not complete and
 the taps' gradient in registers: dy and x are read, dx is written, z is computed again.
 """
