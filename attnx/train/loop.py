@@ -25,7 +25,6 @@ from attnx import models, plan, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import health, metrics, report
-from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
 from attnx.train.config import Config, check, free, served
 from attnx.train.process import Stop, locked, writable

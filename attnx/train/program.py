@@ -87,7 +87,7 @@ def training(config: Config, made: Program, mesh: jax.sharding.Mesh) -> Training
     opt = optim_lib.state_shardings(transform, made.shapes, where, mesh)
     state = {'params': where, 'opt': opt, 'step': single, 'bad': single}
     heads = heads_lib.projections(config.model, made.shapes)
-    clip = clip_lib.hook(config.model, made, config.step.qk_clip) if config.step.qk_clip else None
+    clip = clip_lib.hook(config.model, made.shapes, made.trace, config.step.qk_clip) if config.step.qk_clip else None
     update = step_lib.train_step(made.forward, transform, rate, config.step, heads, clip)
     options = dict(config.compiler) or None
     return Training(
