@@ -77,8 +77,9 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                 place = inputs.at((e // 2) * bq, k0, shape)
                 slope = None
                 if spec.score:
-                    s, factor, slope = place.score(s, scale, derivative=True)
+                    s, factor, slope, shift = place.score_apart(s, scale, 'c', derivative=True)
                     lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+                    lse_col = lse_col if shift is None else lse_col - shift * LOG2E
                     p = jnp.exp2(s * (factor * LOG2E) - common.col(lse_col, shape))
                 else:
                     p = jnp.exp2(s * c)

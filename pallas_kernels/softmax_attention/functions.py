@@ -69,6 +69,17 @@ def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
     return Spec(pieces[0], pieces[1], dropout, T, S)
 
 
+def special(score) -> bool:
+    """Whether `score` takes results of the special function unit for each element."""
+    if score is None:
+        return False
+    operands, call = ew.flatten(score)
+    scalars = [jax.ShapeDtypeStruct((), jnp.result_type(o.array)) for o in operands]
+    index = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    f = lambda s, i, v: call(s, ew.Index(*i, 1, 1), v)
+    return tile_eval.special(jax.make_jaxpr(f)(jax.ShapeDtypeStruct((), jnp.float32), index, scalars))
+
+
 def kind(index: str, transposed: bool) -> str:
     rows, columns = ('k', 'q') if transposed else ('q', 'k')
     if 'd' in index:
@@ -155,7 +166,7 @@ class Place:
         """`first`: where the positions b, h, q, k stand among the operands."""
         cast = lambda x: plgpu.layout_cast(x, TILE)
         small = range(first, first + 4) if max(*self.inputs.padded) < 2**22 else ()
-        return tile_eval.tile_eval(fun, operands, self.shape, cast, small)
+        return tile_eval.tile_eval(fun, operands, self.shape, cast, small, center=self.k0)
 
     def _booleans(self, operands, values):
         return [v != 0 if jnp.result_type(o.array) == jnp.bool_ else v for o, v in zip(operands, values)]
@@ -179,9 +190,32 @@ class Place:
 
         With `derivative`, also the score's derivative by the scaled logits, None where it is 1.
         """
+        value, slope = self._scored(s, scale, derivative)
+        return (*self._factored(value), slope) if derivative else self._factored(value)
+
+    def score_apart(self, s, scale, kind: str, derivative=False):
+        """As `score`, and last a vector over rows (`kind` 'r') or columns ('c') to add to tile * number, or None."""
+        value, slope = self._scored(s, scale, derivative)
+        shifted = isinstance(value.value, tile_eval.Shifted)
+        found = (value.value(kind), 1.0) if shifted else self._factored(value)
+        shift = value.value.parts[kind] if shifted else None
+        return (*found, slope, shift) if derivative else (*found, shift)
+
+    def _scored(self, s, scale, derivative):
         if not derivative:
-            return self._scored(s, scale, lambda call, s, values: (call(s, values),))[:2]
-        return self._scored(s, scale, lambda call, s, values: jax.jvp(lambda s: call(s, values), (s,), (_ONE,)))
+            return self._evaluated(s, scale, lambda call, s, values: (call(s, values),))[0], None
+        run = lambda call, s, values: jax.jvp(lambda s: call(s, values), (s,), (_ONE,))
+        value, slope = self._evaluated(s, scale, run)
+        return value, self._slope(slope)
+
+    def _factored(self, value):
+        held = value.value
+        if isinstance(held, tile_eval.Scaled) and held.factor > 0:
+            return held.value, held.factor
+        return value.to('rc'), 1.0
+
+    def _slope(self, slope):
+        return None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
 
     def score_by_operand(self, s, scale, which: int):
         """As `score`, with the derivative by the value of operand `which`."""
@@ -191,9 +225,10 @@ class Place:
             put = lambda x: [x if n == which else v for n, v in enumerate(values)]
             return jax.jvp(lambda x: call(s, put(x)), (value,), (_ONE,))
 
-        return self._scored(s, scale, run)
+        value, slope = self._evaluated(s, scale, run)
+        return *self._factored(value), self._slope(slope)
 
-    def _scored(self, s, scale, run):
+    def _evaluated(self, s, scale, run):
         spec = self.inputs.spec
         operands = spec.score.operands
         first = len(spec.mask.operands) if spec.mask else 0
@@ -203,14 +238,7 @@ class Place:
             call = lambda s, values: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
             return run(call, s * jnp.float32(scale), values)
 
-        outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
-        value, factor = outs[0].value, 1.0
-        if isinstance(value, tile_eval.Scaled) and value.factor > 0:
-            value, factor = value.value, value.factor
-        else:
-            value = outs[0].to('rc')
-        slope = outs[-1]
-        return value, factor, None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
+        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
 
     def kept(self):
         """Whether dropout keeps each weight: a boolean tile."""

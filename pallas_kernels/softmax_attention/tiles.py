@@ -16,6 +16,7 @@ class Forward:
     registers: tuple[int, int]  # consumer, producer
     turns: bool = True  # consumers issue in turns
     buffers: int = 2  # query tiles in flight
+    polynomial: int = 0  # of the keys, whose exponentials leave the special function unit alone (`common.exp2`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +29,12 @@ class Backward:
 _pinned: dict = {}
 
 
-def name(kind: type, H: int, Hv: int) -> str:
-    return f'{kind.__name__} H={H} Hv={Hv}'
+def name(kind: type, H: int, Hv: int, special: bool = False) -> str:
+    return f'{kind.__name__} H={H} Hv={Hv}' + ' special' * special
 
 
-def forward(H: int, Hv: int) -> Forward:
-    """Tiles for head widths H and Hv (multiples of 64)."""
+def forward(H: int, Hv: int, special: bool = False) -> Forward:
+    """Tiles for head widths H and Hv (multiples of 64); `special`: the score needs the special function unit too."""
     wide = max(H, Hv)
     if wide <= 64:
         default = Forward(3, 128, 2, (160, 32))
@@ -41,7 +42,7 @@ def forward(H: int, Hv: int) -> Forward:
         default = Forward(2, 128, 2, (240, 24))
     else:
         default = Forward(2, 64, 2, (240, 24), buffers=1)
-    return _pinned.get(name(Forward, H, Hv), default)
+    return _pinned.get(name(Forward, H, Hv, special), default)
 
 
 def backward(H: int, Hv: int) -> Backward:
