@@ -33,20 +33,32 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a kernel evaluates, over one flat list of operands: first the mask's, then the score's, then the seed."""
+    """What a kernel evaluates, over one flat list of operands: first the mask's, then the score's, then the seed.
+
+    A kernel's batch may be several batches of `batch` rows, one after the other: functions see a row's number in its own.
+    """
 
     mask: Function | None
     score: Function | None
     dropout: dropout_lib.Dropout | None
+    seed: ew.Operand | None
     T: int
     S: int
+    batch: int | None = None
 
     @property
     def operands(self) -> list[ew.Operand]:
         found = [o for f in (self.mask, self.score) if f for o in f.operands]
-        if self.dropout:
-            found.append(ew.Operand(jnp.asarray(self.dropout.seed).astype(jnp.uint32), ''))
-        return found
+        return [*found, self.seed] if self.dropout else found
+
+    def folded(self, operands, batch: int) -> 'Spec':
+        """With these operands, of batches of `batch` rows."""
+        first = len(self.mask.operands) if self.mask else 0
+        last = first + (len(self.score.operands) if self.score else 0)
+        mask = self.mask and dataclasses.replace(self.mask, operands=tuple(operands[:first]))
+        score = self.score and dataclasses.replace(self.score, operands=tuple(operands[first:last]))
+        seed = operands[last] if self.dropout else None
+        return dataclasses.replace(self, mask=mask, score=score, seed=seed, batch=self.batch or batch)
 
 
 def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
@@ -66,7 +78,34 @@ def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
             pieces[0] = Function(lambda i, values: i.k < i.k_len, ())
     if dropout is not None and dropout.threshold == 0:
         dropout = None
-    return Spec(pieces[0], pieces[1], dropout, T, S)
+    seed = None if dropout is None else ew.Operand(jnp.asarray(dropout.seed).astype(jnp.uint32), '')
+    return Spec(pieces[0], pieces[1], dropout, seed, T, S)
+
+
+def fold(spec: Spec, arrays, batched, size: int, batch: int):
+    """`vmap` as a larger batch: a spec and `prepare`d arrays for `size` batches, of those of one, `batched` or shared."""
+    operands, found = [], []
+    for o, x, own in zip(spec.operands, arrays, batched):
+        if 'b' in o.index:
+            x = fold_rows(x, own, size, batch)
+            rest = [n for c, n in zip(o.index, o.array.shape) if c != 'b']
+            o = ew.Operand(jax.ShapeDtypeStruct((x.shape[0], *rest), o.array.dtype), 'b' + o.index.replace('b', ''))
+        elif own:
+            x = x.reshape(size, 1) if o.index == '' else x[:, None]
+            x = fold_rows(x, True, size, batch)
+            o = ew.Operand(jax.ShapeDtypeStruct((size * batch, *o.array.shape), o.array.dtype), 'b' + o.index)
+        operands.append(o)
+        found.append(x)
+    return spec.folded(operands, batch), found
+
+
+def fold_rows(x, batched: bool, size: int, batch: int):
+    """[size, batch or 1, ...], or [batch or 1, ...] shared by all, as [size * batch, ...]; one row for all stays one."""
+    if not batched:
+        if x.shape[0] == 1:
+            return x
+        x = x[None]
+    return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
 
 
 def special(score) -> bool:
@@ -131,8 +170,9 @@ class Place:
         M, N = self.shape
         kq, kk = ('c', 'r') if self.inputs.transposed else ('r', 'c')
         vector = lambda k: common.iota(M, ROW) if k == 'r' else common.iota(N, COL)
+        b, batch = self.inputs.b, self.inputs.spec.batch
         return [
-            (self.inputs.b, jnp.int32, ''),
+            (b if batch is None else jax.lax.rem(b, batch), jnp.int32, ''),
             (self.inputs.h, jnp.int32, ''),
             (lambda: vector(kq) + self.q0, jnp.int32, kq),
             (lambda: vector(kk) + self.k0, jnp.int32, kk),
@@ -245,6 +285,6 @@ class Place:
         spec, refs = self.inputs.spec, self.inputs.refs
         rate = spec.dropout.rate
         fun = lambda b, h, q, k, seed: dropout_lib.keep(seed, b, h, q, k, rate)
-        seed = (lambda: refs[-1][0], jnp.uint32, '')
+        seed = (lambda: self._load(refs[-1], spec.seed), jnp.uint32, '')
         (v,) = self._eval(fun, [*self._positions(), seed])
         return v.to('rc')

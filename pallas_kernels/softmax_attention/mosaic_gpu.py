@@ -173,12 +173,13 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists, cost = None, np.full((1, 1, nq), nk)
+    lists, cost, reach = None, np.full((1, 1, nq), nk), nk
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
         cost = lists[..., 0] + MASK_COST * lists[..., 1]
-    # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
-    together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
+        reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
+    # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
+    together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
     todo = agenda(B, N, nq, cost + ITEM_COST, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
@@ -228,21 +229,37 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    kernel = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
-
-    def run(*args):
-        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
-        # is to find at 0 are another buffer than the one that was set to 0.
-        return lax.optimization_barrier(kernel(*lax.optimization_barrier(args)))
-
-    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
-    run = jax.custom_batching.sequential_vmap(run)
-    dq, dk, dv = run(q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0), lists, ranks, operands)
+    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale)
+    arrays = q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0)
+    dq, dk, dv = _over_batches(kernel, spec)(arrays, (lists, ranks), operands)
     dq = dq[:, :T, :, :H] * scale
     if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
         rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
         dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
     return dq, dk, dv
+
+
+def _over_batches(kernel, spec):
+    """The backward kernel, under `jax.vmap` with a larger batch: members would share the counters that order dq."""
+
+    @jax.custom_batching.custom_vmap
+    def run(arrays, metadata, operands):
+        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
+        # is to find at 0 are another buffer than the one that was set to 0.
+        args = lax.optimization_barrier((*arrays, *metadata, operands))
+        return lax.optimization_barrier(kernel(*args, spec=spec))
+
+    @run.def_vmap
+    def rule(size, batched, arrays, metadata, operands):
+        B = arrays[0].shape[1 if batched[0][0] else 0]
+        rows = lambda x, own: functions.fold_rows(x if own else x[None], True, size, B)
+        arrays = tuple(map(rows, arrays, batched[0]))
+        metadata = tuple(functions.fold_rows(x, own, size, B) for x, own in zip(metadata, batched[1]))
+        larger, operands = functions.fold(spec, operands, batched[2], size, B)
+        found = _over_batches(kernel, larger)(arrays, metadata, operands)
+        return tuple(x.reshape(size, B, *x.shape[1:]) for x in found), (True,) * len(found)
+
+    return run
 
 
 def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
@@ -357,7 +374,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
     else:
-        heads = [items[b, h : h + together] for b in range(B) for h in range(0, N, together)]
+        heads = np.array_split(items.reshape(-1, nq), common.cdiv(B * N, together))
         order = np.concatenate([x.T[::-1].ravel() for x in heads])  # causal masks: the last query tiles see most
     rows = [[] for _ in range(P)]
     free = [(0.0, p) for p in range(P)]

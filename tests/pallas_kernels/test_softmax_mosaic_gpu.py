@@ -249,7 +249,7 @@ def test_lowers_for_cuda(name, H):
 
 
 def test_lowers_under_vmap():
-    """The backward kernel, whose blocks wait for each other through counters, runs one batch member at a time."""
+    """One kernel a pass, with a larger batch, and no loop over members."""
     loss = lambda q, k, v: mosaic_gpu.softmax_attention(q, k, v, mask=check.causal).astype(jnp.float32).sum()
     stacked = [jnp.stack([x] * 3) for x in arrays()]
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
@@ -257,9 +257,48 @@ def test_lowers_under_vmap():
     exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*stacked)
     assert [x.shape for x in exported.out_avals] == [x.shape for x in stacked]
     module = exported.mlir_module()
-    assert 'stablehlo.while' in module
-    # XLA must not fuse the loop's slices with the kernel: the counters would not be those that it set to 0.
-    assert module.count('optimization_barrier') >= 2
+    assert module.count('@mosaic_gpu_v2') == 2 and 'stablehlo.while' not in module
+    assert module.count('optimization_barrier') >= 2  # see `_over_batches`
+
+
+@pytest.mark.parametrize('B', [1, 2])
+@pytest.mark.parametrize('shared', ['lists', 'seed row', 'dense strip', ''])
+def test_vmap_is_a_larger_batch(B, shared):
+    """Each member sees its own rows, lists, operands, seed and batch numbers, also under two `vmap`s."""
+    rng = np.random.default_rng(0)
+    T = S = 4
+    number = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def spec_of(row, strip, dense, seed):
+        mask = ew.Mask(lambda i, x: x > 0, (ew.Operand(row, 'bq'),))
+        score = check.added(strip, 'd') >> check.added(dense, 'bhqk')
+        return functions.make_spec(mask, score, Dropout(0.5, seed), T, S, False)
+
+    def kernel(*args, spec):  # all that a kernel reads, by the letters that it reads it by
+        x, lists, operands = args[0], args[1], args[2]
+        at = jnp.arange(x.shape[0])
+        total = x + lists[at if lists.shape[0] > 1 else 0 * at].sum(1) + at % (spec.batch or x.shape[0])
+        for o, value in zip(spec.operands, operands):
+            rows = 'b' in o.index and o.array.shape[o.index.index('b')] > 1
+            assert value.shape[0] == x.shape[0] or not rows
+            total += value[at].reshape(len(at), -1).sum(1) if rows else value.sum()
+        return (total,)
+
+    def call(x, lists, row, strip, dense, seed):
+        spec = spec_of(row, strip, dense, seed)
+        operands = [functions.prepare(o, T, S, T, S, True) for o in spec.operands]
+        return mosaic_gpu._over_batches(kernel, spec)((x,), (lists,), operands)[0]
+
+    names = 'x', 'lists', 'row', 'strip', 'dense', 'seed'
+    shapes = (B,), (1, 3), (B, T), (T + S - 1,), (1, 2, T, S)
+    axes = [None if name in shared.split() else 0 for name in names]
+    args = [number(*(n for n in (3, 2) if axis == 0), *shape) for shape, axis in zip(shapes, axes)]
+    seeds = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
+    args.append(seeds if axes[-1] == 0 else jnp.uint32(9))
+    found = jax.vmap(jax.vmap(call, axes), axes)(*args)
+    for i, j in np.ndindex(3, 2):
+        one = call(*(x[i, j] if axis == 0 else x for x, axis in zip(args, axes)))
+        np.testing.assert_allclose(found[i, j], one, rtol=1e-5)
 
 
 def test_tuned_tiles_are_pinned_and_replayed(tmp_path, monkeypatch):
