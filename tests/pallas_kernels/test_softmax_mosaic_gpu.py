@@ -42,29 +42,50 @@ def test_forward_lists(c):
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
     """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
-    lists, ranks, touched = mosaic_gpu.schedule(c, together)
+    owners = mosaic_gpu.divided(c)
+    lists, ranks, touched = mosaic_gpu.schedule(c, owners, together)
     np.testing.assert_array_equal(touched, (c != 0).any(-1))
-    for x, y in zip((lists, ranks, touched), jax.jit(lambda c: mosaic_gpu.schedule(c, together))(c)):
+    for x, y in zip((lists, ranks, touched), jax.jit(lambda c: mosaic_gpu.schedule(c, owners, together))(c)):
         np.testing.assert_array_equal(x, y)
     nq, nk = c.shape[2:]
     for at in np.ndindex(c.shape[:2]):
-        todo = []
-        for i in range(nk):
-            count, *entries = lists[(*at, i)]
+        todo, visited = [], [[] for _ in range(nk)]
+        for i in range(len(owners)):
+            count, tile, part, *entries = lists[(*at, i)]
+            assert (tile, part) == (owners[i, 0], owners[i, 3])
             visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
-            assert sorted(x for x, _, _ in visits) == list(np.flatnonzero(c[at][:, i]))
-            assert all(p == (c[at][x, i] == blocks.PARTIAL) for x, p, _ in visits)
+            assert all(p == (c[at][x, tile] == blocks.PARTIAL) for x, p, _ in visits)
+            visited[tile] += [x for x, _, _ in visits]
             todo.append(visits)
+        for tile, found in enumerate(visited):
+            assert sorted(found) == list(np.flatnonzero(c[at][:, tile]))
         done = [0] * nq
         while any(todo):
             moved = False
-            for i in [i for i in range(nk) if todo[i]][:together]:
+            for i in [i for i in range(len(owners)) if todo[i]][:together]:
                 x, _, rank = todo[i][0]
                 if done[x] == rank:
                     done[x], moved = done[x] + 1, True
                     todo[i].pop(0)
             assert moved, 'the blocks wait for each other'
         assert done == list((c[at] != 0).sum(-1))
+
+
+def test_tiles_that_many_see_are_shared():
+    """Global tokens before a window: blocks of about equal length, each key tile once or in parts that join."""
+    T = 4096
+    c = blocks.classify(ew.as_mask(check.global_window(512, 64)), 1, 1, T, T, 64, 128)
+    owners = mosaic_gpu.divided(c)
+    lists = mosaic_gpu.schedule(c, owners)[0][0, 0]
+    assert c.shape[3] < len(owners) and set(owners[owners[:, 3] >= 0, 0]) == {0}
+    assert lists[:, 0].max() <= 2 * lists[:, 0].mean() < (c[0, 0, :, 0] != 0).sum()
+    assert len(mosaic_gpu.divided(blocks.classify(ew.as_mask(check.causal), 1, 1, T, T, 64, 128))) == T // 128
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((2, 128 * (owners[:, 3].max() + 1), 3, 8)).astype(np.float32)
+    x = rng.standard_normal((2, 200, 3, 8)).astype(np.float32)
+    joined = mosaic_gpu._joined(jnp.asarray(x), jnp.asarray(parts), owners)
+    np.testing.assert_array_equal(joined[:, 128:], x[:, 128:])
+    np.testing.assert_allclose(joined[:, :128], parts.reshape(2, -1, 128, 3, 8).sum(1), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
