@@ -165,14 +165,14 @@ SPECIAL = {
 
 def special(jaxpr) -> bool:
     """Whether a traced scalar function takes results of the special function unit for each element."""
-    for eqn in _live(getattr(jaxpr, 'jaxpr', jaxpr)):
-        if eqn.primitive.name in INLINE or eqn.primitive.name == 'cond':
-            if any(special(sub) for sub in _subjaxprs(eqn)):
-                return True
-        elif eqn.primitive.name in SPECIAL:
-            if eqn.primitive.name != 'div' or not isinstance(eqn.invars[1], jex.Literal):
-                return True
-    return False
+
+    def one(eqn):
+        name = eqn.primitive.name
+        if name in INLINE or name == 'cond':
+            return any(map(special, _subjaxprs(eqn)))
+        return name in SPECIAL and not (name == 'div' and isinstance(eqn.invars[1], jex.Literal))
+
+    return any(map(one, _live(getattr(jaxpr, 'jaxpr', jaxpr))))
 
 
 class Value(NamedTuple):

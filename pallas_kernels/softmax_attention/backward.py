@@ -75,14 +75,17 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             plgpu.barrier_wait(kv_bar)
             common.clean([k_smem.at[0, mine], v_smem.at[0, mine]])
 
-            def weights(s, e, slot):
+            def addend(place):
+                """What the accumulator of the logits may start with, beside the log-sum-exp: see `Place.addend`."""
+                nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
+                return place.addend(nothing, scale) if spec.score else {}
+
+            def weights(s, place, e, slot, started):
                 """P^T from the logits' products; and the score's slope."""
-                place = inputs.at((e // 2) * bq, k0, shape)
                 slope = None
-                if spec.score:
-                    s, factor, slope, shift = place.score_apart(s, scale, 'c', derivative=True)
+                if not started:
+                    s, factor, slope = place.score(s, scale, derivative=True)
                     lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
-                    lse_col = lse_col if shift is None else lse_col - shift * LOG2E
                     p = jnp.exp2(s * (factor * LOG2E) - common.col(lse_col, shape))
                 else:
                     p = jnp.exp2(s * c)
@@ -93,7 +96,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         return tuple(x if x is None else jnp.where(seen, x, 0.0) for x in tiles)
 
                     p, slope = lax.cond(lax.rem(e, 2) == 1, hide, lambda *tiles: tiles, p, slope)
-                return p, slope, place
+                return p, slope
 
             def scrub(ref, lse_ref):
                 """Sets rows without a finite weight to 0."""
@@ -124,15 +127,21 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         plgpu.barrier_wait(scrubbed)
 
                     def logits(s_acc, dp_acc):
-                        if not spec.score:
-                            s_acc[...] = common.col(lse_col * (-1 / c), shape)
+                        place = inputs.at((e // 2) * bq, k0, shape)
+                        start = addend(place)
+                        if start is not None:
+                            column = lse_col * (-1 / c)
+                            if start:
+                                column += start['c'] * (1 / scale)
+                            initial = common.col(column, shape)
+                            s_acc[...] = initial + common.row(start['r'] * (1 / scale), shape) if start else initial
                         if not spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
                             dp_acc[...] = common.col(-delta_col, shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope, place = weights(s, e, slot)
+                        p, slope = weights(s, place, e, slot, start is not None)
                         if spec.dropout:
                             keep = place.kept()
                             inverse = spec.dropout.inverse_keep

@@ -101,7 +101,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 m, l, e = sums
                 factor, shift = c, None
                 if score:
-                    s, factor, shift = place.score_apart(s, scale, 'r')
+                    s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
                 if mask:
                     s = place.masked(s) if masked is True else lax.cond(masked, place.masked, lambda s: s, s)

@@ -7,6 +7,7 @@ rectangle.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -233,13 +234,21 @@ class Place:
         value, slope = self._scored(s, scale, derivative)
         return (*self._factored(value), slope) if derivative else self._factored(value)
 
-    def score_apart(self, s, scale, kind: str, derivative=False):
-        """As `score`, and last a vector over rows (`kind` 'r') or columns ('c') to add to tile * number, or None."""
-        value, slope = self._scored(s, scale, derivative)
-        shifted = isinstance(value.value, tile_eval.Shifted)
-        found = (value.value(kind), 1.0) if shifted else self._factored(value)
-        shift = value.value.parts[kind] if shifted else None
-        return (*found, slope, shift) if derivative else (*found, shift)
+    def score_by_rows(self, s, scale):
+        """As `score`, and last a vector over rows to add to tile * number, or None."""
+        held = (value := self._scored(s, scale, False)[0]).value
+        if isinstance(held, tile_eval.Shifted):
+            return held('r'), 1.0, held.parts['r']
+        return *self._factored(value), None
+
+    def addend(self, s, scale):
+        """{kind: vector} where all that the score does is to add these to the logits scale * s, whatever s; else None."""
+        value, slope = self._scored(s, scale, True)
+        held = value.value
+        if slope is not None or not isinstance(held, tile_eval.Shifted) or not isinstance(held.value, tile_eval.Scaled):
+            return None
+        plain = held.value.value is s and math.isclose(held.value.factor, scale, rel_tol=1e-6)
+        return held.parts if plain else None
 
     def _scored(self, s, scale, derivative):
         if not derivative:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnx.ops.softmax_attention import reference, xla
-from pallas_kernels import blocks, tile_eval
+from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, tiles, tune
@@ -177,6 +177,7 @@ def test_diagonal_lists():
 SCORES = {
     'softcap': lambda s, q, k, a: 5 * jnp.tanh(s / 5),
     'alibi': lambda s, q, k, a: s - a * (q + 7 - k).astype(jnp.float32),
+    'alibi ahead': lambda s, q, k, a: s + a * (k - q).astype(s.dtype),
     'gelu': lambda s, q, k, a: jax.nn.gelu(s),
     'twice used': lambda s, q, k, a: s * jax.nn.sigmoid(s) + jnp.abs(s),
     'where': lambda s, q, k, a: jnp.where((q - k) % 3 == 0, s * 2, s - jnp.log1p(abs(a))),
@@ -184,6 +185,26 @@ SCORES = {
     'powers': lambda s, q, k, a: s**3 - s**-1 + jnp.power(s, 2.0) + jnp.floor(s) + jnp.expm1(a),
     'scaled': lambda s, q, k, a: -2.0 * (s * 0.5) / 4.0,
 }
+
+
+CHEAP = 'alibi', 'alibi ahead', 'scaled', 'cond'  # without the special function unit
+
+
+def test_positions_far_out_keep_their_precision():
+    """A slope times positions of 10^6 rounds as their difference does."""
+    q, k = jnp.arange(64, dtype=jnp.int32) + 1_000_000, jnp.arange(128, dtype=jnp.int32) + 1_000_000
+    s, a = jnp.zeros((64, 128), jnp.float32), jnp.float32(0.7)
+    operands = [(s, jnp.float32, 'rc'), (q, jnp.int32, 'r'), (k, jnp.int32, 'c'), (a, jnp.float32, '')]
+    (out,) = tile_eval.tile_eval(SCORES['alibi ahead'], operands, (64, 128), lambda x: x, (1, 2), center=k[0])
+    np.testing.assert_allclose(out.to('rc'), 0.7 * (k - q[:, None]), rtol=1e-5, atol=1e-5)
+
+
+def test_exponentials_by_polynomial():
+    x = jnp.concatenate([jnp.linspace(-126, 0, 5000), jnp.array([-jnp.inf, -1e30, -200.0, jnp.nan])])[None]
+    y = common.exp2(x, x.shape[1])[0]
+    np.testing.assert_allclose(y[:5000], jnp.exp2(x[0, :5000]), rtol=9e-5)
+    assert (y[5000:5003] == 0).all() and jnp.isnan(y[5003])
+    np.testing.assert_array_equal(common.exp2(x, 8)[0, 8:], jnp.exp2(x[0, 8:]))
 
 
 @pytest.mark.parametrize('name', SCORES)
@@ -197,10 +218,17 @@ def test_tile_eval_agrees(name):
     f = SCORES[name]
     both = lambda s, q, k, a: jax.jvp(lambda s: f(s, q, k, a), (s,), (jnp.float32(1),))
     operands = [(s, jnp.float32, 'rc'), (lambda: q, jnp.int32, 'r'), (lambda: k, jnp.int32, 'c'), (a, jnp.float32, '')]
-    outs = tile_eval.tile_eval(both, operands, (M, N), lambda x: x, (1, 2))
     each = jax.vmap(jax.vmap(both, (0, None, 0, None)), (0, 0, None, None))(s, q, k, a)
-    for x, y in zip(outs, each):
-        np.testing.assert_allclose(x.to('rc'), y, rtol=2e-5, atol=2e-5)
+    for center in (None, jnp.int32(3)):
+        outs = tile_eval.tile_eval(both, operands, (M, N), lambda x: x, (1, 2), center=center)
+        for x, y in zip(outs, each):
+            np.testing.assert_allclose(x.to('rc'), y, rtol=2e-5, atol=2e-5)
+    held = outs[0].value
+    assert isinstance(held, tile_eval.Shifted) == (name in ('alibi', 'alibi ahead'))
+    if isinstance(held, tile_eval.Shifted):  # what a kernel adds elsewhere
+        np.testing.assert_allclose(held('r') + held.parts['r'][:, None], each[0], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(held('c') + held.parts['c'], each[0], rtol=2e-5, atol=2e-5)
+    assert tile_eval.special(jax.make_jaxpr(both)(s[0, 0], q[0], k[0], a)) == (name not in CHEAP)
     assert tile_eval.refusal(jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct((), x.dtype) for x in (s, q, k, a)))) is None
 
 
