@@ -23,6 +23,7 @@ def get_config():
     c.sharding = 'ddp'
     c.context = 'auto'
     c.distributed = False
+    c.tune = False
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
         {

@@ -74,6 +74,7 @@ class Config:
     sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
+    tune: bool = False  # time the tiles of softmax attention's Hopper kernel first; run_dir/tiles.json keeps the choice
 
     def __post_init__(self):
         if self.steps < 1 or self.eval_every < 0:

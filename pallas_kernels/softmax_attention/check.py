@@ -363,11 +363,9 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
 
         return jax.jit(call)
 
-    options = lambda score, sinks: dict(mask=mask, score=score, sinks=sinks, dropout=case.dropout)
+    options = lambda score, sinks: {'mask': mask, 'score': score, 'sinks': sinks, 'dropout': case.dropout}
     kernel = lambda q, k, v, score, sinks: attention(q, k, v, **options(score, sinks), return_lse=True)
-    same = lambda precision: (
-        lambda q, k, v, score, sinks: oracle(q, k, v, **options(score, sinks), precision=precision)
-    )
+    same = lambda precision: lambda q, k, v, score, sinks: oracle(q, k, v, **options(score, sinks), precision=precision)
     run, reference, exact = compiled(kernel), compiled(same(case.dtype)), compiled(same(jnp.float64))
 
     def draw(seed):

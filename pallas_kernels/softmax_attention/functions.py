@@ -294,6 +294,6 @@ class Place:
         spec, refs = self.inputs.spec, self.inputs.refs
         rate = spec.dropout.rate
         fun = lambda b, h, q, k, seed: dropout_lib.keep(seed, b, h, q, k, rate)
-        seed = (lambda: self._load(refs[-1], spec.seed), jnp.uint32, '')
+        seed = self._values(len(refs) - 1, [spec.seed])[0][0], jnp.uint32, ''
         (v,) = self._eval(fun, [*self._positions(), seed])
         return v.to('rc')

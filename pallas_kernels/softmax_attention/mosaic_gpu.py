@@ -169,7 +169,8 @@ def _attention(scale, stats, q, k, v, mask, score, sinks, dropout):
 def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     (B, T, N, H), (S, K), Hv = q.shape, k.shape[1:3], v.shape[3]
     q8, k8, v8 = _pad(q), _pad(k), _pad(v)
-    shape = tiles.forward(q8.shape[3], v8.shape[3], functions.special(score))
+    widths = q8.shape[3], v8.shape[3]
+    shape = tiles.forward(tiles.Call(B, T, S, N, K, *widths, mask is not None, functions.special(score)))
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))

@@ -351,21 +351,63 @@ def test_vmap_is_a_larger_batch(B, shared):
 
 
 def test_tuned_tiles_are_pinned_and_replayed(tmp_path, monkeypatch):
-    path = str(tmp_path / 'tiles.json')
+    path = tmp_path / 'tiles.json'
+    call = tiles.Call(2, 64, 64, 2, 2, 128, 128)
     choice = tiles.Forward(2, 64, 3, (240, 24), turns=False)
-    monkeypatch.setattr(tune, 'tune', lambda shapes, causal: {tiles.name(tiles.Forward, 128, 128): choice})
+    monkeypatch.setattr(tune, 'tune', lambda calls: {one.name: choice for one in calls})
     try:
-        tune.replay_or_tune(path, [(2, 64, 2, 2, 128)])
-        assert tiles.forward(128, 128) == choice and tiles.forward(64, 64).consumers == 3
+        tune.replay_or_tune(path, lambda: [call])
+        assert tiles.forward(call) == choice and tiles.forward(call._replace(H=64, Hv=64)).consumers == 3
+        assert tiles.forward(call._replace(special=True)) != choice
         monkeypatch.setattr(tune, 'tune', None)  # the file is replayed, not made again
         tiles.pin(None)
-        tune.replay_or_tune(path, [])
-        assert tiles.forward(128, 128) == choice
+        tune.replay_or_tune(path, None)
+        assert tiles.forward(call) == choice and tiles.pinned() == {call.name: choice}
     finally:
         tiles.pin(None)
-    (tmp_path / 'bad.json').write_text('{"Forward H=64 Hv=64": {"consumers": 3}}')
-    with pytest.raises(ValueError, match='Forward H=64'):
-        tiles.load(str(tmp_path / 'bad.json'))
+    with pytest.raises(ValueError, match="tiles: 'Forward H=64 Hv=64'"):
+        tiles.from_json('{"Forward H=64 Hv=64": {"consumers": 3}}')
+
+
+def test_calls_are_asked_for_as_they_are_traced():
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(H=40))
+    score = check.softcap(30.0)
+    with tiles.asked() as found:
+        jax.eval_shape(functools.partial(mosaic_gpu.softmax_attention, mask=check.causal), q, k, v)
+        jax.eval_shape(functools.partial(mosaic_gpu.softmax_attention, score=score), q, k, v)
+    assert found == [
+        tiles.Call(2, 100, 100, 4, 2, 64, 64, masked=True, special=False),
+        tiles.Call(2, 100, 100, 4, 2, 64, 64, masked=False, special=True),
+    ]
+
+
+def test_tuner_times_the_largest_call_of_each_class(monkeypatch):
+    """By a timer that likes 64 keys; every candidate lowers to a program of its own."""
+    made = []
+
+    class Lowered:
+        def __init__(self, call):
+            made.append(call)
+
+        def compile(self):
+            return made[-1]
+
+    class Jitted:
+        def __init__(self, f):
+            self.f = f
+
+        def lower(self, *args):
+            with tiles.asked() as found:
+                jax.eval_shape(self.f, *args)
+            return Lowered((found[-1], tiles.forward(found[-1])))
+
+    monkeypatch.setattr(tune.jax, 'jit', Jitted)
+    small, large = tiles.Call(1, 64, 64, 1, 1, 64, 64), tiles.Call(1, 128, 128, 2, 1, 64, 64)
+    special = tiles.Call(1, 64, 64, 1, 1, 128, 64, masked=False, special=True)
+    best = tune.tune([large, small, special], timer=lambda program, args: program[1].keys)
+    assert {call for call, _ in made} == {large, special}
+    assert set(best) == {large.name, special.name} and {x.keys for x in best.values()} == {64}
+    assert len({choice for call, choice in made if call == large}) == len(tune.candidates(large)) > 8
 
 
 def test_gate_tells_right_from_wrong():
