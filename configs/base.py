@@ -24,6 +24,7 @@ def get_config():
     c.context = 'auto'
     c.distributed = False
     c.compiler = cd.placeholder(object)  # "{'xla_gpu_enable_latency_hiding_scheduler': True}"
+    c.tune = False
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
         {

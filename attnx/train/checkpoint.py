@@ -235,7 +235,7 @@ def _replace(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def _agreed(value: Any) -> Any:
+def agreed(value: Any) -> Any:
     """A JSON-able value of process 0, on every process."""
     if jax.process_count() == 1:
         return value
@@ -277,7 +277,7 @@ class Checkpoints:
         self._main = jax.process_index() == 0
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sealed: set[int] = set()  # process 0: steps with a seal, as MARK lists them
-        if problem := _agreed(self._claim() if self._main else None):
+        if problem := agreed(self._claim() if self._main else None):
             raise CheckpointError(problem)
         self._manager = self._open()
 
@@ -443,12 +443,12 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step, bad = _agreed(newest(self.folder, self._sealed) if self._main else None)
+        step, bad = agreed(newest(self.folder, self._sealed) if self._main else None)
         if bad:
             self._set_aside(bad, step)
         if step is None:
             return None
-        meta = _agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
+        meta = agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
         if lines := differing(meta['config'], self.settings, skip=self.free):
             raise CheckpointError(
@@ -482,6 +482,6 @@ class Checkpoints:
                     target.rmtree()
                 if self._path(step).exists():
                     self._path(step).rename(target)
-        _agreed(None)  # the others wait until they are gone
+        agreed(None)  # the others wait until they are gone
         self.notes.append(f'{what}; moved to {aside}, continuing from step {good}')
         self._manager = self._open()

@@ -77,6 +77,7 @@ class Config:
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
     compiler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of XLA for the training step, by name
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
+    tune: bool = False  # time the tiles of softmax attention's Hopper kernel first; run_dir/tiles.json keeps the choice
 
     def __post_init__(self):
         if self.steps < 1 or self.eval_every < 0:

@@ -29,6 +29,7 @@ from attnx.train import step as step_lib
 from attnx.train.config import Config, check, free, served
 from attnx.train.process import Stop, locked, writable
 from attnx.train.program import check_rows, placed, program, training
+from pallas_kernels.softmax_attention import tiles as tiles_lib
 
 
 class Result(NamedTuple):
@@ -201,6 +202,7 @@ class _Run:
         shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
         plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
         self.program = made = program(config.model, packed=task.packed)
+        tiles = self.tuned(stack) if config.tune else {}
         self.where, self._init, self.update = training(config, made, self.mesh)
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
@@ -210,6 +212,7 @@ class _Run:
         layout = {'devices': self.mesh.size, 'sharding': config.sharding}
         layout |= {'processes': jax.process_count()} if self.mesh.size > 2 else {}
         layout |= {f'mesh.{axis}': size for axis, size in self.mesh.shape.items()}
+        layout |= {f'tiles.{name}': tiles_lib.to_json({name: choice}) for name, choice in tiles.items()}
         self.checkpoints = checkpoint_lib.Checkpoints(
             config.checkpoint.folder or run_dir / 'checkpoints', config.checkpoint, settings, free=free, layout=layout
         )
@@ -226,6 +229,21 @@ class _Run:
         self.mfu_per_token = cost / (peak * self.mesh.size) if peak else None
         if jax.process_index() == 0:
             (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
+
+    def tuned(self, stack: contextlib.ExitStack) -> dict:
+        """Pins the tiles of this run's attention until it ends: those of its run_dir, or else the fastest, timed now."""
+        from pallas_kernels.softmax_attention import tune  # slow: it brings the kernel
+
+        stack.callback(tiles_lib.pin, tiles_lib.pinned())
+
+        def calls():
+            batch = self.put(next(self.data.evaluation()))
+            with tiles_lib.asked() as found:
+                jax.eval_shape(self.program.forward, self.program.shapes, batch, None)
+            jax.clear_caches()  # what was traced with the tiles of the table
+            return found
+
+        return tune.replay_or_tune(self.run_dir / 'tiles.json', calls, checkpoint_lib.agreed)
 
     def put(self, batch):
         """This process's rows -> global arrays."""

@@ -52,7 +52,8 @@ def test_step_clips_when_due_and_counts():
     config, model = made(num_layers=1, pattern=('a',), mixers={'a': GQA})
     transform, rate = optim.build(optim.Config(schedule='constant', warmup=0, learning_rate=1e-6), 10, model.axes)
     settings = step.Config(qk_clip=1.0, qk_clip_every=2)
-    update = jax.jit(step.train_step(model.forward, transform, rate, settings, clip=clip.hook(config, model.shapes, model.trace, 1.0)))
+    hook = clip.hook(config, model.shapes, model.trace, 1.0)
+    update = jax.jit(step.train_step(model.forward, transform, rate, settings, clip=hook))
     state = step.init_state(large(model.init(jax.random.key(0))), transform)
     state, metrics = update(state, BATCH, jax.random.key(0))
     assert metrics['qk_clipped'] == 0 and max(v.max() for v in logits(model, state['params']).values()) > 2
