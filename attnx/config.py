@@ -38,26 +38,6 @@ def build(cls: type, given: Any, path: str = 'config') -> Any:
         raise error if str(error).startswith('config') else ValueError(f'{path}: {error}') from None
 
 
-def check_names(given: Any) -> None:
-    """Refuses a run's config for a name that exists nowhere, before anything slow is imported; `build` checks the rest.
-
-    Raises:
-      ValueError: a mechanism, a name of a layer pattern, a task, a field of it, or files that are not there.
-    """
-    from attnx import catalog, tasks
-
-    part = lambda whole, key: as_dict(as_dict(whole, 'config').get(key), f'config.{key}')
-    model, task = part(given, 'model'), part(part(given, 'data'), 'task')
-    mixers = {name: part(model['mixers'], name) for name in part(model, 'mixers')}
-    stacks = [model, part(model, 'encoder')] if model.get('kind') == 'encoder_decoder' else [model]
-    for stack in stacks:
-        pattern = stack.get('pattern')  # `build` refuses what is no tuple
-        for name in (*(pattern if isinstance(pattern, tuple | list) else ()), *part(stack, 'overrides').values(), *mixers):
-            catalog.resolve(name, mixers)
-    if 'kind' in task:
-        tasks.check(task)
-
-
 def convert(kind: Any, value: Any, path: str) -> Any:
     """`value` as type `kind`: ints become floats, lists become tuples, mappings become dataclasses; nothing else changes."""
     origin, args = typing.get_origin(kind), typing.get_args(kind)
@@ -74,9 +54,11 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     if kind is tuple or origin is tuple:
         if isinstance(value, str) or not isinstance(value, tuple | list):
             raise ValueError(f"{path} = {value!r}: expected a tuple, such as ('a', 'b')")
-        return tuple(convert(tuple, v, path) if isinstance(v, list) else v for v in value)
+        inner = args[0] if args else Any
+        return tuple(convert(inner, convert(tuple, v, path) if isinstance(v, list) else v, path) for v in value)
     if kind is dict or origin in (dict, Mapping):
-        return as_dict(value, path)
+        inner = args[1] if args else Any
+        return {key: convert(inner, v, f'{path}.{key}') for key, v in as_dict(value, path).items()}
     plain = origin or kind
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f'{path} = {value!r}: expected {plain.__name__}, was given {type(value).__name__}')

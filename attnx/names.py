@@ -1,4 +1,4 @@
-"""Names that a user may mistype. Imports nothing heavy, so that a wrong one is refused at once."""
+"""What errors are made of. Imports nothing heavy, so that a wrong name is refused at once."""
 
 import difflib
 
@@ -9,3 +9,8 @@ def nearest(name: str, valid) -> str:
     close = difflib.get_close_matches(str(name), valid, n=1)
     hint = f'did you mean {close[0]!r}? ' if close else ''
     return f'{hint}valid: {", ".join(valid) or "none"}'
+
+
+def printable(text: str) -> str:
+    r"""`text` with control characters written out (\x1b): what a model or a file says must not steer a terminal."""
+    return ''.join(c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape').decode() for c in text)

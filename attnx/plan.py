@@ -1,7 +1,13 @@
 """Before a run: what it costs, what will run, and what would be refused. Needs no device and computes nothing.
 
   python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
+  python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
 """
+
+import os
+
+if __name__ != 'attnx.plan':  # as a command: said before jax looks for devices
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import contextlib
 import dataclasses
@@ -256,7 +262,12 @@ def _encoder(config: ModelConfig) -> tuple[tuple[Layer, ...], tuple]:
 
 
 def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:
-    """Bytes that the forward pass keeps for the backward pass, from the shapes of the residuals of `jax.vjp`."""
+    """Bytes that the forward pass keeps for the backward pass."""
+    return max(size(residuals(model, config, batch, length, packed)) - size(model), 0)
+
+
+def residuals(model, config: ModelConfig, batch: int, length: int, packed: bool) -> list[jax.ShapeDtypeStruct]:
+    """What `jax.vjp` of the model keeps, its parameters among it; the model may be abstract."""
     dtype, shape = (jnp.float32, (batch, length, config.input_dim)) if config.input_dim else (jnp.int32, (batch, length))
     tokens = jax.ShapeDtypeStruct(shape, dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
@@ -264,8 +275,8 @@ def activations(model, config: ModelConfig, batch: int, length: int, packed: boo
     kinds = {name: kind for layer in config.layers() for name, kind in layer.spec.inputs.items() if name != 'tokens'}
     inputs = {name: side_input(kind, batch, length) for name, kind in kinds.items()}
     run = lambda model, tokens, ids, source, inputs: model(tokens, segment_ids=ids, source=source, inputs=inputs).logits
-    residuals = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
-    return max(size(jax.eval_shape(residuals, model, tokens, ids, source, inputs)) - size(model), 0)
+    pulls = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
+    return jax.tree.leaves(jax.eval_shape(pulls, model, tokens, ids, source, inputs))
 
 
 def human(number: float, unit: str = '') -> str:
@@ -315,11 +326,16 @@ def main(argv) -> int:
     from rich.console import Console
 
     from attnx import config as config_lib
+    from attnx import tasks
     from attnx.train import config as train_config
-    from attnx.train import data, optim
+    from attnx.train import optim
 
     run = config_lib.build(train_config.Config, _CONFIG.value, 'config')
-    task = data.open(run.data).task
+    if flags.FLAGS.topology:
+        from attnx.train import topology
+
+        return topology.command(run, flags.FLAGS.topology, flags.FLAGS.fit, Console(width=max(Console().width, 110)))
+    task = tasks.outline(run.data.task, length=run.data.length, seed=run.data.seed)
     found = plan(
         train_config.completed(run.model, task),
         length=task.length,
@@ -337,12 +353,11 @@ def main(argv) -> int:
 
 
 if __name__ == '__main__':
-    import os
-
     from ml_collections import config_flags
 
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     flags.DEFINE_enum('platform', 'cuda', explanation.PLATFORMS, 'where the run is to happen')
+    flags.DEFINE_string('topology', '', 'chips that are not here: v5p:8x8x8 (compiled by libtpu), h100:8 (modelled)')
+    flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')
     _CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
 
     def _main(argv):

@@ -7,10 +7,12 @@ the identity, so modules work anywhere.
 
 import contextlib
 import contextvars
+import itertools
 import math
 from collections.abc import Mapping
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -47,6 +49,19 @@ def record():
         _recorded.reset(token)
 
 
+def check(sizes: Mapping[str, int], preset: str = 'ddp', context: str = 'auto') -> None:
+    """Raises ValueError for an axis, a preset or a context method that is unknown, or a size that no mesh has."""
+    for name in sizes:
+        if name not in MESH_AXES:
+            raise ValueError(f'unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}')
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f'mesh {dict(sizes)}: at most one size may be -1, the others are >= 1')
+    rules(preset)
+    if context not in CONTEXT_METHODS:
+        raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+
+
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
     """Every mesh axis with its size, over `count` devices; absent axes have size 1, one size may be -1 = the rest.
 
@@ -54,14 +69,10 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
       ValueError: an unknown axis, or sizes whose product is not the number of devices; names the nearest mesh that fits.
     """
     sizes = dict(sizes or {'data': -1})
-    for name in sizes:
-        if name not in MESH_AXES:
-            raise ValueError(f'unknown mesh axis {name!r}; {nearest(name, MESH_AXES)}')
+    check(sizes)
     full = {name: sizes.get(name, 1) for name in MESH_AXES}
     free = [name for name, size in full.items() if size == -1]
     fixed = math.prod(size for size in full.values() if size != -1)
-    if len(free) > 1 or any(size < 1 and size != -1 for size in full.values()):
-        raise ValueError(f'mesh {sizes}: at most one size may be -1, the others are >= 1')
     if free:
         full[free[0]] = max(count // fixed, 1)
     if math.prod(full.values()) != count:
@@ -70,9 +81,21 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
             if name not in free and name != 'data':
                 fitting[name] = max(d for d in range(1, full[name] + 1) if rest % d == 0)
                 rest //= fitting[name]
-        fitting[free[0] if free else 'data'] = rest
-        raise ValueError(f'mesh {sizes} does not tile {count} devices; the nearest that does: {shown(fitting)}')
+        last = free[0] if free else 'data'
+        nearest_one, *others = [shown({**fitting, last: rest}), *_tilings(full, last, count)]
+        others = [str(other) for other in others if other != nearest_one][:2]
+        also = f'; also {" and ".join(others)}' if others else ''
+        raise ValueError(f'mesh {sizes} does not tile {count} devices; the nearest that does: {nearest_one}{also}')
     return full
+
+
+def _tilings(full: Mapping[str, int], last: str, count: int) -> list[dict[str, int]]:
+    """Meshes of `count` devices over the axes that `full` cuts by, the most alike first; `last` takes the rest."""
+    axes = [name for name in MESH_AXES if full[name] > 1 and name != last]
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    found = [dict(zip(axes, parts)) for parts in itertools.product(divisors, repeat=len(axes)) if count % math.prod(parts) == 0]
+    unlike = lambda sizes: sum(abs(math.log(sizes[name] / full[name])) for name in axes)
+    return [shown({**sizes, last: count // math.prod(sizes.values())}) for sizes in sorted(found, key=unlike)]
 
 
 def shown(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -81,10 +104,14 @@ def shown(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does."""
+    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does.
+
+    On a torus of TPUs an axis takes whole axes of the torus where it can, else parts of them.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(mesh_shape(sizes, len(devices)).values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -129,8 +156,7 @@ def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'aut
     Raises:
       ValueError: the preset or the method is unknown, or the preset leaves an axis of the mesh unused.
     """
-    if context not in CONTEXT_METHODS:
-        raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+    check({}, preset, context)
     _check_used(mesh.shape, preset)
     tokens = _rules.set(rules(preset)), _method.set(context)
     enter = jax.sharding.use_abstract_mesh if isinstance(mesh, AbstractMesh) else jax.set_mesh

@@ -24,6 +24,7 @@ def get_config():
     c.context = 'auto'
     c.distributed = False
     c.compiler = cd.placeholder(object)  # "{'xla_gpu_enable_latency_hiding_scheduler': True}"
+    c.tune = False
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
         {
@@ -91,6 +92,7 @@ def get_config():
         {'every': 10, 'tensorboard': False, 'wandb': False, 'project': 'attnx', 'peak_flops': cd.placeholder(float)}
     )
     c.sample = ConfigDict({'tokens': 240, 'count': 3, 'prompt': 'def ', 'temperature': 0.9, 'top_k': 0, 'top_p': 0.95})
+    c.sample.bases = ()
     c.profile = ConfigDict({'start': 0, 'steps': 5})
     c.health = ConfigDict({'every': 0, 'rows': 1})
     return c
@@ -129,6 +131,7 @@ def model():
     c.dtype = 'float32'  # bfloat16 on accelerators
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's
+    c.output, c.grid = 'vocabulary', 0
     c.cross = 'cross_attention'  # of an encoder_decoder, like the next
     c.encoder = ConfigDict({'num_layers': 6, 'pattern': ('gqa',)})
     c.encoder.update({'overrides': cd.placeholder(object), 'mlp_overrides': cd.placeholder(object)})

@@ -1,6 +1,8 @@
 """The model's config, and the expansion of its layer pattern."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -51,6 +53,8 @@ class ModelConfig(StackConfig):
     mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
+    output: str = 'vocabulary'  # what logits are of: vocabulary; pointer: an encoder_decoder's source (OAT: 2407.13335)
+    grid: int = 0  # pointer: rows and columns in which objects may lie
     mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
     conv_taps: int = 0  # a depthwise causal convolution of this many tokens before every mixer; 0: none (decoders only)
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
@@ -66,6 +70,7 @@ class ModelConfig(StackConfig):
 
     def __post_init__(self):
         choices = {'kind': KINDS, 'norm': tuple(NORMS), 'norm_position': ('pre', 'post'), 'remat': REMAT}
+        choices |= {'output': ('vocabulary', 'pointer')}
         choices |= {'dtype': tuple(DTYPES), 'positions': ('none', 'learned', 'sinusoidal')}
         for key, valid in choices.items():
             if getattr(self, key) not in valid:
@@ -80,7 +85,15 @@ class ModelConfig(StackConfig):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
-
+        pointer = self.output == 'pointer'
+        others = {'kind': 'encoder_decoder', 'positions': 'none', 'logit_softcap': 0.0, 'input_dim': 0, 'num_classes': 0}
+        if pointer and (wrong := [name for name, value in others.items() if getattr(self, name) != value]):
+            raise ValueError(f'output pointer needs {wrong[0]} {others[wrong[0]]!r}; given {getattr(self, wrong[0])!r}')
+        if self.grid < 0 or pointer != (self.grid > 0) or (pointer and self.tie_embeddings is not None):
+            raise ValueError(
+                f'grid {self.grid} is of output pointer, which needs it, and has no embedding to tie: output is '
+                f'{self.output!r}, tie_embeddings {self.tie_embeddings}'
+            )
         if self.vocab_size and self.input_dim and self.num_classes:
             raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
         if self.tie_embeddings and not self.tied:
@@ -116,11 +129,12 @@ class ModelConfig(StackConfig):
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
 
-    def check(self, length: int) -> None:
+    def check(self, length: int, build: Callable[[Callable], Any] | None = None) -> None:
         """Builds each of the mixers abstractly: raises the ValueError of what none of them can be.
 
-        length: tokens of a row of the data.
+        length: tokens of a row of the data. build: how to call what builds a mixer of `rngs`, if not so.
         """
+        build = build or (lambda made: jax.eval_shape(lambda: made(rngs=nnx.Rngs(0))))
         both, dims = self.kind == 'encoder_decoder', dataclasses.replace(self, max_length=self.max_length or length).dims
         groups = [(self.layers(), self.kind != 'encoder')]
         groups += [(self.encoder_layers(), False), ((self.mixer(self.cross),), True)] if both else []
@@ -128,7 +142,7 @@ class ModelConfig(StackConfig):
             of_layers = dims(causal=causal, num_layers=len(layers))
             for layer in {layer.name: layer for layer in layers}.values():
                 try:
-                    jax.eval_shape(lambda x=layer, d=of_layers: x.spec.build(x.config, d, rngs=nnx.Rngs(0)))
+                    build(functools.partial(layer.spec.build, layer.config, of_layers))
                 except ValueError as error:
                     raise ValueError(f'config.model: mixer {layer.name!r}: {error}') from None
 
@@ -153,7 +167,8 @@ class ModelConfig(StackConfig):
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         known = {*given, *(() if self.input_dim else ('tokens',))}
         for index, layer in enumerate((*self.layers(), *encoder)):
-            for name, shape in layer.spec.inputs.items():
+            of_mlp = {'task': 'int32 B T'} if (layer.mlp or self.mlp).tasks > 1 else {}
+            for name, shape in {**layer.spec.inputs, **of_mlp}.items():
                 if name not in known and not shape.endswith('?'):
                     raise ValueError(
                         f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '

@@ -264,4 +264,8 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:
     Raises:
       ValueError: a mixer that is unknown or can't serve this kind of model, heads that do not divide the width, …
     """
+    if config.output == 'pointer':
+        from attnx.models.pointer import Pointer  # which builds on this file
+
+        return Pointer(config, rngs=rngs)
     return Transformer(config, rngs=rngs)

@@ -89,10 +89,10 @@ class ShortConv(nnx.Module):
         taps, width = self.kernel[...].shape
         return jnp.zeros((batch, taps - 1, width), dtype)
 
-    def __call__(self, x, state=None, segment_ids=None, impl='auto'):
+    def __call__(self, x, state=None, segment_ids=None, impl='auto', activation=None):
         """x [B, T, D] -> (y [B, T, D], next state [B, taps - 1, D])."""
-        kernel = self.kernel[...].astype(x.dtype)
-        return ops.short_conv(x, kernel, initial_state=state, segment_ids=segment_ids, impl=impl)
+        options = {'initial_state': state, 'segment_ids': segment_ids, 'activation': activation}
+        return ops.short_conv(x, self.kernel[...].astype(x.dtype), impl=impl, **options)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

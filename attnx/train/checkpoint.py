@@ -31,6 +31,7 @@ MARK = 'attnx.json'
 COMMIT = 'commit_success.txt'
 FORMAT = 2
 REMOTE = ('gs://', 's3://')
+QUICK = 1 << 28  # bytes that are read before jax is imported
 THREADS = 4  # that read files for their digests
 
 
@@ -130,6 +131,78 @@ def damage(folder: epath.Path) -> str | None:
     return None
 
 
+def located(folder) -> epath.Path:
+    """The folder of checkpoints that `Config.folder` or a run names."""
+    return epath.Path(folder if str(folder).startswith(REMOTE) else os.path.abspath(folder))
+
+
+def listed(folder: epath.Path) -> tuple[set[int], str]:
+    """(steps that were sealed, as MARK says; what is wrong with MARK, or '').
+
+    Raises:
+      CheckpointError: the folder holds what this project, or this version of it, did not write.
+    """
+    inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    if inside and MARK not in inside:
+        raise CheckpointError(
+            f'{folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '
+            f'of this project; give another run_dir'
+        )
+    try:
+        mark = json.loads((folder / MARK).read_text())
+        version, sealed = mark['format'], {int(step) for step in mark['sealed']}
+    except (ValueError, KeyError, TypeError, OSError):
+        return set(), f'{folder / MARK} was unreadable' if inside else ''
+    if version != FORMAT:
+        raise CheckpointError(f'{folder} is of format {version}, this version reads {FORMAT}; give another run_dir')
+    return sealed, ''
+
+
+def steps_in(folder: epath.Path, *, sealed: bool) -> list[int]:
+    """Steps that have a folder, or a seal as well, oldest first."""
+    names = [path.name for path in folder.iterdir()]
+    steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
+    return [step for step in steps if not sealed or (folder / str(step) / SEAL).exists()]
+
+
+def newest(folder: epath.Path, sealed: set[int]) -> tuple[int | None, list[tuple[int, str]]]:
+    """The newest step that is as it was sealed, and those above it with what is wrong with them."""
+    bad = []
+    for step in sorted({*steps_in(folder, sealed=True), *sealed}, reverse=True):
+        if (problem := damage(folder / str(step))) is None:
+            return step, bad
+        bad.append((step, problem))
+    return None, bad
+
+
+def refusal(folder: epath.Path, bad: list[tuple[int, str]], good: int | None, config: Config) -> str:
+    """What is wrong with the newest checkpoint.
+
+    Raises:
+      CheckpointError: there is no good one, or it is not to be used.
+    """
+    what = f'checkpoint {bad[0][0]} in {folder} is corrupt: {bad[0][1]}'
+    if good is None:
+        raise CheckpointError(f'{what}; there is no good checkpoint. To start anew give another run_dir')
+    if not config.fallback:
+        raise CheckpointError(
+            f'{what}. The last good checkpoint is step {good}; to continue from it, set checkpoint.fallback=True'
+        )
+    return what
+
+
+def check(folder, config: Config) -> None:
+    """Raises CheckpointError as `Checkpoints` and its `restore` would, without jax; of large files they alone read all."""
+    folder = located(folder)
+    if str(folder).startswith(REMOTE) or not folder.exists():
+        return
+    sealed, _ = listed(folder)
+    if sum(path.stat().length for path in _files(folder)) < QUICK:
+        good, bad = newest(folder, sealed)
+        if bad:
+            refusal(folder, bad, good, config)
+
+
 def shapes(state: Any) -> dict[str, list]:
     """Path of every leaf -> [shape, dtype]."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
@@ -162,7 +235,7 @@ def _replace(path: epath.Path, text: str) -> None:
     draft.replace(path)
 
 
-def _agreed(value: Any) -> Any:
+def agreed(value: Any) -> Any:
     """A JSON-able value of process 0, on every process."""
     if jax.process_count() == 1:
         return value
@@ -194,8 +267,7 @@ class Checkpoints:
         free: Callable[[str], bool] = lambda name: False,
         layout: Mapping[str, Any] | None = None,
     ):
-        remote = str(folder).startswith(REMOTE)
-        self.folder = epath.Path(folder if remote else os.path.abspath(folder))
+        self.folder = located(folder)
         self.config, self.settings, self.free = config, dict(settings), free
         self.layout = dict(layout or {})
         self.notes: list[str] = []  # what was done on opening and restoring, for the log
@@ -205,7 +277,7 @@ class Checkpoints:
         self._main = jax.process_index() == 0
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sealed: set[int] = set()  # process 0: steps with a seal, as MARK lists them
-        if problem := _agreed(self._claim() if self._main else None):
+        if problem := agreed(self._claim() if self._main else None):
             raise CheckpointError(problem)
         self._manager = self._open()
 
@@ -213,27 +285,17 @@ class Checkpoints:
         """Takes the folder and removes what was never finished; says why it can't."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            inside = sorted(path.name for path in self.folder.iterdir())
-            if inside and MARK not in inside:
-                return (
-                    f'{self.folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '
-                    f'of this project; give another run_dir'
-                )
-            try:
-                mark = json.loads((self.folder / MARK).read_text())
-                if mark['format'] != FORMAT:
-                    return f'{self.folder} is of format {mark["format"]}, this version reads {FORMAT}; give another run_dir'
-                self._sealed = {int(step) for step in mark['sealed']}
-            except (ValueError, KeyError, TypeError, OSError):
-                if inside:
-                    self.notes.append(f'{self.folder / MARK} was unreadable: written anew')
-            for step in self._steps():
+            self._sealed, problem = listed(self.folder)
+            self.notes += [f'{problem}: written anew'] if problem else []
+            for step in steps_in(self.folder, sealed=False):
                 if (self._path(step) / SEAL).exists():
                     self._sealed.add(step)
                 elif step not in self._sealed and not os.path.islink(self._path(step)):
                     self._path(step).rmtree()
                     self.notes.append(f'checkpoint {step} was never finished: removed')
             self._mark()
+        except CheckpointError as error:
+            return str(error)
         except (OSError, ImportError) as error:  # fsspec names the package that a remote path needs
             return f'checkpoints in {self.folder} can not be opened: {error}'
         return None
@@ -254,13 +316,9 @@ class Checkpoints:
     def _path(self, step: int) -> epath.Path:
         return self.folder / str(step)
 
-    def _steps(self) -> list[int]:
-        names = [path.name for path in self.folder.iterdir()]
-        return sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-
     def steps(self) -> list[int]:
         """Sealed steps, oldest first. Their content is verified by `restore` only."""
-        return [step for step in self._steps() if (self._path(step) / SEAL).exists()]
+        return steps_in(self.folder, sealed=True)
 
     def latest(self) -> int | None:
         return self.steps()[-1] if self.steps() else None
@@ -385,12 +443,12 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step, bad = _agreed(self._newest() if self._main else None)
+        step, bad = agreed(newest(self.folder, self._sealed) if self._main else None)
         if bad:
-            self._refuse_or_set_aside(dict(bad), step)
+            self._set_aside(bad, step)
         if step is None:
             return None
-        meta = _agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
+        meta = agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
         if lines := differing(meta['config'], self.settings, skip=self.free):
             raise CheckpointError(
@@ -410,36 +468,20 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return step, restored.state, meta['data']
 
-    def _newest(self) -> tuple[int | None, list[tuple[int, str]]]:
-        """Process 0: the newest step that is as it was sealed, and those above it with what is wrong with them."""
-        bad = []
-        for step in sorted({*self.steps(), *self._sealed}, reverse=True):
-            if (problem := damage(self._path(step))) is None:
-                return step, bad
-            bad.append((step, problem))
-        return None, bad
-
-    def _refuse_or_set_aside(self, bad: dict[int, str], good: int | None):
-        newest = max(bad)
-        what = f'checkpoint {newest} in {self.folder} is corrupt: {bad[newest]}'
-        if good is None:
-            raise CheckpointError(f'{what}; there is no good checkpoint. To start anew give another run_dir')
-        if not self.config.fallback:
-            raise CheckpointError(
-                f'{what}. The last good checkpoint is step {good}; to continue from it, set checkpoint.fallback=True'
-            )
+    def _set_aside(self, bad: list[tuple[int, str]], good: int | None):
+        what = refusal(self.folder, bad, good, self.config)
         self._manager.close()
         aside = self.folder / 'corrupt'
         if self._main:
             aside.mkdir(parents=True, exist_ok=True)
-            self._sealed -= set(bad)
+            self._sealed -= dict(bad).keys()
             self._mark()
-            for step in bad:
+            for step, _ in bad:
                 target = aside / str(step)
                 if target.exists():
                     target.rmtree()
                 if self._path(step).exists():
                     self._path(step).rename(target)
-        _agreed(None)  # the others wait until they are gone
+        agreed(None)  # the others wait until they are gone
         self.notes.append(f'{what}; moved to {aside}, continuing from step {good}')
         self._manager = self._open()

@@ -10,7 +10,7 @@ the limit holds for the parameters as they are; key heads may be shared.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,6 @@ from attnx.models import ModelConfig
 from attnx.models.config import units
 from attnx.nn import softmax
 from attnx.train import health
-from attnx.train.program import Program
 
 
 class Place(NamedTuple):
@@ -50,20 +49,20 @@ def places(config: ModelConfig, shapes: Mapping) -> dict[str, Place]:
     return found
 
 
-def hook(config: ModelConfig, program: Program, limit: float) -> Callable:
+def hook(config: ModelConfig, shapes: Mapping[str, Any], trace: Callable, limit: float) -> Callable:
     """clip(params, batch, step) -> (params, how many heads were clipped: int32).
 
     Raises:
       ValueError: the model has no layer that it could serve.
     """
-    where = places(config, program.shapes)
+    where = places(config, shapes)
     if not where:
         raise ValueError(
             f'step.qk_clip {limit}: no layer has logits that are products of a query and a key projection without qk_norm'
         )
 
     def clip(params, batch, step):
-        figures = health.figures(program.trace(params, batch, None, step), only=('softmax_attention',))
+        figures = health.figures(trace(params, batch, None, step), only=('softmax_attention',))
         largest = {name: figures.get(f'{name}/softmax_attention/max_logit') for name in where}
         factors = {}
         for name, place in where.items():

@@ -2,11 +2,12 @@
 
 import dataclasses
 import fnmatch
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from attnx import config as config_lib
-from attnx import models
+from attnx import models, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import metrics
@@ -31,6 +32,7 @@ class Sample:
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 0.95  # 1: all
+    bases: tuple = ()  # rotary bases of as many streams decoded as one (attention buckets: 2312.04455)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -75,6 +77,7 @@ class Config:
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
     compiler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of XLA for the training step, by name
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
+    tune: bool = False  # time the tiles of softmax attention's Hopper kernel first; run_dir/tiles.json keeps the choice
 
     def __post_init__(self):
         if self.steps < 1 or self.eval_every < 0:
@@ -88,6 +91,32 @@ class Config:
         mixers = {name: _present(mixer) for name, mixer in self.model.mixers.items()}
         object.__setattr__(self, 'data', dataclasses.replace(self.data, task=task))
         object.__setattr__(self, 'model', dataclasses.replace(self.model, mixers=mixers))
+
+
+def build(given) -> Config:
+    """The config of a mapping, or a ValueError; see `attnx.config.build`."""
+    return config_lib.build(Config, given)
+
+
+def resolved(path: str) -> Config:
+    """The config that a run has written as JSON; nothing is executed.
+
+    Raises:
+      ValueError: it can't be read, or is refused.
+    """
+    try:
+        return config_lib.from_json(Config, pathlib.Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f'{path}: {error}') from None
+
+
+def check(config: Config, build=None) -> None:
+    """Raises ValueError for what shows before any data are read. build: see `ModelConfig.check`."""
+    sharding.check(config.mesh, config.sharding, config.context)
+    metrics.check(config.log)
+    optim_lib.schedule(config.optim, config.steps)
+    config.model.layers()
+    config.model.check(config.data.length, build)
 
 
 def _present(given):
@@ -114,3 +143,16 @@ def completed(model: models.ModelConfig, task) -> models.ModelConfig:
         raise ValueError(f'config.model.max_length is {model.max_length}; rows of the data are longer: {task.length}')
     known['vocab_size'] = model.vocab_size or task.vocab_size
     return dataclasses.replace(model, **known, max_length=model.max_length or task.length)
+
+
+def served(config: Config, task) -> Config:
+    """The config with what the task decides filled in.
+
+    Raises:
+      ValueError: the model was given other sizes, can't keep the task's packed documents apart, or lacks a side input.
+    """
+    model = completed(config.model, task)
+    if task.packed:
+        model.check_packing(task.documents)
+    model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+    return dataclasses.replace(config, model=model)

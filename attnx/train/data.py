@@ -33,6 +33,11 @@ class Config:
     threads: int = 2                # that read rows (grain's default of 16 is slower on few cores)
     prefetch: int = 4               # batches read ahead
 
+    def __post_init__(self):
+        for name, least in (('length', 0), ('batch_size', 1), ('eval_batches', 0), ('threads', 0), ('prefetch', 0)):
+            require(getattr(self, name) >= least, f'{name} must be at least {least}, got {getattr(self, name)}')
+        require(0 <= self.seed < 2**32, f'seed must lie in [0, 2**32), got {self.seed}')
+
 
 class Train:
     """Endless iterator over a process's share of the training batches, each a dict of arrays with leading size
@@ -94,11 +99,12 @@ class Data:
         return iter(self._evaluation.to_iter_dataset(self._options))
 
 
-def open(config: Config, *, run_dir=None, process_index: int = 0, process_count: int = 1) -> Data:
+def open(config: Config, *, task: Task | None = None, run_dir=None, process_index: int = 0, process_count: int = 1) -> Data:
     """Builds the task and its iterators.
 
     Args:
       config: what to read.
+      task: the task of `config`, where it was built before.
       run_dir: where the task keeps what it must find again on resume.
       process_index, process_count: this process yields rows [index, index + 1) * batch_size / count of each batch.
 
@@ -107,13 +113,10 @@ def open(config: Config, *, run_dir=None, process_index: int = 0, process_count:
     """
     import grain  # a second: a config that can't be served is refused before
 
-    for name, least in (('batch_size', 1), ('eval_batches', 0), ('threads', 0), ('prefetch', 0)):
-        require(getattr(config, name) >= least, f'data.{name} must be at least {least}, got {getattr(config, name)}')
     require(config.batch_size % process_count == 0,
             f'data.batch_size {config.batch_size} must be a multiple of the {process_count} processes')
     require(0 <= process_index < process_count, f'process_index {process_index} is not below {process_count}')
-    require(0 <= config.seed < 2**32, f'data.seed must lie in [0, 2**32), got {config.seed}')
-    task = tasks.build(config.task, length=config.length, seed=config.seed, run_dir=run_dir)
+    task = task or tasks.build(config.task, length=config.length, seed=config.seed, run_dir=run_dir)
     local = config.batch_size // process_count
 
     def batches(source: tasks.Source, order: grain.MapDataset, num_batches: int) -> grain.MapDataset:

@@ -15,6 +15,8 @@ from typing import Any
 
 import jax
 
+from attnx.names import printable
+
 FILE = 'metrics.jsonl'
 TIMES = ('tokens_per_second', 'mfu', 'stalled_seconds')  # what differs between equal runs
 
@@ -56,11 +58,6 @@ def peak_flops(device_kind: str) -> float | None:
     return PEAKS[max(known, key=len)] if known else None
 
 
-def printable(text: str) -> str:
-    r"""`text` with control characters written out (\x1b): what a model or a file says must not steer a terminal."""
-    return ''.join(c if c.isprintable() or c in '\n\t' else c.encode('unicode_escape').decode() for c in text)
-
-
 def line(values: Mapping[str, Any]) -> str:
     """One JSON line: scalars as floats, NaN and Inf as strings (JSON lacks them), lists of such, the rest as it is."""
 
@@ -87,6 +84,17 @@ def read(run_dir) -> list[dict]:
     return found
 
 
+def check(config: Config) -> None:
+    """Raises ValueError for a mirror that was asked for and is not installed."""
+    for asked, module, hint in (
+        (config.tensorboard, 'tensorboardX', 'tensorboardX'),
+        (config.wandb, 'wandb', "wandb, or 'attnx[wandb]'"),
+    ):
+        if asked and importlib.util.find_spec(module) is None:
+            name = 'tensorboard' if module == 'tensorboardX' else module
+            raise ValueError(f'log.{name} is True, but {module} is not installed: pip install {hint}')
+
+
 class Log:
     """Writes lines to JSONL and the mirrors. On resume, lines after the restored step are cut off: steps never repeat.
 
@@ -95,13 +103,7 @@ class Log:
     """
 
     def __init__(self, run_dir, config: Config, settings: Mapping[str, Any]):
-        for asked, module, hint in (
-            (config.tensorboard, 'tensorboardX', 'tensorboardX'),
-            (config.wandb, 'wandb', "wandb, or 'attnx[wandb]'"),
-        ):
-            if asked and importlib.util.find_spec(module) is None:
-                name = 'tensorboard' if module == 'tensorboardX' else module
-                raise ValueError(f'log.{name} is True, but {module} is not installed: pip install {hint}')
+        check(config)
         self.run_dir, self.config, self.settings = pathlib.Path(run_dir), config, settings
         self._stream = self._board = self._wandb = None
 

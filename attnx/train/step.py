@@ -1,7 +1,8 @@
 """The training step and the evaluation step: pure functions over a flat dict of parameters.
 
 `forward(params, batch, key, step=None) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with
-`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
+`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]); or real `targets` [B, T, F], whose loss
+is the squared error of outputs [B, T, F], summed over F.
 """
 
 import dataclasses
@@ -32,7 +33,7 @@ class Config:
     distill: float = 0.0  # weight of temperature² KL(teacher || student); batches then hold `teacher_logits`
     distill_temperature: float = 1.0  # divides both logits in it
     hard: float = 1.0  # weight of the loss on targets beside it
-    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask)
+    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask: 2009.09672)
     mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
     mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
     qk_clip: float = 0.0  # largest attention logit after an update: heads beyond it get smaller queries and keys; 0: off
@@ -112,6 +113,15 @@ def _targets(batch):
     return batch['targets'] if 'targets' in batch else batch['label']
 
 
+def _real(batch) -> bool:
+    return jnp.issubdtype(_targets(batch).dtype, jnp.floating)
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Summed over the last axis, float32 [...] of [..., F]."""
+    return jnp.sum(jnp.square(outputs.astype(jnp.float32) - targets.astype(jnp.float32)), axis=-1)
+
+
 def aux_losses(aux: Any, weights: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The weighted sum of every entry whose name ends in '_loss' (summed over layers), and all entries for the log.
 
@@ -137,7 +147,12 @@ def aux_losses(aux: Any, weights: Mapping[str, float]) -> tuple[jax.Array, dict[
 def objective(forward: Callable, params, batch, key, config: Config):
     """(sum over tokens of weight * loss, auxiliary loss, sums for the log): sums, so that micro-batches add up."""
     logits, aux = forward(params, batch, key)
-    nll, smoothed, lse = cross_entropy(logits, _targets(batch), config.label_smoothing)
+    if _real(batch):
+        if given := [n for n in ('z_loss', 'label_smoothing', 'distill') if getattr(config, n)]:
+            raise ValueError(f'step.{given[0]} is for targets that are tokens or labels; this task has real ones')
+        nll = smoothed = squared_error(logits, _targets(batch))
+    else:
+        nll, smoothed, lse = cross_entropy(logits, _targets(batch), config.label_smoothing)
     weights = batch['weights'].astype(jnp.float32)
     extra, logged = aux_losses(aux, config.aux_weights)
     if config.z_loss:
@@ -276,11 +291,14 @@ def train_step(
 
 
 def eval_step(forward: Callable, token_bytes: jax.Array | None = None):
-    """Builds `step(params, batch) -> sums`: nll, correct, weight, and bytes where tokens stand for bytes."""
+    """Builds `step(params, batch) -> sums`: nll (or squared errors), weight; correct, but of real targets; and bytes where
+    tokens stand for bytes."""
 
     def step(params, batch):
         logits, _ = forward(params, batch, None)
         targets, weights = _targets(batch), batch['weights'].astype(jnp.float32)
+        if _real(batch):
+            return {'nll': jnp.sum(weights * squared_error(logits, targets)), 'weight': jnp.sum(weights)}
         nll, _, _ = cross_entropy(logits, targets)
         sums = {
             'nll': jnp.sum(weights * nll),
@@ -295,12 +313,15 @@ def eval_step(forward: Callable, token_bytes: jax.Array | None = None):
 
 
 def summarise(sums: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over a whole evaluation: loss (nats per unit of weight), accuracy, nats_per_byte where bytes are known."""
+    """Means over a whole evaluation: loss (nats, or squared error, per unit of weight), accuracy where there is one,
+    nats_per_byte where bytes are known."""
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]} if sums else {}
     weight = total.get('weight', 0.0)
     if not weight:
         raise ValueError('the evaluation set is empty: no row has a positive weight')
-    found = {'loss': total['nll'] / weight, 'accuracy': total['correct'] / weight}
+    found = {'loss': total['nll'] / weight}
+    if 'correct' in total:
+        found['accuracy'] = total['correct'] / weight
     if total.get('bytes'):
         found['nats_per_byte'] = total['nll'] / total['bytes']
     return found

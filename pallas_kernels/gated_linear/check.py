@@ -93,6 +93,8 @@ CASES = [
     Case('8192 constant in pieces', T=8192, decay='head', state=False),
     Case('per channel', T=1000, N=4, heads=2, decay='channel', scale=0.1),
     Case('per channel, resets', T=1000, decay='channel', resets=0.02),
+    Case('per channel, in pieces', T=4096, decay='channel', strength=(0.0, 0.02), resets=0.0005),
+    Case('per channel, widths 256, 128', T=200, K=256, V=128, decay='channel'),
     Case('per channel, strong', T=300, decay='channel', strength=(0.0, 50.0)),
     Case('per channel, widths 64, 128', T=200, K=64, V=128, decay='channel'),
     Case('strong', T=1000, strength=(0.0, 50.0)),

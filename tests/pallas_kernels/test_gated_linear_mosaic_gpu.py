@@ -20,6 +20,8 @@ def plain_sweep(
     scales=None,
     k_low=None,
     base=None,
+    q_low=None,
+    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -33,7 +35,7 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    k = k if k_low is None else k + k_low
+    q, k, v = (x if low is None else x + low for x, low in ((q, q_low), (k, k_low), (v, v_low)))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -77,7 +79,6 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
-    monkeypatch.setattr(per_channel, 'sweep', plain_sweep)
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
@@ -96,6 +97,7 @@ def gradients(function, case):
         check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
         check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+        check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
         check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
     ],
     ids=lambda c: c.name,

@@ -40,7 +40,7 @@ def test_heads_beyond_the_limit_come_to_it():
     params = large(model.init(jax.random.key(0)))
     before = logits(model, params)
     limit = float(np.median(np.concatenate(list(before.values()))))
-    clipped, count = jax.jit(lambda p: clip.hook(config, model, limit)(p, BATCH, 0))(params)
+    clipped, count = jax.jit(lambda p: clip.hook(config, model.shapes, model.trace, limit)(p, BATCH, 0))(params)
     assert count == sum((v > limit).sum() for v in before.values()) > 0
     first = 'layer_0/softmax_attention/max_logit'  # later layers are given other activations
     np.testing.assert_allclose(logits(model, clipped)[first], np.minimum(before[first], limit), rtol=1e-4)
@@ -52,7 +52,8 @@ def test_step_clips_when_due_and_counts():
     config, model = made(num_layers=1, pattern=('a',), mixers={'a': GQA})
     transform, rate = optim.build(optim.Config(schedule='constant', warmup=0, learning_rate=1e-6), 10, model.axes)
     settings = step.Config(qk_clip=1.0, qk_clip_every=2)
-    update = jax.jit(step.train_step(model.forward, transform, rate, settings, clip=clip.hook(config, model, 1.0)))
+    hook = clip.hook(config, model.shapes, model.trace, 1.0)
+    update = jax.jit(step.train_step(model.forward, transform, rate, settings, clip=hook))
     state = step.init_state(large(model.init(jax.random.key(0))), transform)
     state, metrics = update(state, BATCH, jax.random.key(0))
     assert metrics['qk_clipped'] == 0 and max(v.max() for v in logits(model, state['params']).values()) > 2
@@ -64,7 +65,7 @@ def test_refused_where_it_would_do_nothing():
     for mixers in ({'a': {'kind': 'gla', 'num_heads': 2}}, {'a': {'kind': 'gqa', 'qk_norm': True}}):
         config, model = made(pattern=('a',), mixers=mixers)
         with pytest.raises(ValueError, match=r'qk_clip 1\.0: no layer has logits'):
-            clip.hook(config, model, 1.0)
+            clip.hook(config, model.shapes, model.trace, 1.0)
     with pytest.raises(ValueError, match='set qk_clip'):
         step.Config(qk_clip_every=2)
 

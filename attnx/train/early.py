@@ -1,0 +1,61 @@
+"""What is refused of a run before jax is imported: all that its config, its data and its checkpoints show by themselves."""
+
+import contextlib
+import pathlib
+import sys
+
+from ml_collections import ConfigDict
+
+from attnx import light, tasks
+from attnx.light import Heavy, Hollow
+from attnx.names import nearest, printable
+
+
+@contextlib.contextmanager
+def refusals(traceback=lambda: False):
+    """Within: what a user did wrong ends the process with one line and exit code 2 instead of a traceback."""
+    try:
+        yield
+    except (ValueError, AttributeError, KeyError) as error:
+        text = str(error) if isinstance(error, ValueError) else _unknown_key(error)
+        if traceback() or not text:
+            raise
+        print('error:', printable(text), file=sys.stderr)
+        sys.exit(2)
+
+
+def _unknown_key(error: Exception) -> str | None:
+    """The words for what ml_collections raises where a config does not have a key; None for any other error."""
+    at = (error.__context__ or error).__traceback__
+    while at and at.tb_next:
+        at = at.tb_next
+    seen = at.tb_frame.f_locals if at else {}
+    if isinstance(seen.get('self'), ConfigDict):
+        return f'unknown config key {seen["key"]!r}; {nearest(seen["key"], seen["self"])}'
+    return None
+
+
+def check(read) -> tasks.Task | None:
+    """Refuses the run of a config, or gives its task, built; None where jax must say more first.
+
+    read: `attnx.train.config`, as a module -> its Config.
+
+    Raises:
+      ValueError: what `attnx.train.loop.run` would refuse.
+    """
+    parts, checkpoints = light.module('attnx.train.config'), light.module('attnx.train.checkpoint')
+    with contextlib.suppress(Heavy):
+        config = read(parts)
+        parts.check(config, _to_first_parameter)
+        tasks.check(config.data.task)
+        run_dir = pathlib.Path(config.run_dir).absolute()
+        folder = config.checkpoint.folder or run_dir / 'checkpoints'
+        checkpoints.check(folder, config.checkpoint)
+        task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
+        parts.served(config, task)
+        return task
+
+
+def _to_first_parameter(build) -> None:
+    with contextlib.suppress(Heavy):
+        build(rngs=Hollow('rngs'))
