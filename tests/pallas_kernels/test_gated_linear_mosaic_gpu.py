@@ -145,10 +145,10 @@ def test_interpreted_per_channel_in_pieces(monkeypatch):
     assert good, errors
 
 
-@pytest.mark.parametrize('K, V', [(128, 128), (256, 64)])
-def test_lowers_for_hopper(K, V):
+@pytest.mark.parametrize('K, V, channels', [(128, 128, ()), (256, 64, ()), (256, 128, (256,))])
+def test_lowers_for_hopper(K, V, channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, dtype=jnp.float32)
+    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, *channels, dtype=jnp.float32)
     loss = lambda *a: mosaic_gpu.gated_linear(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['cuda'], disabled_checks=allowed)(*ones)
