@@ -171,7 +171,7 @@ STUDIES = {
     's033_selective_copy': study(
         'Does CoPE solve selective copying out of distribution: a third and three times the blanks?',
         COUNTERS,
-        TINY | {'data.task': {'kind': 'selective_copy'}, 'data.length': 40, 'steps': 1000},
+        TINY | {'data.task': {'kind': 'selective_copy'}, 'data.length': 40, 'steps': 2500},
         metric='sparse/accuracy',
         evals={'dense': {'data.length': 24}, 'sparse': {'data.length': 88}},
     ),
