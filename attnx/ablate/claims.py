@@ -158,6 +158,7 @@ def page(path: pathlib.Path) -> str:
         'before the runs. Models are of 15 thousand to 250 thousand parameters, trained for a minute: a verdict is one on the',
         'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
         'for the number of statements. Run on ' + '; '.join(devices) + '.', '',
+        *(f'- {note}' for note in claims_file().NOTES), '',
         ', '.join(f'{n} {verdict}' for verdict, n in count.items()) + '.', '',
         *lines([['', 'paper', 'claim', 'verdict'], *([
             name, f'[{c["title"]}](https://arxiv.org/abs/{c["paper"]})', c['claim'],
