@@ -99,6 +99,7 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
       ValueError: an arm that is refused, another study in the folder: all before the first step.
       Stopped: a signal ended the run.
     """
+    started, trained = time.monotonic(), 0.0
     cells = study.cells()
     claim(study)
     _compile_cache(folder(study) / 'compiled')
@@ -113,6 +114,7 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
             with held(folder(study) / 'locks' / group[0].name) as mine:
                 entries = execute(study, group, until) if mine else []
             done += len(entries)
+            trained += sum(entry['seconds'] for entry in entries)
             for entry in entries:
                 rest = sum(outcome(study, other) is None for other in cells)
                 ahead = (time.monotonic() - began) / done * rest
@@ -125,6 +127,9 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
             for cell in hopeless(study, cells, until):
                 say(f'{cell.name}: behind at step {until}, not trained further')
                 _write_outcome(study, cell, {'status': f'dropped at step {until}', 'seconds': 0.0})
+    if done:
+        own = time.monotonic() - started - trained
+        say(f'{done} runs took {trained:.1f} s, the study around them {own:.1f} s ({own / trained:.1%})')
 
 
 def _shown(study: Study, entry: dict) -> str:

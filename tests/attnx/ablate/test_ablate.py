@@ -95,6 +95,8 @@ def test_generators():
         ({'baseline': 'bas'}, "unknown arm 'bas'; did you mean 'base'"),
         ({'metric': 'acuracy'}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({'metric': 'nats_per_byte'}, "'induction' has no metric 'nats_per_byte'"),
+        ({'base': base(data={'task': {'kind': 'regression'}, 'batch_size': 8})}, "'regression' has no metric 'accuracy'"),
+        ({'batch_seeds': True, 'halving': Halving(rungs=(0.5,))}, 'with batch_seeds they are trained to their end'),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
