@@ -3,7 +3,8 @@
     python -m attnx.ablate --config=configs/ablations/principles.py
 
 Relaxed forms of attention (2510.11602) in all four layers, or interleaved with softmax attention: uniform weights; static:
-queries and keys from token embeddings; position-only: from a noise of the position, so that the map is the same for all inputs; softmax-free: the second-order Taylor polynomial of the exponential. All at equal parameters, on text.
+queries and keys from token embeddings; position-only: from a noise of the position, so that the map is the same for all
+inputs; softmax-free: the second-order Taylor polynomial of the exponential. All at equal parameters, on text.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +19,7 @@ TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8,
 
 def get_config():
     c = ConfigDict(convert_dict=False)
-    c.question = 'Which principles of attention matter: weights from context, from tokens at all, the softmax? In all layers or half?'
+    c.question = 'Which principles of attention matter: weights from context, from tokens, the softmax? In all layers or half?'
     c.base = changed(load('configs/base.py'), MODEL)
     forms = {
         'uniform': {'kind': 'uniform_attention'},
