@@ -14,7 +14,7 @@ from attnx.ablate.study import changed, load
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 200}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 150}
 
 
 def get_config():

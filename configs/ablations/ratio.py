@@ -14,9 +14,9 @@ from attnx.ablate.study import changed, load
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 200}
-RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 16, 'vocab_size': 64}, 'data.length': 64, 'data.batch_size': 32}
-RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 300}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 150}
+RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
+RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 250}
 
 
 def get_config():

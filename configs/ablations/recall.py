@@ -19,13 +19,10 @@ def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'Which mechanisms recall how many pairs?'
     c.base = 'configs/base.py'
-    softmax = {'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}
     mixers = {
-        'softmax': {'kind': 'gqa', **softmax},
+        'softmax': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'},
         'linear, 1 head': {'kind': 'linear_transformer', 'num_heads': 1},
         'linear, 4 heads': {'kind': 'linear_transformer', 'num_heads': 4},
-        'window of 16': {'kind': 'sliding_window', 'window': 16, **softmax},
-        'deltanet': {'kind': 'deltanet', 'num_heads': 1},
     }
     c.arms = {name: {'model.mixers': {'m': mixer}} for name, mixer in mixers.items()}
     common = {**QUIET, **MODEL, 'data.batch_size': 32, 'steps': 300}

@@ -25,8 +25,8 @@ def get_config():
     c.arms = {name: {'model.mixers': {'a': mixer}} for name, mixer in mixers.items()}
     model = {'model.num_layers': 2, 'model.width': 32, 'model.pattern': ('a',), 'model.conv_taps': 3}
     model |= {'model.mlp.kind': 'none', 'model.tie_embeddings': False}
-    recall = {'data.task': {'kind': 'mqar', 'num_pairs': 16, 'vocab_size': 64}, 'data.length': 64, 'data.batch_size': 32}
-    c.tasks = {'recall': {**QUIET, **model, **recall, 'steps': 300}}
+    recall = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
+    c.tasks = {'recall': {**QUIET, **model, **recall, 'steps': 250}}
     c.metric = 'accuracy'
     c.match = {'what': 'state', 'by': ''}
     c.seeds = (0, 1, 2)

@@ -31,7 +31,7 @@ def get_config():
         for name, windows in arms.items()
     }
     text = {'data.task': {'kind': 'text'}, 'data.length': 256, 'data.batch_size': 4, 'data.eval_batches': 32}
-    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 32, 'steps': 200}}
+    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 32, 'steps': 150}}
     c.metric = 'nats_per_byte'
     c.seeds = (0, 1, 2)
     c.batch_seeds = True
