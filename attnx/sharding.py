@@ -60,6 +60,17 @@ def check(sizes: Mapping[str, int], preset: str = 'ddp', context: str = 'auto') 
         raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
 
 
+def check_effect(sizes: Mapping[str, int], preset: str, context: str) -> None:
+    """Raises ValueError for a preset or a context method that these sizes leave without effect."""
+    mapping = rules(preset)
+    needed = {f'sharding {preset!r}': {axis for name in set(mapping) - set(_DATA) for axis in axes_of(mapping, name)}}
+    needed |= {} if context == 'auto' else {f'context {context!r}': {'context'}}
+    for what, axes in needed.items():
+        if axes and all(sizes.get(axis, 1) == 1 for axis in axes):
+            named = ' and '.join(sorted(axes))
+            raise ValueError(f'{what} cuts over {named}, which the mesh {dict(sizes)} leaves at 1; give mesh.{min(axes)}')
+
+
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
     """Every mesh axis with its size, over `count` devices; absent axes have size 1, one size may be -1 = the rest.
 
