@@ -166,5 +166,9 @@ def served(config: Config, task) -> Config:
     model = completed(config.model, task)
     if task.packed:
         model.check_packing(task.documents)
-    model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+    names = {*task.train[0]}
+    model.check_inputs(names - {*tasks.FIELDS})
+    if ('source' in names) != (model.kind == 'encoder_decoder'):
+        has = 'has a source for an encoder' if 'source' in names else 'has no source for an encoder'
+        raise ValueError(f'task {task.kind!r} {has}, and config.model.kind is {model.kind!r}; only encoder_decoder reads one')
     return dataclasses.replace(config, model=model)
