@@ -9,6 +9,7 @@ import contextlib
 import contextvars
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
@@ -161,7 +162,7 @@ def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'aut
         _method.reset(tokens[1])
 
 
-def active() -> tuple[Mapping[str, int], dict, str] | None:
+def active() -> tuple[Mapping[Any, int], Mapping, str] | None:
     """(mesh sizes, rules, context method) where several devices share the work; None elsewhere, inside shard_map too."""
     mapping, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
     if mapping is None or mesh.empty or mesh.size == 1 or any(t == AxisType.Manual for t in mesh.axis_types):

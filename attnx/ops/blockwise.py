@@ -342,7 +342,7 @@ def _attend_bwd(st, saved, cotangents):
         return tuple(carry), dq.reshape(B, K, G, bq, H).astype(q.dtype)
 
     start = _fresh(q, (k.shape, 0, dtype), (v.shape, 0, dtype))
-    grads = [_fresh(q, (jnp.shape(o.array), 0, dtype))[0] if f else () for o, f in zip(operands, floating)]
+    grads: Any = [_fresh(q, (jnp.shape(o.array), 0, dtype))[0] if f else () for o, f in zip(operands, floating)]
     xs = (q, poison_q, dout, base, delta, live)
     (dk, dv, grads), dq = _over_queries(visits, (*start, grads), xs, row)
     dscore = None
