@@ -334,6 +334,8 @@ class _Run:
         evaluation = self.evaluated(number)
         if not evaluation and (number == 0 or number >= config.steps):
             evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
+        if 0 < config.profile.start < number:
+            self.progress.say(f'no profile: the run is past step {config.profile.start}')
         clock, since, stalled = time.monotonic(), number, self.checkpoints.stalled
         end = min(config.steps, until or config.steps)
         while number < end:
@@ -487,7 +489,10 @@ class _Run:
     def sample(self, params) -> str | None:
         """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
         task, how = self.data.task, self.config.sample
-        if not how.tokens or not how.count or task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+        if not how.tokens or not how.count:
+            return None
+        if task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+            self.progress.say(f'no sample: task {task.kind!r} with a model of kind {self.config.model.kind!r} writes no text')
             return None
         if jax.process_count() > 1:
             self.progress.say('no sample: the model is spread over several processes')

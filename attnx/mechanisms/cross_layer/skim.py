@@ -11,6 +11,7 @@ Cost: train O(T²) time, O(T) memory, through the fused op, but for layers with 
 """
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +47,11 @@ class Config(softmax.Options):
 
 
 class SkimAttention(Mixer):
+    across: Any  # like the next, a table of places; None where the map is shared
+    down: Any
+    wide: Any
+    high: Any
+
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config, self.dtype, n, own = config, dims.dtype, config.num_heads, config.source == 'own'
         self.head_dim = softmax.heads_of(n, config.head_dim, dims.width)
