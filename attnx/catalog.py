@@ -117,8 +117,7 @@ def options() -> tuple[Option, ...]:
     for kind in VOCABULARY:
         path = source / 'ops' / f'{kind}.py'
         for node in ast.parse(path.read_text()).body:
-            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
-            if doc is None or node.name.startswith('_'):
+            if not isinstance(node, ast.FunctionDef) or node.name.startswith('_') or not (doc := ast.get_docstring(node)):
                 continue
             needed = [a.arg for a in node.args.args[: len(node.args.args) - len(node.args.defaults)]]
             use = f'ops.{kind}.{node.name}' + ('' if needed[:1] == ['s'] else f'({", ".join(needed)})')

@@ -3,6 +3,7 @@
 Every op has the forms `reference` (obvious, any dtype, every derivative) and `xla` (no quadratic memory, runs anywhere), and
 may have kernels in `pallas_kernels.table`. An explicit `impl` runs or raises with the reason; `auto` takes, on this process's
 platform and those of `target`, the first kernel without a reason against it, else `xla`, and `record` tells which and why.
+Kernels bring their own backward pass; forward mode goes through `xla`, and higher derivatives name `reference`.
 """
 
 import contextlib
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from attnx.derivatives import with_forward_mode
 from attnx.names import nearest
 from pallas_kernels import table
 
@@ -144,9 +146,20 @@ def choices(
         if auto and reason is None and hasattr(module, 'held_back'):
             reason = module.held_back(*args, **kwargs)
         schedule = '' if reason or not hasattr(module, 'schedule_of') else module.schedule_of(*args, **kwargs)
-        found.append(Choice(row.impl, row.platform, reason, getattr(module, op), schedule))
+        found.append(Choice(row.impl, row.platform, reason, _differentiable(row, module, forms['xla']), schedule))
     found += [Choice(name, 'any', None, forms[name]) for name in ('xla', 'reference') if name in forms]
     return found
+
+
+def _differentiable(row: table.Kernel, module, plain: Callable) -> Callable:
+    """A kernel with the forward mode of `plain`."""
+    message = f"{row.op}: impl {row.impl!r} has first-order derivatives only; impl='reference' has higher ones"
+
+    def call(*args, **kwargs):
+        arrays, of_arrays = _of_arrays(args, kwargs)
+        return with_forward_mode(of_arrays(getattr(module, row.op)), of_arrays(plain), message)(*arrays)
+
+    return call
 
 
 def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any]):
@@ -221,20 +234,22 @@ def split_arrays(tree: Any) -> tuple[list, Callable]:
     return [leaves[i] for i in where], rebuild
 
 
-def _platform_dependent(branches, default, args, kwargs):
-    # Static arguments must not become tracers: only array leaves pass through platform_dependent.
-    arrays, rebuild = split_arrays((args, kwargs))
+def _of_arrays(args: tuple, kwargs: Mapping[str, Any]) -> tuple[list, Callable]:
+    """The arrays of a call, and what makes a function of `args` and `kwargs` one of them: the rest must stay static."""
+    arrays, rebuild = split_arrays((args, dict(kwargs)))
 
-    def wrapped(function):
+    def of_arrays(function):
         def call(*arrays):
             a, k = rebuild(arrays)
             return function(*a, **k)
 
         return call
 
-    return jax.lax.platform_dependent(
-        *arrays,
-        # What the branches keep for a backward pass is kept on every platform, so this one keeps nothing but its arguments.
-        default=jax.checkpoint(wrapped(default)),
-        **{platform: wrapped(function) for platform, function in branches.items()},
-    )
+    return arrays, of_arrays
+
+
+def _platform_dependent(branches, default, args, kwargs):
+    arrays, of_arrays = _of_arrays(args, kwargs)
+    by_platform = {platform: of_arrays(function) for platform, function in branches.items()}
+    # What the branches keep for a backward pass is kept on every platform, so this one keeps nothing but its arguments.
+    return jax.lax.platform_dependent(*arrays, default=jax.checkpoint(of_arrays(default)), **by_platform)

@@ -280,7 +280,7 @@ def residuals(model, config: ModelConfig, batch: int, length: int, packed: bool)
 
 
 def human(number: float, unit: str = '') -> str:
-    for scale, prefix in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    for scale, prefix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(number) >= scale:
             return f'{number / scale:.3g} {prefix}{unit}'
     return f'{number:.3g} {unit}'.rstrip()

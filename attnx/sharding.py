@@ -10,6 +10,7 @@ import contextvars
 import itertools
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 from jax.experimental import mesh_utils
@@ -60,6 +61,17 @@ def check(sizes: Mapping[str, int], preset: str = 'ddp', context: str = 'auto') 
     rules(preset)
     if context not in CONTEXT_METHODS:
         raise ValueError(f'unknown context method {context!r}; {nearest(context, CONTEXT_METHODS)}')
+
+
+def check_effect(sizes: Mapping[str, int], preset: str, context: str) -> None:
+    """Raises ValueError for a preset or a context method that these sizes leave without effect."""
+    mapping = rules(preset)
+    needed = {f'sharding {preset!r}': {axis for name in set(mapping) - set(_DATA) for axis in axes_of(mapping, name)}}
+    needed |= {} if context == 'auto' else {f'context {context!r}': {'context'}}
+    for what, axes in needed.items():
+        if axes and all(sizes.get(axis, 1) == 1 for axis in axes):
+            named = ' and '.join(sorted(axes))
+            raise ValueError(f'{what} cuts over {named}, which the mesh {dict(sizes)} leaves at 1; give mesh.{min(axes)}')
 
 
 def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
@@ -168,7 +180,7 @@ def use(mesh: jax.sharding.Mesh | AbstractMesh, preset: str, context: str = 'aut
         _method.reset(tokens[1])
 
 
-def active() -> tuple[Mapping[str, int], dict, str] | None:
+def active() -> tuple[Mapping[Any, int], Mapping, str] | None:
     """(mesh sizes, rules, context method) where several devices share the work; None elsewhere, inside shard_map too."""
     mapping, mesh = _rules.get(), jax.sharding.get_abstract_mesh()
     if mapping is None or mesh.empty or mesh.size == 1 or any(t == AxisType.Manual for t in mesh.axis_types):

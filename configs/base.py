@@ -41,6 +41,10 @@ def get_config():
                 'tokenizer': cd.placeholder(str),
                 'bpe_vocab_size': cd.placeholder(int),
                 'packing': cd.placeholder(str),
+                'key': cd.placeholder(str),  # of JSONL
+                'vocab_size': cd.placeholder(int),  # of tokens, and of what is generated
+                'dtype': cd.placeholder(str),  # of tokens, as the next
+                'separator': cd.placeholder(int),
                 'num_train': cd.placeholder(int),
                 'num_eval': cd.placeholder(int),
             },

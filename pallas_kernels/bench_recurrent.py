@@ -1,13 +1,13 @@
 """Gate and clock of the recurrent kernels, beside flash-linear-attention where it is installed.
 
-    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--no-gate] [--no-torch]
+    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--patience S] [--no-gate]
 
 Words keep the rows whose name contains one of them. `--with attnx.ops.{op}:xla` adds an implementation, {op} standing for
 gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate is that of `gated_linear.check` and
 `delta_rule.check`. A few processes compile the rows, while others run the gate and others compile what Triton will choose from;
 then rows are timed one after another, when nothing else runs, and PyTorch comes last. The peer `softmax` is the causal softmax
-kernel, `copy` a copy of the state. Prints a JSON line a figure and a table; milliseconds are medians, `kernels` their parts by
-CUPTI.
+kernel, `copy` a copy of the state. Prints a JSON line a figure as soon as it is known, also to FILE, and a table; milliseconds
+are medians, `kernels` their parts by CUPTI. What is not compiled within S seconds is not timed.
 """
 
 import argparse
@@ -161,15 +161,27 @@ def guarded(f):
         return f'{type(error).__name__}: {str(error)[:300]}'
 
 
-def worker(jobs):
+def worker(jobs, patience):
     """Compiles and runs every row once, says so, waits for its turn, then times."""
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda job: build(*job), jobs))
+    start = time.perf_counter()
+
+    def timed_build(row, peer):
+        built = build(row, peer)
+        print(f'BUILT {row.name} {peer} {time.perf_counter() - start:.0f} s', flush=True)
+        return built
+
+    pool = concurrent.futures.ThreadPoolExecutor(4)
+    futures = [pool.submit(timed_build, *job) for job in jobs]
+    concurrent.futures.wait(futures, patience)
     print('READY', flush=True)
     sys.stdin.readline()
-    for (row, peer), functions in zip(jobs, built):
-        figure, made = {'case': row.name, 'peer': peer}, arrays(row)
-        for key, found in functions.items():
+    for (row, peer), future in zip(jobs, futures):
+        figure = {'case': row.name, 'peer': peer}
+        if not future.done():
+            emit(figure | {'error': f'not compiled within {patience} s'})
+            continue
+        made = arrays(row)
+        for key, found in future.result().items():
             if isinstance(found, str):
                 figure[f'{key}_error'] = found
                 continue
@@ -183,6 +195,7 @@ def worker(jobs):
                 figure['device_ms'] = sum(found.values()) * 1e-3
                 figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
         emit(figure)
+    os._exit(0)  # what still compiles is left
 
 
 def fla(row: Row):
@@ -259,6 +272,22 @@ def emit(figure):
     print('RESULT ' + json.dumps(figure), flush=True)
 
 
+class Results(list):
+    """Figures; each is written to the file as it comes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        if path:
+            open(path, 'w').close()
+
+    def append(self, figure):
+        super().append(figure)
+        if self.path:
+            with open(self.path, 'a') as file:
+                print(json.dumps(figure), file=file)
+
+
 def start(*arguments):
     command = [sys.executable, *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -273,7 +302,7 @@ def read(process, results, until=None):
                 print(line[7:].rstrip(), flush=True)
         elif until and line.strip() == until:
             return True
-        elif line.startswith(('ok', 'FAIL')) or 'Error' in line:
+        elif line.startswith(('ok', 'FAIL', 'BUILT')) or 'Error' in line:
             print(line.rstrip()[:600], flush=True)
     process.wait()
     return False
@@ -296,7 +325,8 @@ def table(results) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*')
-    parser.add_argument('--json')
+    parser.add_argument('--json', metavar='FILE', help='a JSON line a figure')
+    parser.add_argument('--patience', type=float, default=240.0)
     parser.add_argument('--with', dest='extra', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
@@ -307,14 +337,15 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.worker:
         pairs = (job.split(SEPARATOR) for job in args.worker)
-        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs])
+        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs], args.patience)
     rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
     if args.torch_only:
         return run_torch([r for r in rows if r.backward and not r.peers], args.torch_only == 'warm')
     others = lambda row: args.extra if row.B * row.T <= 2**14 and 'softmax' not in row.peers else ()
-    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), [], True
+    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), Results(args.json), True
+    patience = '--patience', str(args.patience)
     jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
-    jobs = [start(*me, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
+    jobs = [start(*me, *patience, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
     with_torch = not args.no_torch and importlib.util.find_spec('fla')
     peers = [start(*me, '--torch-only', 'time', *args.words)] if with_torch else []
     warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch and not args.no_warm else []
@@ -325,7 +356,9 @@ def main(argv=None):
             good &= process.returncode == 0
     for process in warm:
         read(process, results)
-    waiting = [job for job in jobs if read(job, results, until='READY')]
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        ready = list(pool.map(lambda job: read(job, results, until='READY'), jobs))
+    waiting = [job for job, said in zip(jobs, ready) if said]
     if args.no_clock:
         for job in [*waiting, *peers]:
             job.kill()
@@ -335,9 +368,6 @@ def main(argv=None):
         job.stdin.flush()
         read(job, results)
     print(table(results), flush=True)
-    if args.json:
-        with open(args.json, 'w') as file:
-            json.dump(results, file, indent=1)
     return 0 if good else 1
 
 

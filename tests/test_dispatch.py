@@ -96,3 +96,25 @@ def test_auto_passes_by_what_has_not_passed_its_gate(name, impl):
     assert call.chosen('cuda').impl == impl
     kernel = next(c for c in call.choices if c.impl == 'mosaic_gpu')
     assert (kernel.reason is None) == (impl == 'mosaic_gpu') and 'auto' in (kernel.reason or 'auto')
+
+
+@pytest.mark.parametrize('impl', ['auto', 'mosaic_cpu'])
+def test_a_kernel_has_the_forward_mode_of_xla(kernel, impl):
+    """Its own rule serves gradients; forward mode is that of the xla form; what neither has names the form that does."""
+
+    @jax.custom_vjp
+    def twice(x, scale):
+        return x * scale
+
+    twice.defvjp(lambda x, scale: (x * scale, scale), lambda scale, g: (10 * g * scale, 0 * scale))
+    kernel.twice = lambda x, *, scale: twice(x, scale)
+    f = lambda x: run(jnp.sin(x), impl, scale=jnp.float32(3))
+    x, dx = jnp.arange(3.0), jnp.array([1.0, 0.0, 2.0])
+    for jvp in (jax.jvp, jax.jit(jax.jvp, static_argnums=0), lambda f, x, dx: jax.jvp(jax.jit(f), x, dx)):
+        assert jnp.allclose(jvp(f, (x,), (dx,))[1], 3 * jnp.cos(x) * dx)
+    for whole in (f, jax.jit(f), jax.checkpoint(f), jax.vmap(f)):
+        got = jax.grad(lambda x, whole=whole: whole(x).sum())(x)
+        assert jnp.allclose(got, 30 * jnp.cos(x))  # its own rule, which is off by ten
+    for second in (jax.hessian(lambda x: f(x).sum()), jax.grad(lambda x: jax.grad(lambda x: f(x).sum())(x).sum())):
+        with pytest.raises(TypeError, match="twice: impl 'mosaic_cpu' has first-order derivatives only; impl='reference' has"):
+            jax.jit(second)(x)

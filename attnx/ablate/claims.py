@@ -99,16 +99,19 @@ def judge_statement(words: str, weights: Mapping, bound: float, outcomes: Outcom
 def judge(claim: Mapping, outcomes: Outcomes) -> Verdict:
     """A claim of `configs/ablations/claims.py` on the outcomes of its studies."""
     judged = tuple(judge_statement(*statement, outcomes) for statement in claim['statements'])
-    if any(j.margin is None for j in judged):
-        return Verdict(UNDECIDED, 'not all of it was run', judged)
     for weights, bound in claim['learned']:
-        learned = judge_statement('', weights, bound, outcomes)
-        if learned.margin is None or learned.margin < 0:
-            study, arm, metric = next(iter(weights))
-            return Verdict(UNDECIDED, f'{arm} of {study} has not learned its task ({metric} beyond {abs(bound):g})', judged)
-    for verdict in (FAILS, UNDECIDED):
-        if named := [j.words for j in judged if j.verdict == verdict]:
-            return Verdict(verdict, '; '.join(named), judged)
+        study, arm, metric = next(iter(weights))
+        learned = judge_statement('', weights, bound, outcomes).margin
+        if learned is None or learned < 0:
+            missing = 'was not run' if learned is None else f'has not learned its task ({metric} beyond {abs(bound):g})'
+            return Verdict(UNDECIDED, f'{arm} of {study} {missing}', judged)
+    named = lambda wanted: '; '.join(j.words for j in judged if wanted(j))
+    if failed := named(lambda j: j.verdict == FAILS):
+        return Verdict(FAILS, failed, judged)
+    if missing := named(lambda j: j.margin is None):
+        return Verdict(UNDECIDED, f'not run: {missing}', judged)
+    if open_ := named(lambda j: j.verdict == UNDECIDED):
+        return Verdict(UNDECIDED, open_, judged)
     return Verdict(HOLDS, '', judged)
 
 
@@ -143,7 +146,7 @@ def page(path: pathlib.Path) -> str:
     """gallery/claims/README.md from results.csv: verdicts, the statements behind them, and the outcomes of the arms."""
     outcomes = read(path)
     with path.open(newline='') as stream:
-        devices = sorted({row['device'] for row in csv.DictReader(stream)})
+        devices = sorted({row['device'] for row in csv.DictReader(stream)} - {'counted'})
     line = lambda row: '| ' + ' | '.join(str(c).replace('|', '\\|') for c in row) + ' |'
     lines = lambda rows: [line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:]), '']
     claims = claims_file().CLAIMS
@@ -155,6 +158,7 @@ def page(path: pathlib.Path) -> str:
         'before the runs. Models are of 15 thousand to 250 thousand parameters, trained for a minute: a verdict is one on the',
         'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
         'for the number of statements. Run on ' + '; '.join(devices) + '.', '',
+        *(f'- {note}' for note in claims_file().NOTES), '',
         ', '.join(f'{n} {verdict}' for verdict, n in count.items()) + '.', '',
         *lines([['', 'paper', 'claim', 'verdict'], *([
             name, f'[{c["title"]}](https://arxiv.org/abs/{c["paper"]})', c['claim'],
@@ -184,20 +188,16 @@ def outcomes_of(name: str, study: Study) -> list[list]:
     """Rows of study, arm, metric, seed, value, device from a study's folder."""
     from attnx.train import metrics
 
-    rows, size = [], {arm.name: study.costs(arm).parameters for arm in study.resolved()}
+    size = {arm.name: study.costs(arm).parameters for arm in study.resolved()}
+    rows = []
     for cell in study.cells():
-        entry = runner.outcome(study, cell)
-        if entry is None:
-            continue
+        entry = runner.outcome(study, cell) or {}
         values = dict(entry.get('values', {}))
-        curve = [e for e in metrics.read(cell.config.run_dir) if e['split'] == 'eval' and e['step'] > 0]
+        curve = [e for e in metrics.read(cell.config.run_dir) if e['split'] == 'eval' and e['step'] > 0] if values else []
         values |= {f'curve/{m}': statistics.fmean(e[m] for e in curve) for m in METRICS if curve and m in curve[0]}
         values |= {'parameters': size[cell.arm]}
-        rows += [
-            [name, cell.arm, metric, cell.seed, value, entry['device']]
-            for metric, value in values.items()
-            if np.isfinite(value)
-        ]
+        device = entry.get('device', 'counted')
+        rows += [[name, cell.arm, metric, cell.seed, value, device] for metric, value in values.items() if np.isfinite(value)]
     measured = runner.folder(study) / 'measured.jsonl'
     return rows + [json.loads(text) for text in (measured.read_text().splitlines() if measured.exists() else ())]
 

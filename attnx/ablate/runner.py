@@ -99,6 +99,7 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
       ValueError: an arm that is refused, another study in the folder: all before the first step.
       Stopped: a signal ended the run.
     """
+    started, trained = time.monotonic(), 0.0
     cells = study.cells()
     claim(study)
     _compile_cache(folder(study) / 'compiled')
@@ -113,6 +114,7 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
             with held(folder(study) / 'locks' / group[0].name) as mine:
                 entries = execute(study, group, until) if mine else []
             done += len(entries)
+            trained += sum(entry['seconds'] for entry in entries)
             for entry in entries:
                 rest = sum(outcome(study, other) is None for other in cells)
                 ahead = (time.monotonic() - began) / done * rest
@@ -125,6 +127,9 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
             for cell in hopeless(study, cells, until):
                 say(f'{cell.name}: behind at step {until}, not trained further')
                 _write_outcome(study, cell, {'status': f'dropped at step {until}', 'seconds': 0.0})
+    if done:
+        own = time.monotonic() - started - trained
+        say(f'{done} runs took {trained:.1f} s, the study around them {own:.1f} s ({own / trained:.1%})')
 
 
 def _shown(study: Study, entry: dict) -> str:
@@ -151,12 +156,15 @@ def execute(study: Study, group: list[Cell], until: int | None = None) -> list[d
     from attnx.train import loop
 
     left, began = [cell for cell in group if outcome(study, cell) is None], time.monotonic()
+    known: dict[str, dict] = {}
     if left and len(group) > 1:
         with _log(left[0]):
-            if not loop.run_together([cell.config for cell in group]):
-                raise Stopped('stopped by a signal: this arm begins again. Run the same command again.')
+            evaluations = loop.run_together([cell.config for cell in group])
+        if evaluations is None:
+            raise Stopped('stopped by a signal: this arm begins again. Run the same command again.')
+        known = {cell.name: evaluation for cell, evaluation in zip(group, evaluations) if evaluation}
     spent = (time.monotonic() - began) / max(1, len(left))
-    entries = [_single(study, cell, until, spent) for cell in left]
+    entries = [_single(study, cell, until, spent, known.get(cell.name)) for cell in left]
     return [entry for entry in entries if entry is not None]
 
 
@@ -168,19 +176,21 @@ def _log(cell: Cell):
         yield
 
 
-def _single(study: Study, cell: Cell, until: int | None, spent: float) -> dict | None:
-    """One cell, after `spent` seconds in a batch; its outcome, None if it only reached `until`."""
+def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluation: dict | None) -> dict | None:
+    """One cell; its outcome, None if it only reached `until`. A batch trained it in `spent` seconds to its `evaluation`."""
     from attnx.train import loop, metrics, report
 
     began = time.monotonic() - spent
     with _log(cell):
         try:
-            result = loop.run(cell.config, until=until)
-            if result.status == 'stopped':
-                if until is not None and result.step >= until:
-                    return None
-                raise Stopped(result.message)
-            values = {k: v for k, v in result.evaluation.items() if k in METRICS}
+            if evaluation is None:
+                result = loop.run(cell.config, until=until)
+                if result.status == 'stopped':
+                    if until is not None and result.step >= until:
+                        return None
+                    raise Stopped(result.message)
+                evaluation = result.evaluation
+            values = {k: v for k, v in evaluation.items() if k in METRICS}
             for name, change in study.evals.items():
                 other = _other(cell, change)
                 values |= {f'{name}/{k}': v for k, v in loop.evaluate(cell.config, other).items()}

@@ -40,7 +40,7 @@ def difference(arm: Mapping[int, float], baseline: Mapping[int, float]) -> Diffe
     p = None
     if n > 1:
         spread = values.std(ddof=1)
-        p = float(stats.ttest_1samp(values, 0.0).pvalue) if spread else float(not values.any())
+        p = float(stats.ttest_1samp(values, 0.0)[1]) if spread else float(not values.any())
     return Difference(n, float(values.mean()), float(low), float(high), p)
 
 

@@ -19,11 +19,12 @@ class Sampling(NamedTuple):
     top_p: float = 1.0  # keep the least set of likeliest tokens whose mass reaches p; 1: all
     min_p: float = 0.0  # keep tokens at least min_p times as likely as the likeliest; 0: all
 
-    def validate(self, vocab: int) -> None:
+    def validate(self, vocab: int | None = None) -> None:
+        """Raises ValueError for what can't be; vocab: ids there are, if that is known."""
         if self.temperature < 0:
             raise ValueError(f'temperature {self.temperature} is negative; 0 is greedy')
-        if not 0 <= self.top_k <= vocab:
-            raise ValueError(f'top_k {self.top_k} is not in [0, {vocab}], the vocabulary')
+        if self.top_k < 0 or (vocab is not None and self.top_k > vocab):
+            raise ValueError(f'top_k {self.top_k} is not in [0, {vocab or "…"}], the vocabulary')
         if not 0 < self.top_p <= 1:
             raise ValueError(f'top_p {self.top_p} is not in (0, 1]')
         if not 0 <= self.min_p <= 1:

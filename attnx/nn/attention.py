@@ -1,6 +1,7 @@
 """Grouped-query attention as a base: projections, cache and output; a mechanism says what happens between them."""
 
 import dataclasses
+from typing import Any
 
 from attnx.nn import softmax
 from attnx.nn.layers import Linear, merge_heads, split_heads
@@ -23,6 +24,8 @@ class Options(softmax.Options):
 
 class Attention(Mixer):
     """y = W_o attend(W_q x, keys and values of x and the past); a mechanism overrides `attend`, or more."""
+
+    config: Any  # Options, with what the mechanism adds to them
 
     def __init__(self, config: Options, dims: Dims, *, rngs):
         self.config, self.dtype, self.width = config, dims.dtype, dims.width

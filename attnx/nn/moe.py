@@ -141,11 +141,11 @@ class MoE(nnx.Module):
 
     def dropless(self, x, routes: Routes, matrices):
         """Every choice served: rows sorted by expert, one ragged product a matrix."""
-        if sharding.active() is None:
+        if (active := sharding.active()) is None:
             return self.serve(x, routes.experts, routes.weights, matrices, 0)
         where = layout(x.shape[0], x.shape[1])
         rows, tokens, axis = where.rows or None, where.context, 'expert'
-        sizes, mapping, _ = sharding.active()
+        sizes, mapping, _ = active
         across = tuple(a for a in sharding.axes_of(mapping, 'mlp') if sizes[a] > 1)
         spread = self.config.experts % sizes[axis] == 0 and sizes[axis] > 1
         gathers = spread and axis in where.rows

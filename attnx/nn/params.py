@@ -29,7 +29,7 @@ def to_flat(module: nnx.Module) -> dict[str, jax.Array]:
     return {_name(path[:-1]): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(module)[0]}
 
 
-def from_flat(like: nnx.Module, flat: dict[str, jax.Array]) -> nnx.Module:
+def from_flat(like: nnx.Module, flat: dict[str, jax.Array]) -> Any:
     """The inverse of `to_flat`; `like` is a module of the same structure, abstract or not.
 
     Raises:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from attnx.ops.derivatives import with_forward_mode
+from attnx.derivatives import once, with_forward_mode
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Index, Operand
@@ -140,22 +140,6 @@ def _vary(x, axes):
 
 
 _FIRST_ORDER = "softmax_attention: impl 'xla' has first-order derivatives only; impl='reference' has higher ones"
-
-
-@jax.custom_jvp
-def _undifferentiated(x):
-    return x
-
-
-@_undifferentiated.defjvp
-def _(primals, tangents):
-    raise TypeError(_FIRST_ORDER)
-
-
-def _once(tree):
-    """The identity; raises where a derivative of the derivative is asked for."""
-    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
-    return jax.tree.map(lambda x: _undifferentiated(x) if floating(x) else x, tree)
 
 
 # Shapes below, T and S padded to blocks: q [nq, B, K, G, bq, H], k [B, K, S, H], v [B, K, S, Hv], out as q with Hv, lse
@@ -308,14 +292,14 @@ def _attend(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout
 
 
 def _attend_fwd(st, *arrays):
-    arrays = _once(arrays)
+    arrays = once(arrays, _FIRST_ORDER)
     results = _forward(st, *arrays)
     return results, (arrays, *results[:2])
 
 
 def _attend_bwd(st, saved, cotangents):
-    (q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout), out, lse = _once(saved)
-    dout, dlse = _once(cotangents[:2])
+    (q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropout), out, lse = once(saved, _FIRST_ORDER)
+    dout, dlse = once(cotangents[:2], _FIRST_ORDER)
     _, B, K, G, bq, H = q.shape
     N, Hv, dtype = K * G, v.shape[-1], accumulator(q.dtype)
     operands = [] if score is None else elementwise.flatten(score)[0]
@@ -358,7 +342,7 @@ def _attend_bwd(st, saved, cotangents):
         return tuple(carry), dq.reshape(B, K, G, bq, H).astype(q.dtype)
 
     start = _fresh(q, (k.shape, 0, dtype), (v.shape, 0, dtype))
-    grads = [_fresh(q, (jnp.shape(o.array), 0, dtype))[0] if f else () for o, f in zip(operands, floating)]
+    grads: Any = [_fresh(q, (jnp.shape(o.array), 0, dtype))[0] if f else () for o, f in zip(operands, floating)]
     xs = (q, poison_q, dout, base, delta, live)
     (dk, dv, grads), dq = _over_queries(visits, (*start, grads), xs, row)
     dscore = None

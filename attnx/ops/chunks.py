@@ -20,6 +20,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 
 from pallas_kernels import apart
 
@@ -47,7 +48,7 @@ def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int]
 
 def require_range(op: str, name: str, array, low: float, high: float, hint: str):
     """Raises ValueError for concrete values outside [low, high]; traced values pass, there is nothing to look at."""
-    if array is None or isinstance(array, jax.core.Tracer) or not getattr(array, 'is_fully_addressable', True):
+    if array is None or isinstance(array, core.Tracer) or not getattr(array, 'is_fully_addressable', True):
         return
     array = np.asarray(array)
     outside = array[(array < low) | (array > high)]

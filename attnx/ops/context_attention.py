@@ -293,7 +293,7 @@ class _Function:
         self.reads = [c for c, v in zip('bhqk', jaxpr.invars) if id(v) in used]  # indices that it looks at itself
         self.moved = {}
 
-    def at(self, operands: list[Operand], offsets: dict[str, Any], queries: int, keys: int):
+    def at(self, operands: Any, offsets: dict[str, Any], queries: int, keys: int):
         if not offsets and (queries, keys) == self.lengths:  # as it was given: its blocks may be known while tracing
             return jax.tree.unflatten(jax.tree.structure(self.value, is_leaf=lambda x: isinstance(x, Operand)), operands)
         letters = tuple(offsets)

@@ -71,8 +71,9 @@ def layout(batch: int, length: int, heads: tuple[int, int] | None = None, *, lea
 
     heads: (all of them, those that the others share), or None: there are none. least: tokens that a part must have.
     """
-    sizes, mapping, _ = sharding.active()
-    whole = []
+    active, whole = sharding.active(), []
+    assert active is not None
+    sizes, mapping, _ = active
     axes = lambda name: tuple(a for a in sharding.axes_of(mapping, name) if sizes[a] > 1)
     count = lambda names: math.prod(sizes[a] for a in names)
     rows, across, context = axes('batch'), axes('heads') if heads else (), axes('length')
@@ -80,7 +81,7 @@ def layout(batch: int, length: int, heads: tuple[int, int] | None = None, *, lea
         whole.append(f'{batch} rows are not divisible over the {count(rows)} devices of {" x ".join(rows)}')
         rows = ()
     repeat = 1
-    if across:
+    if across and heads:
         num, shared = heads
         repeat = shared_heads(num, shared, count(across))
         if not repeat:

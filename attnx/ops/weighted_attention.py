@@ -1,5 +1,7 @@
 """Attention with any logits and any weights: what is not the softmax of scaled products. See `weighted_attention`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -143,7 +145,7 @@ def num_rows(row: int, length: int, limit: int = 2**22) -> int:
     return max(1, min(length, 256, limit // max(row, 1)))
 
 
-def by_rows(step, carry, query, rows: int):
+def by_rows(step, carry, query, rows: int) -> Any:
     """Scans `step(carry, first row, some rows of query) -> (carry, out)`; recomputes each step in the backward pass.
 
     Args:

@@ -279,7 +279,7 @@ class Checkpoints:
         self._sealed: set[int] = set()  # process 0: steps with a seal, as MARK lists them
         if problem := agreed(self._claim() if self._main else None):
             raise CheckpointError(problem)
-        self._manager = self._open()
+        self._manager: Any = self._open()
 
     def _claim(self) -> str | None:
         """Takes the folder and removes what was never finished; says why it can't."""
@@ -366,6 +366,7 @@ class Checkpoints:
 
     def _seal(self):
         """Waits for the commit; the digest is then made in the background."""
+        assert self._unsealed is not None
         (step, loss), self._unsealed = self._unsealed, None
         with self._named(step):
             self._manager.wait_until_finished()

@@ -8,6 +8,7 @@ from typing import Any
 
 from attnx import config as config_lib
 from attnx import models, sharding, tasks
+from attnx.models.generate import Sampling
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import metrics
@@ -34,6 +35,11 @@ class Sample:
     top_p: float = 0.95  # 1: all
     bases: tuple = ()  # rotary bases of as many streams decoded as one (attention buckets: 2312.04455)
 
+    def __post_init__(self):
+        if self.tokens < 0 or self.count < 0:
+            raise ValueError(f'sample: tokens {self.tokens} and count {self.count} must be >= 0')
+        Sampling(self.temperature, self.top_k, self.top_p).validate()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -41,6 +47,10 @@ class Profile:
 
     start: int = 0  # first step; 0: no profile
     steps: int = 5  # how many
+
+    def __post_init__(self):
+        if self.start < 0 or self.steps < 1:
+            raise ValueError(f'profile: start {self.start} must be >= 0 and steps {self.steps} >= 1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +94,10 @@ class Config:
             raise ValueError(f'steps {self.steps} must be >= 1 and eval_every {self.eval_every} >= 0')
         if not 0 <= self.seed < 2**32:
             raise ValueError(f'seed {self.seed} must lie in [0, 2**32)')
+        if self.profile.start >= self.steps:
+            raise ValueError(f'profile.start {self.profile.start} must lie before the last of {self.steps} steps')
+        if self.health.rows > self.data.batch_size:
+            raise ValueError(f'health.rows {self.health.rows} are more than data.batch_size {self.data.batch_size}')
         if not self.run_dir:
             raise ValueError('run_dir is empty; give a folder')
         # A placeholder left None is as if it were absent: a change of `kind` then leaves no foreign field behind.
@@ -113,6 +127,7 @@ def resolved(path: str) -> Config:
 def check(config: Config, build=None) -> None:
     """Raises ValueError for what shows before any data are read. build: see `ModelConfig.check`."""
     sharding.check(config.mesh, config.sharding, config.context)
+    sharding.check_effect(config.mesh, config.sharding, config.context)
     metrics.check(config.log)
     optim_lib.schedule(config.optim, config.steps)
     config.model.layers()
@@ -154,5 +169,9 @@ def served(config: Config, task) -> Config:
     model = completed(config.model, task)
     if task.packed:
         model.check_packing(task.documents)
-    model.check_inputs({*task.train[0]} - {*tasks.FIELDS})
+    names = {*task.train[0]}
+    model.check_inputs(names - {*tasks.FIELDS})
+    if ('source' in names) != (model.kind == 'encoder_decoder'):
+        has = 'has a source for an encoder' if 'source' in names else 'has no source for an encoder'
+        raise ValueError(f'task {task.kind!r} {has}, and config.model.kind is {model.kind!r}; only encoder_decoder reads one')
     return dataclasses.replace(config, model=model)

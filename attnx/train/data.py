@@ -30,7 +30,7 @@ class Config:
     batch_size: int = 16            # rows in a batch, over all processes
     eval_batches: int = 0           # batches of an evaluation, the same ones each time; 0 is all
     seed: int = 0                   # of the order of rows, and of rows that are generated
-    threads: int = 2                # that read rows (grain's default of 16 is slower on few cores)
+    threads: int = 2                # that read rows, `prefetch` at most (grain's default of 16 is slower on few cores)
     prefetch: int = 4               # batches read ahead
 
     def __post_init__(self):

@@ -43,10 +43,19 @@ class Work(NamedTuple):
     """One instruction, as often as a step runs it."""
 
     name: str
+    op: str
     times: float
     flops: float
     bytes: float
-    background: bool  # a copy beside other work
+
+    @property
+    def background(self) -> bool:
+        """A copy beside other work."""
+        return self.op.endswith('-start')
+
+    @property
+    def kernel(self) -> bool:
+        return self.op == 'custom-call' and self.flops > 0
 
 
 class Cost(NamedTuple):
@@ -299,10 +308,10 @@ def cost(text: str, devices: int) -> Cost:
                 before = len(collectives)
                 flops = inside(called, times, called)
                 moved = 0.0 if len(collectives) > before else bytes_of(i, program[name], program)
-                work.append(Work(i.name, times, flops, moved, False))
+                work.append(Work(i.name, i.op, times, flops, moved))
             else:
                 moved = bytes_of(i, program[name], program)
-                work.append(Work(i.name, times, flops_of(i, program[name]), moved, i.op.endswith('-start')))
+                work.append(Work(i.name, i.op, times, flops_of(i, program[name]), moved))
 
     walk(entry, 1.0)
     kept = [made & read for n, (made, _) in enumerate(stacked) for m, (_, read) in enumerate(stacked) if n != m]

@@ -105,8 +105,8 @@ def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
         return run.evaluate(state['params'], other)
 
 
-def run_together(configs: Sequence[Config]) -> bool:
-    """Trains runs that differ in their seeds alone as one program, batched by `jax.vmap`; then `run` finds them complete.
+def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
+    """Trains runs that differ in their seeds alone as one program, batched by `jax.vmap`.
 
     It is quicker where one small model leaves the device idle. A run begins with the same parameters and sees the same rows
     as alone; its numbers differ by rounding, since batched products may sum in another order. Runs are saved at their end
@@ -114,7 +114,7 @@ def run_together(configs: Sequence[Config]) -> bool:
     tokens_per_second is that of all runs together.
 
     Returns:
-      whether they came to their end; False: a signal stopped them.
+      the last evaluation of each, empty where it was left undone; None: a signal stopped them.
 
     Raises:
       ValueError: the runs differ in more than run_dir, seed and data.seed, or are spread over several processes.
@@ -135,7 +135,7 @@ def run_together(configs: Sequence[Config]) -> bool:
             raise ValueError(f'runs are batched in one process; there are {jax.process_count()}')
         undone = {k: run for k, run in enumerate(runs) if (run.checkpoints.latest() or 0) < config.steps}
         if not undone:
-            return True
+            return [run.evaluated(config.steps) for run in runs]
         stop = Stop(active=True)
         stack.callback(stop.restore)
         for run in undone.values():
@@ -173,14 +173,14 @@ def run_together(configs: Sequence[Config]) -> bool:
             if logs or evaluates or number == 1:
                 clock, since = time.monotonic(), number
         if stop.received and number < config.steps:
-            return False
+            return None
         for k, run in undone.items():
             mine = jax.tree.map(lambda v, k=k: v[k], state)
             run.log.sync()
             run.checkpoints.save(number, mine, {'data': run.data.train.get_state(), 'rewinds': 0}, found[k]['loss'])
             run.checkpoints.wait()
             run.finish(mine['params'])
-        return True
+        return [run.evaluated(config.steps) for run in runs]
 
 
 def _stacked(batches):
@@ -334,6 +334,8 @@ class _Run:
         evaluation = self.evaluated(number)
         if not evaluation and (number == 0 or number >= config.steps):
             evaluation = self.checkpoint_or_evaluate(number, state, evaluate=True)
+        if 0 < config.profile.start < number:
+            self.progress.say(f'no profile: the run is past step {config.profile.start}')
         clock, since, stalled = time.monotonic(), number, self.checkpoints.stalled
         end = min(config.steps, until or config.steps)
         while number < end:
@@ -487,7 +489,10 @@ class _Run:
     def sample(self, params) -> str | None:
         """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
         task, how = self.data.task, self.config.sample
-        if not how.tokens or not how.count or task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+        if not how.tokens or not how.count:
+            return None
+        if task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
+            self.progress.say(f'no sample: task {task.kind!r} with a model of kind {self.config.model.kind!r} writes no text')
             return None
         if jax.process_count() > 1:
             self.progress.say('no sample: the model is spread over several processes')

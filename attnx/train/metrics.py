@@ -50,6 +50,10 @@ class Config:
     def __post_init__(self):
         if self.every < 1:
             raise ValueError(f'every must be >= 1, was given {self.every}')
+        if self.project != 'attnx' and not self.wandb:
+            raise ValueError(f'project {self.project!r} belongs to wandb, which is off')
+        if self.peak_flops is not None and self.peak_flops <= 0:
+            raise ValueError(f'peak_flops must be positive, was given {self.peak_flops}')
 
 
 def peak_flops(device_kind: str) -> float | None:

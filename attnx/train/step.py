@@ -46,6 +46,8 @@ class Config:
             raise ValueError(f'label_smoothing must be in [0, 1), was given {self.label_smoothing}')
         if self.non_finite not in POLICIES:
             raise ValueError(f'unknown non_finite {self.non_finite!r}; {nearest(self.non_finite, POLICIES)}')
+        if self.non_finite == 'stop' and self.max_non_finite != 10:
+            raise ValueError(f'max_non_finite {self.max_non_finite} belongs to skip and rewind, not to stop')
         if self.z_loss < 0 or self.max_non_finite < 0:
             raise ValueError(f'z_loss {self.z_loss} and max_non_finite {self.max_non_finite} must be >= 0')
         if min(self.distill, self.hard, self.mask_heads) < 0 or self.distill_temperature <= 0:

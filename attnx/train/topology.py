@@ -21,11 +21,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnx import dispatch, sharding, tasks
+from attnx import dispatch, models, sharding, tasks
 from attnx import plan as plan_lib
 from attnx.names import nearest
 from attnx.train import hlo
@@ -141,6 +142,7 @@ class Found:
     moved: float = 0.0  # bytes of main memory read and written
     local: float = 0.0  # seconds of products and memory
     exchanges: tuple[Exchange, ...] = ()
+    kernels: Mapping[str, float] = dataclasses.field(default_factory=dict)  # Pallas kernels -> calls
     notes: tuple[str, ...] = ()
 
     @property
@@ -324,6 +326,10 @@ def _read(lowered, held: dict[str, float], where: Topology, mesh: jax.sharding.M
         slower = max(1.0, len(c.group) / 4) if 'all-to-all' in c.kind else 1.0  # most of it passes by others
         for n, x in enumerate((1.0, c.payload, c.wire, c.wire * slower / rate)):
             total[n] += c.times * x
+    kernels: collections.Counter = collections.Counter()
+    for w in cost.work:
+        if w.kernel:
+            kernels[re.sub(r'\.\d+$', '', w.name).strip('_')] += w.times
     exchanges = sorted((kind, axes, size, *total) for (kind, axes, size), total in groups.items())
     work = ((w.times * w.flops, w.times * w.bytes, w.background) for w in cost.work)
     notes = [f'the rounds of {len(cost.unknown)} loops are unknown and count once'] if cost.unknown else []
@@ -334,6 +340,7 @@ def _read(lowered, held: dict[str, float], where: Topology, mesh: jax.sharding.M
         'moved': cost.bytes,
         'local': seconds_of(work, where.chip),
         'exchanges': exchanges,
+        'kernels': dict(sorted(kernels.items())),
         'notes': notes,
     }
 
@@ -375,7 +382,7 @@ def _modelled(run: Config, task: tasks.Task, where: Topology) -> dict:
     optimizer = _share(place(opt, optim_lib.state_shardings(transform, made.shapes, lie, mesh)))
     parts = lambda name: sharding.parts(sizes, sharding.axes_of(rules, name))
     rows, cut, tensor = run.data.batch_size // accumulate, parts('batch') * parts('length'), parts('heads')
-    abstract = jax.eval_shape(lambda: plan_lib.build(model, rngs=plan_lib.nnx.Rngs(0)))
+    abstract = jax.eval_shape(lambda: models.build(model, rngs=nnx.Rngs(0)))
     residuals = plan_lib.residuals(abstract, model, rows, task.length, task.packed)
     weights = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(abstract))
     activations = 0.0
@@ -526,6 +533,8 @@ def report(found: Found, console) -> None:
     say('\na device and step')
     say(f'  FLOPs                 {human(found.flops)} ({human(found.useful)} of the model, the rest recomputed or masked)')
     say(f'  main memory           {human(found.moved, "B")} read and written')
+    if found.kernels:
+        say(f'  kernels               {", ".join(f"{name} {times:.0f}" for name, times in found.kernels.items())}')
     table = Table(box=None, pad_edge=True)
     for column in ('collective', 'over', 'devices', 'times', 'arrays', 'sent', 'time'):
         table.add_column(column, justify='left' if column in ('collective', 'over') else 'right')

@@ -35,8 +35,13 @@ def unsupported(
 
 def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    if log_decay is not None and query.shape[1] > 1:
-        return 'auto leaves decays to xla: their gradient misses the gate (README); impl="mosaic_gpu" runs the kernel'
+    K, V = key.shape[3], value.shape[3]
+    if log_decay is None or query.shape[1] == 1:
+        return None
+    if log_decay.ndim == 4:
+        return f'auto leaves a decay per channel to xla: {linear.UNPROVEN} for one token'
+    if linear.padded(K) != 128 or linear.padded(V) != 128:
+        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
     return None
 
 

@@ -23,6 +23,7 @@ ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
 GROUP = 8  # chunks between the states that anchor the gradient of log_decay
 PROCESSORS = 132
+UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 
 
 def unsupported(
@@ -34,9 +35,21 @@ def unsupported(
 
 def held_back(query, key, value, log_decay=None, **_) -> str | None:
     """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    if log_decay is not None and log_decay.ndim == 4 and query.shape[1] > 1:
-        return 'auto leaves a decay per channel to xla until the kernel has passed its gate on a GPU; impl="mosaic_gpu" runs it'
+    (B, T, N, V), K = value.shape, key.shape[3]
+    if log_decay is None or log_decay.ndim < 4 or T == 1:
+        return None
+    if padded(K) != 128 or padded(V) != 128:
+        return f'auto leaves a decay per channel at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
+    if pieces(B, T, N, padded(K), padded(V)) > 1:
+        return (
+            f'auto leaves a decay per channel in pieces of the sequence to xla: {UNPROVEN} where batch and heads fill the chip'
+        )
     return None
+
+
+def padded(width: int) -> int:
+    """As wide as it is in memory."""
+    return width + -width % CHUNK
 
 
 def refuse(query, key, value, scale, chunk) -> str | None:
@@ -64,7 +77,7 @@ def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
     (B, T, N, V), K = value.shape, key.shape[3]
     if T == 1:
         return 'one token: each state is read and written once'
-    count = Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
+    count = Pieces(T, pieces(B, T, N, padded(K), padded(V))).count
     return (
         f'{count} pieces of the sequence side by side, in chunks of {CHUNK}' if count > 1 else f'chunk after chunk of {CHUNK}'
     )

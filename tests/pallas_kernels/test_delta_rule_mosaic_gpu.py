@@ -132,12 +132,22 @@ def test_interpreted_with_race_detection():
     assert error(last, want_last) < check.FLOORS['state']
 
 
-def test_lowers_for_hopper():
+@pytest.mark.slow
+def test_interpreted_per_channel_in_pieces(monkeypatch):
+    monkeypatch.setattr(linear, 'GROUP', 1)
+    case = check.Case('pieces', T=128, N=2, heads=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
+    good, errors = check.check(case, interpret=True)
+    assert good, errors
+
+
+@pytest.mark.parametrize('channels', [(), (128,)])
+def test_lowers_for_hopper(channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     f32 = x(1, 1000, 4, dtype=jnp.float32)
     loss = lambda *a: mosaic_gpu.delta_rule(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
-    arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, f32
+    decay = x(1, 1000, 4, *channels, dtype=jnp.float32)
+    arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, decay
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))), platforms=['cuda'], disabled_checks=allowed)(*arguments)
 
 
@@ -150,6 +160,15 @@ def test_refusals():
     f32 = x.astype(jnp.float32)
     with pytest.raises(ValueError, match=r'delta_rule on mosaic_gpu: .*must be bfloat16'):
         mosaic_gpu.delta_rule(f32, f32, f32, beta)
+
+
+def test_held_back():
+    """`auto` takes what has passed the gate on a GPU."""
+    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    call = lambda T, H, *decay: mosaic_gpu.held_back(*[x(8, T, 16, H)] * 3, x(8, T, 16), x(8, T, 16, *decay))
+    assert call(2048, 128) is None and call(1, 64, 64) is None
+    assert 'per channel' in call(2048, 128, 128)
+    assert 'at widths 64 and 64' in call(2048, 64)
 
 
 @pytest.mark.gpu

@@ -136,10 +136,19 @@ def test_interpreted_with_race_detection():
     assert good, errors
 
 
-@pytest.mark.parametrize('K, V', [(128, 128), (256, 64)])
-def test_lowers_for_hopper(K, V):
+@pytest.mark.slow
+def test_interpreted_per_channel_in_pieces(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
+    case = check.Case('pieces', T=128, N=2, heads=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
+    assert mosaic_gpu.pieces(1, case.T, 2, 64, 64) == 2
+    good, errors = check.check(case, interpret=True)
+    assert good, errors
+
+
+@pytest.mark.parametrize('K, V, channels', [(128, 128, ()), (256, 64, ()), (256, 128, (256,))])
+def test_lowers_for_hopper(K, V, channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, dtype=jnp.float32)
+    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, *channels, dtype=jnp.float32)
     loss = lambda *a: mosaic_gpu.gated_linear(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['cuda'], disabled_checks=allowed)(*ones)
@@ -162,6 +171,15 @@ def test_refusals(change, words):
     assert words in reason
     with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
+
+
+def test_held_back():
+    """`auto` takes what has passed the gate on a GPU."""
+    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    call = lambda B, T, H, *decay: mosaic_gpu.held_back(x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, *decay))
+    assert call(8, 2048, 128, 128) is None and call(1, 65536, 64) is None and call(1, 1, 64, 64) is None
+    assert 'at widths 64 and 64' in call(8, 2048, 64, 64)
+    assert 'in pieces' in call(1, 65536, 128, 128)
 
 
 @pytest.mark.gpu

@@ -13,7 +13,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from attnx import dispatch
-from attnx.ops import masks, paged_attention, scores, softmax_attention
+from attnx.ops import delta_rule, gated_linear, masks, paged_attention, scores, softmax_attention
 from pallas_kernels import aot_tpu, blocks
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
@@ -291,3 +291,31 @@ def test_compiles(topology, words):
 @pytest.mark.parametrize('topology', aot_tpu.TOPOLOGIES)
 def test_everything_compiles(topology):
     compiled(topology, '--slow')
+
+
+FORWARD = {
+    'softmax_attention': lambda x: ((x, x[:, :, :1], x[:, :, 1:]), {'mask': masks.causal(), 'score': scores.softcap(2.0)}),
+    'gated_linear': lambda x: ((x, x, x, -(x[..., 0] ** 2)), {'scale': 0.5}),
+    'delta_rule': lambda x: ((x, x / 9, x, jnp.abs(x[..., 0]) / 9), {'scale': 0.5}),
+}
+
+
+@pytest.mark.parametrize('name', FORWARD)
+def test_forward_mode_beside_the_kernel(interpreted, name):
+    """The value is the kernel's, its derivative along a direction that of the xla form; a second one names another form."""
+    op = {'softmax_attention': softmax_attention, 'gated_linear': gated_linear, 'delta_rule': delta_rule}[name]
+
+    def f(impl, x):
+        args, options = FORWARD[name](x)
+        return op(*args, **options, impl=impl)
+
+    x, dx = draw(1, 40, 2, 16, seed=1), draw(1, 40, 2, 16, seed=2)
+    got, want = (jax.jit(lambda x, dx, i=i: jax.jvp(jax.jit(lambda x: f(i, x)), (x,), (dx,)))(x, dx) for i in IMPLS)
+    close(got[0], want[0], FLOAT32)
+    close(got[1], want[1], FLOAT32_GRAD)
+    total = lambda x: sum(y.sum() for y in jax.tree.leaves(f('mosaic_tpu', x)))
+    with pytest.raises(TypeError, match="impl 'mosaic_tpu' has first-order derivatives only; impl='reference' has higher ones"):
+        jax.eval_shape(jax.hessian(total), x)
+
+
+IMPLS = ('mosaic_tpu', 'xla')

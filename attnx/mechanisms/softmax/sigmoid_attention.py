@@ -26,7 +26,7 @@ class Config(attention.Options):
 
 
 class SigmoidAttention(attention.Attention):
-    def __init__(self, config, dims, *, rngs):
+    def __init__(self, config: Config, dims, *, rngs):
         super().__init__(config, dims, rngs=rngs)
         self.length = dims.max_length if config.length == 'training' else 0
 

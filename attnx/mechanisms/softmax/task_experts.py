@@ -109,9 +109,9 @@ def expand(parameters: Mapping[str, jax.Array], experts: int, tasks: int, key: j
 
 def prune(parameters: Mapping[str, jax.Array], task: int, keep: Sequence[int]) -> dict[str, jax.Array]:
     """Parameters of a mixer of one task with the experts `keep`: what a task hardly uses can go."""
-    keep = jnp.array(keep)
-    experts = {name: parameters[name][keep] for name in ('query', 'out')}
-    return {**parameters, **experts, 'router': parameters['router'][task : task + 1][:, :, keep]}
+    kept = jnp.array(keep)
+    experts = {name: parameters[name][kept] for name in ('query', 'out')}
+    return {**parameters, **experts, 'router': parameters['router'][task : task + 1][:, :, kept]}
 
 
 def _flops(config, dims, length):

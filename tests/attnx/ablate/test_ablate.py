@@ -95,6 +95,8 @@ def test_generators():
         ({'baseline': 'bas'}, "unknown arm 'bas'; did you mean 'base'"),
         ({'metric': 'acuracy'}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({'metric': 'nats_per_byte'}, "'induction' has no metric 'nats_per_byte'"),
+        ({'base': base(data={'task': {'kind': 'regression'}, 'batch_size': 8})}, "'regression' has no metric 'accuracy'"),
+        ({'batch_seeds': True, 'halving': Halving(rungs=(0.5,))}, 'with batch_seeds they are trained to their end'),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
@@ -418,3 +420,19 @@ def test_costs_count_what_the_model_has():
     built = jax.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     assert found.parameters == sum(v.size for v in to_flat(built).values())
     assert found.state > match.costs(config, 16).state > 0
+
+
+def test_the_gallery_shows_studies_of_the_repository():
+    """Every report belongs to a study as it stands: its question, its arms, its seeds; a study that changed is run again."""
+    root = pathlib.Path(__file__).parents[3]
+    folders = sorted(path.parent for path in (root / 'gallery').glob('*/report.md'))
+    assert folders
+    for folder in folders:
+        made = config_lib.build(Study, config_lib.as_dict(_load(root / 'configs' / 'ablations' / f'{folder.name}.py'), 'study'))
+        rows = [json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines()]
+        text = (folder / 'report.md').read_text()
+        assert text.startswith(f'# {made.question}\n'), folder
+        assert {r['arm'] for r in rows} == set(made.named_arms()) and {r['task'] for r in rows} == set(made.on_tasks), folder
+        assert {r['seed'] for r in rows} == set(made.seeds) and all(made.metric in r['values'] for r in rows), folder
+        assert all((folder / link).exists() for link in re.findall(r'\((figures/[^)]+)\)', text)), folder
+        assert f'({folder.name}/report.md)' in (root / 'gallery' / 'README.md').read_text()

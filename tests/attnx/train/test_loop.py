@@ -524,9 +524,10 @@ BAD = {
     'nowhere': ('--config.data.task.path=/nowhere/*.py', "no file in '/nowhere/*.py'"),
     'empty': ('--config.data.task.path={tmp}/empty', 'no file in', 'expected a text or .jsonl file'),
     'blank': ('--config.data.task.path={tmp}/blank', 'leaves no training text (1 documents, 0 bytes)'),
-    'json': ('--config.data.task.path={tmp}/lines.jsonl', "lines.jsonl, line 1: expected a JSON object with the field 'text'"),
-    'packing': ('--config.model.kind=encoder --config.model.mixers.g.kind=agent', 'layer 0 (g) keeps 1 documents of a packed row apart, '
-                "the data pack up to", "or one document a row: data.task.packing = 'off'"),
+    'json': ('--config.data.task.path={tmp}/lines.jsonl', "line 1: expected a JSON object with the field 'text'"),
+    'packing': ('--config.model.kind=encoder --config.model.mixers.g.kind=agent',
+                'layer 0 (g) keeps 1 documents of a packed row apart, the data pack up to',
+                "or one document a row: data.task.packing = 'off'"),
     'corrupt': ('--config.run_dir={tmp}/corrupt', 'checkpoint 6', 'differs from its digest', 'good checkpoint is step 4',
                 'set checkpoint.fallback=True'),
     'foreign': ('--config.run_dir={tmp}/foreign', 'holds foreign files (notes.txt)', 'give another run_dir'),

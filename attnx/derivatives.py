@@ -12,12 +12,27 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 
-def with_forward_mode(function: Callable, plain: Callable) -> Callable:
+def once(tree, message: str):
+    """The identity on a tree of arrays; TypeError(message) where a derivative of it is taken."""
+
+    @jax.custom_jvp
+    def identity(x):
+        return x
+
+    @identity.defjvp
+    def _(primals, tangents):
+        raise TypeError(message)
+
+    floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+    return jax.tree.map(lambda x: identity(x) if floating(x) else x, tree)
+
+
+def with_forward_mode(function: Callable, plain: Callable, first_order: str = '') -> Callable:
     """`function`, reverse mode by its own backward pass, forward mode by that of `plain`.
 
     Both take the same trees of arrays and return the same; `function` is a `jax.custom_vjp`, `plain` anything that
     `jax.jvp` takes, loops of traced length included. Holds under jit, vmap, scan, checkpoint and shard_map. Derivatives of
-    derivatives are those of `function`'s own rules: what lacks them must raise there.
+    derivatives are those of `function`'s own rules; with `first_order` they raise a TypeError that says so.
 
     The tangent L(dx) is the solution y2 of the linear system y1 = dx, y2 - L(y1) = 0, because
     `jax.lax.custom_linear_solve` is where JAX lets a linear map bring its own transpose with every transformation: the
@@ -28,13 +43,14 @@ def with_forward_mode(function: Callable, plain: Callable) -> Callable:
     def call(*args):
         leaves, tree = jax.tree.flatten(args)
         on_leaves = lambda f: lambda *leaves: f(*jax.tree.unflatten(tree, leaves))
-        return _differentiable(on_leaves(function), on_leaves(plain))(*leaves)
+        return _differentiable(on_leaves(function), on_leaves(plain), first_order)(*leaves)
 
     return call
 
 
-def _differentiable(function, plain):
+def _differentiable(function, plain, first_order):
     def rule(primals, tangents):
+        primals = once(primals, first_order) if first_order else primals
         active = [i for i, t in enumerate(tangents) if not isinstance(t, SymbolicZero)]
         x, dx = ([y[i] for i in active] for y in (primals, tangents))
 
