@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 
 def attention(num_heads, **more):
-    return {'num_heads': num_heads, 'num_kv_heads': 8, 'head_dim': 128, 'qk_norm': True, **more}
+    return {'num_heads': num_heads, 'num_kv_heads': 8, 'head_dim': 128, **more}
 
 
 def delta(num_heads):
