@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 
 def attention(num_heads, **more):
-    return {'num_heads': num_heads, 'num_kv_heads': 8, 'head_dim': 128, 'qk_norm': True, **more}
+    return {'num_heads': num_heads, 'num_kv_heads': 8, 'head_dim': 128, **more}
 
 
 def delta(num_heads):
@@ -45,7 +45,7 @@ def get_config(size: str = '7b') -> ConfigDict:
     m.width, m.num_layers, m.pattern, m.dtype, m.remat = width, layers, ('b', 'a'), 'bfloat16', remat
     m.tie_embeddings, m.mlp.hidden = False, hidden
     with c.unlocked():
-        m.mixers = ConfigDict({'b': beside, 'a': attention(heads, kind='gqa')})
+        m.mixers = ConfigDict({'b': beside, 'a': attention(heads, kind='gqa', qk_norm=size != '7b')})
         c.data.task = ConfigDict({'kind': 'tokens', 'path': '', 'validation_path': '', 'vocab_size': 50304, 'separator': -1})
     c.data.length, c.data.batch_size, c.data.eval_batches = length, rows, 8
     c.optim.kind, c.optim.learning_rate, c.optim.warmup, c.optim.decay = 'adamw', rate, 2000, 20_000

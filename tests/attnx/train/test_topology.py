@@ -109,6 +109,13 @@ def test_the_refusal_of_the_compiler_is_read():
     assert topology.too_large('INTERNAL: something else') is None
 
 
+def test_a_compiler_that_ends_its_process(monkeypatch):
+    monkeypatch.setattr(topology, '_child', print)  # it ends without an answer
+    monkeypatch.setattr(topology, 'versions', lambda: 'libtpu 0')
+    with pytest.raises(ValueError, match='v5e:2x2, libtpu 0: the compiler ended its process'):
+        topology._in_child(run_of(), topology.topology('v5e:2x2'))
+
+
 def fake(run, state):
     """A plan whose activations shrink by remat and micro-batches, and whose state by the fsdp axis."""
     scale = {'none': 8, 'dots': 4, 'full': 1}[run.model.remat] / run.step.accumulate
