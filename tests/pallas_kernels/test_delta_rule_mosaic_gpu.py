@@ -135,7 +135,7 @@ def test_interpreted_with_race_detection():
 @pytest.mark.slow
 def test_interpreted_per_channel_in_pieces(monkeypatch):
     monkeypatch.setattr(linear, 'GROUP', 1)
-    case = check.Case('pieces', T=128, N=2, heads=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
+    case = check.Case('pieces', T=128, N=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
     good, errors = check.check(case, interpret=True)
     assert good, errors
 
