@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from attnx.ablate.results import Result, results
 from attnx.ablate.statistics import pareto
-from attnx.ablate.study import Cell, Study, swapped_in
+from attnx.ablate.study import Cell, Study, slug, swapped_in
 from attnx.train import metrics
 
 COSTS = {'tokens_per_second': 'tokens/s, measured', 'flops': 'training FLOPs a token', 'state': 'bytes of decode state'}
@@ -124,7 +124,7 @@ def _fronts(study, found):
 
 
 def _tag(task):
-    return f'_{task}' if task else ''
+    return f'_{slug(task)}' if task else ''
 
 
 def on(task):

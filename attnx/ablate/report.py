@@ -136,11 +136,11 @@ def summary(study: Study, found: list[Result], cells: list[Cell]) -> list[str]:
                 if (d := r.against) and d.p is not None and d.adjusted < 0.05 and ((d.mean > 0) == more) == wanted
             ]
             if names:
-                lines.append(f'Significantly {word} than {study.reference}{on(task)}: {", ".join(names)}.')
+                lines.append(f'Significantly {word} than {study.reference}{on(task)}: {"; ".join(names)}.')
         unclear = [r.arm for r in here if (d := r.against) and d.p is not None and d.adjusted >= 0.05]
         if unclear:
             lines.append(
-                f'Not told apart from {study.reference}{on(task)} with {len(study.seeds)} seeds: {", ".join(unclear)}.'
+                f'Not told apart from {study.reference}{on(task)} with {len(study.seeds)} seeds: {"; ".join(unclear)}.'
             )
         bad = [f'{r.arm} ({r.status})' for r in here if r.status != 'finished']
         if bad:
