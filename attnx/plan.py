@@ -243,8 +243,10 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
     count, visited = 0, {}  # of the experts of a layer a token visits some
     for stack, layers, pattern in (('body', config.layers(), config.pattern), ('encoder', *_encoder(config))):
         for i, (unit, _) in enumerate(units(layers, len(pattern))):
-            for j, mlp in enumerate(layer.mlp or config.mlp for layer in unit):
+            for j, layer in enumerate(unit):
+                mlp, experts = layer.mlp or config.mlp, getattr(layer.config, 'num_experts', 0)
                 visited[f'{stack}/stacks/{i}/layers/{j}/mlp'] = mlp.top_k / mlp.experts
+                visited[f'{stack}/stacks/{i}/layers/{j}/mixer'] = layer.config.top_k / experts if experts else 1
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
         looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
@@ -272,7 +274,7 @@ def residuals(model, config: ModelConfig, batch: int, length: int, packed: bool)
     tokens = jax.ShapeDtypeStruct(shape, dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
     source = tokens if config.kind == 'encoder_decoder' else None
-    kinds = {name: kind for layer in config.layers() for name, kind in layer.spec.inputs.items() if name != 'tokens'}
+    kinds = {name: kind for _, name, kind in config.side_inputs() if name != 'tokens'}
     inputs = {name: side_input(kind, batch, length) for name, kind in kinds.items()}
     run = lambda model, tokens, ids, source, inputs: model(tokens, segment_ids=ids, source=source, inputs=inputs).logits
     pulls = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]

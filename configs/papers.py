@@ -158,6 +158,12 @@ POSITIONS = {
         'mixers': {'own': {'kind': 'skim', 'num_places': 4}, 'same': {'kind': 'skim', 'source': 'shared'}},
         **SCENE,
     },
+    'skim_mask': {
+        'paper': '2109.01078',
+        'pattern': ('map', 'a', 'a', 'a'),
+        'mixers': {'map': {'kind': 'skim', 'num_places': 4}, 'a': {'kind': 'skim', 'source': 'mask', 'top_k': 8}},
+        **SCENE,
+    },
     'music': one('1809.04281', 'music'),
     'music_local': one('1809.04281', 'music', max_distance=64, masks=(('window', 64),)),
     'rcmha': one('2308.03429', 'rcmha'),

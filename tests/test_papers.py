@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from attnx import catalog, tasks
+from attnx import catalog, plan, tasks
 from attnx import config as config_lib
 from attnx.train import heads, loop, step
 from attnx.train.config import completed
@@ -49,6 +49,7 @@ def test_trains(variant):
     config.check_packing()
     config.check_inputs({*batch} - {*tasks.FIELDS})
     made = loop.program(config, packed=task.packed)
+    assert plan.flops_per_token(config, made.axes, made.shapes, task.length) > 0
     transform = optax.adam(1e-4)  # so small that three steps go downhill: label attention overshoots at ten times that
     of_heads = heads.projections(config, made.shapes)
     update = jax.jit(step.train_step(made.forward, transform, lambda n: 1e-4, given.step, of_heads))

@@ -162,18 +162,25 @@ class ModelConfig(StackConfig):
                     "give it one document a row: data.task.packing = 'off'"
                 )
 
-    def check_inputs(self, given) -> None:
-        """Raises ValueError if a layer needs a side input that is not among the names `given`."""
+    def side_inputs(self):
+        """Yields (what reads it, name, dtype and shape as in `Spec.inputs`) of every side input."""
+        if self.output == 'pointer':
+            yield 'output pointer', 'places', 'int32 B T 3'
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
-        known = {*given, *(() if self.input_dim else ('tokens',))}
         for index, layer in enumerate((*self.layers(), *encoder)):
             of_mlp = {'task': 'int32 B T'} if (layer.mlp or self.mlp).tasks > 1 else {}
-            for name, shape in {**layer.spec.inputs, **of_mlp}.items():
-                if name not in known and not shape.endswith('?'):
-                    raise ValueError(
-                        f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
-                        f'have; it has: {", ".join(sorted(known)) or "none"}'
-                    )
+            for name, kind in {**layer.spec.inputs, **of_mlp}.items():
+                yield f'layer {index} ({layer.name})', name, kind
+
+    def check_inputs(self, given) -> None:
+        """Raises ValueError if a layer needs a side input that is not among the names `given`."""
+        known = {*given, *(() if self.input_dim else ('tokens',))}
+        for reader, name, kind in self.side_inputs():
+            if name not in known and not kind.endswith('?'):
+                raise ValueError(
+                    f'{reader} needs the side input {name!r} ({kind}), which the data does not have; it has: '
+                    f'{", ".join(sorted(known)) or "none"}'
+                )
 
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
         if not stack.pattern:

@@ -25,6 +25,7 @@ from attnx.models.transformer import ModelOutput, Transformer
 from attnx.nn import Linear, dropout, normal, param, split_heads
 from attnx.nn.state import positions as positions_of
 from attnx.sharding import constrain
+from attnx.spec import Context
 
 HEADS = 2  # of the output
 START = 0  # the token before the first object; 1 + j is object j
@@ -93,7 +94,7 @@ class Pointer(Transformer):
         """
         aux = {}
         if source is not None:
-            objects = self.objects(source, (inputs or {})['places'])
+            objects = self.objects(source, Context(inputs=inputs or {}).side('places'))
             memory, aux = self.encode(objects, mask=source_mask, key=key)
         if objects is None or memory is None:
             raise ValueError('a model that points reads objects: give source [B, S] and the side input places [B, S, 3]')
@@ -106,7 +107,7 @@ class Pointer(Transformer):
     def trace(self, tokens, *, source, source_mask=None, positions=None, segment_ids=None, key=None, step=None, inputs=None):
         """Yields (name, activation) from input to output, layer by layer."""
         ids = None if source_mask is None else source_mask.astype(jnp.int32)
-        objects = memory = self.objects(source, (inputs or {})['places'])
+        objects = memory = self.objects(source, Context(inputs=inputs or {}).side('places'))
         for index, memory in self.encoder.trace(objects, self.context(None, None, ids, None, None, key)):
             yield f'encoder/layer_{index}', memory
         memory = self.encoder_norm(memory)

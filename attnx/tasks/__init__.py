@@ -16,7 +16,7 @@ from attnx.tasks.base import FIELDS, Source, Task, expected
 
 __all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'names', 'outline']
 
-_SHARED = {'__init__', 'base', 'documents'}
+_SHARED = {'__init__', 'base', 'documents', 'knowledge'}
 _PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint
 
 
