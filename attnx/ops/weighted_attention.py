@@ -1,5 +1,7 @@
 """Attention with any logits and any weights: what is not the softmax of scaled products. See `weighted_attention`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
