@@ -85,8 +85,8 @@ def read_seal(folder: epath.Path) -> dict[str, Any]:
         raise ValueError(f'has no {SEAL}' if folder.exists() else 'is gone')
     try:
         written = json.loads((folder / SEAL).read_text())
-        seal, signature = written['seal'], written['digest']
-        whole = signature(seal) == signature and set(seal) == {'step', 'loss', 'files'}
+        seal, given = written['seal'], written['digest']
+        whole = signature(seal) == given and set(seal) == {'step', 'loss', 'files'}
     except (ValueError, KeyError, TypeError):
         raise ValueError(f'{SEAL} is unreadable') from None
     if not whole:
