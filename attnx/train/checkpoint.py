@@ -22,7 +22,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from attnx.train import seal as seal_lib
-from attnx.train.seal import MARK, REMOTE, SEAL, CheckpointError
+from attnx.train.seal import MARK, REMOTE, SEAL, CheckpointError, check_settings, differing, listing
 
 COMMIT = 'commit_success.txt'
 
@@ -52,21 +52,6 @@ def shapes(state: Any) -> dict[str, list]:
     """Path of every leaf -> [shape, dtype]."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(x.shape), str(x.dtype)] for path, x in leaves}
-
-
-def differing(saved: Mapping[str, Any], now: Mapping[str, Any], *, skip=lambda name: False) -> list[str]:
-    """Lines 'name: saved a, now b', JSON-normalised."""
-    plain = lambda x: json.loads(json.dumps(x, default=str))
-    saved, now, absent = plain(dict(saved)), plain(dict(now)), '(absent)'
-    return [
-        f'{name}: saved {saved.get(name, absent)!r}, now {now.get(name, absent)!r}'
-        for name in sorted({*saved, *now})
-        if saved.get(name, absent) != now.get(name, absent) and not skip(name)
-    ]
-
-
-def _listing(lines: list[str], limit: int = 5) -> str:
-    return '; '.join(lines[:limit]) + (f'; and {len(lines) - limit} more' if len(lines) > limit else '')
 
 
 def _agreed(value: Any) -> Any:
@@ -283,22 +268,18 @@ class Checkpoints:
             self._set_aside(bad, step)
         if step is None:
             return None
-        meta = _agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
+        meta = _agreed(seal_lib.read_meta(self.folder, step) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
-        if lines := differing(meta['config'], self.settings, skip=self.free):
-            raise CheckpointError(
-                f'{where} was made with other settings: {_listing(lines)}. '
-                f'Run with the saved settings, or give another run_dir'
-            )
+        check_settings(self.folder, step, meta['config'], self.settings, self.free)
         if lines := differing(meta['layout'], self.layout):
             if not self.config.elastic:
                 raise CheckpointError(
-                    f'{where} was made on another layout: {_listing(lines)}. Sums would be taken in another order, so the '
+                    f'{where} was made on another layout: {listing(lines)}. Sums would be taken in another order, so the '
                     f'run would go on equal to rounding only; to accept that, set checkpoint.elastic=True'
                 )
-            self.notes.append(f'{where} was made on another layout, so the run goes on to rounding only: {_listing(lines)}')
+            self.notes.append(f'{where} was made on another layout, so the run goes on to rounding only: {listing(lines)}')
         if lines := differing(meta['shapes'], shapes(like)):
-            raise CheckpointError(f'{where} holds other arrays than this model: {_listing(lines)}')
+            raise CheckpointError(f'{where} holds other arrays than this model: {listing(lines)}')
         accept(meta['data'])
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return step, restored.state, meta['data']

@@ -6,6 +6,7 @@ import sys
 
 from ml_collections import ConfigDict
 
+from attnx import config as config_lib
 from attnx import light, tasks
 from attnx.light import Heavy, Hollow
 from attnx.names import nearest, printable
@@ -50,10 +51,10 @@ def check(read) -> tasks.Task | None:
         parts.check(config, _to_first_parameter)
         tasks.check(config.data.task)
         run_dir = pathlib.Path(config.run_dir).absolute()
-        folder = config.checkpoint.folder or run_dir / 'checkpoints'
-        seal.check(folder, config.checkpoint.fallback)
         task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
-        parts.served(config, task)
+        settings = config_lib.flatten(config_lib.to_dict(parts.served(config, task)))
+        folder = config.checkpoint.folder or run_dir / 'checkpoints'
+        seal.check(folder, config.checkpoint.fallback, settings, parts.free)
         return task
 
 

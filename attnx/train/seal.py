@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from etils import epath
@@ -171,8 +171,40 @@ def refusal(folder: epath.Path, bad: list[tuple[int, str]], good: int | None, fa
     return what
 
 
-def check(folder, fallback: bool) -> None:
-    """Raises CheckpointError as `Checkpoints` and its `restore` would, without jax; of large files they alone read all."""
+def differing(saved: Mapping[str, Any], now: Mapping[str, Any], *, skip=lambda name: False) -> list[str]:
+    """Lines 'name: saved a, now b', JSON-normalised."""
+    plain = lambda x: json.loads(json.dumps(x, default=str))
+    saved, now, absent = plain(dict(saved)), plain(dict(now)), '(absent)'
+    return [
+        f'{name}: saved {saved.get(name, absent)!r}, now {now.get(name, absent)!r}'
+        for name in sorted({*saved, *now})
+        if saved.get(name, absent) != now.get(name, absent) and not skip(name)
+    ]
+
+
+def listing(lines: list[str], limit: int = 5) -> str:
+    return '; '.join(lines[:limit]) + (f'; and {len(lines) - limit} more' if len(lines) > limit else '')
+
+
+def read_meta(folder: epath.Path, step: int) -> dict[str, Any]:
+    """What a step says of itself: config, layout, data, shapes."""
+    return json.loads((folder / str(step) / 'meta' / 'metadata').read_text())
+
+
+def check_settings(folder: epath.Path, step: int, saved: Mapping, settings: Mapping, free: Callable[[str], bool]) -> None:
+    """Raises CheckpointError if a step was made with other settings, but for those that are free."""
+    if lines := differing(saved, settings, skip=free):
+        raise CheckpointError(
+            f'checkpoint {step} in {folder} was made with other settings: {listing(lines)}. '
+            f'Run with the saved settings, or give another run_dir'
+        )
+
+
+def check(folder, fallback: bool, settings: Mapping[str, Any], free: Callable[[str], bool]) -> None:
+    """Raises CheckpointError as `Checkpoints` and its `restore` would, without jax; of large files they alone read all.
+
+    settings: the resolved config, flat. free: tells by name which of them may differ.
+    """
     folder = located(folder)
     if str(folder).startswith(REMOTE) or not folder.exists():
         return
@@ -181,3 +213,5 @@ def check(folder, fallback: bool) -> None:
         good, bad = newest(folder, sealed)
         if bad:
             refusal(folder, bad, good, fallback)
+        if good is not None:
+            check_settings(folder, good, read_meta(folder, good)['config'], settings, free)
