@@ -1,11 +1,7 @@
-"""Checkpoints: orbax writes and reads them, this file makes sure that what is read is what was written.
+"""Checkpoints: orbax writes and reads them, `attnx.train.seal` makes sure that what is read is what was written.
 
-A step is valid when it is sealed: `integrity.json`, written last and whole or not at all, holds a digest of every file,
-because orbax restores flipped bits without a word and takes an empty folder for the latest step. `attnx.json` beside the
-steps lists those that were sealed, so that one that is gone, or lost its seal, is told from one that was never finished.
+orbax restores flipped bits without a word and takes an empty folder for the latest step: only what is sealed is valid.
 `meta` inside a step holds the resolved config, the state of the data and the shapes, all as JSON: nothing is unpickled.
-
-The digests find damage, not forgery: who can write a folder can seal it.
 """
 
 from __future__ import annotations
@@ -13,12 +9,11 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -26,17 +21,10 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-SEAL = 'integrity.json'
-MARK = 'attnx.json'
+from attnx.train import seal as seal_lib
+from attnx.train.seal import MARK, REMOTE, SEAL, CheckpointError, check_settings, differing, listing
+
 COMMIT = 'commit_success.txt'
-FORMAT = 2
-REMOTE = ('gs://', 's3://')
-QUICK = 1 << 28  # bytes that are read before jax is imported
-THREADS = 4  # that read files for their digests
-
-
-class CheckpointError(ValueError):
-    """A checkpoint is corrupt, foreign, of another config, or could not be written; the message says which, where."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,179 +48,10 @@ class Config:
             raise ValueError(f'folder {self.folder!r}: expected a local one, or {" or ".join(REMOTE)}')
 
 
-def digest(folder: epath.Path) -> dict[str, str]:
-    """Relative path -> BLAKE2b of its bytes, for every file below `folder` but the seal.
-
-    Raises:
-      ValueError: something below is a link, so it may lie elsewhere.
-    """
-    paths = [path for path in sorted(_files(folder)) if path.name not in (SEAL, SEAL + '.tmp')]
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths)))
-
-
-def _digest(path: epath.Path) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
-    with path.open('rb') as stream:
-        while block := stream.read(1 << 22):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def _files(folder: epath.Path) -> Iterator[epath.Path]:
-    for path in folder.iterdir():
-        if os.path.islink(path):
-            raise ValueError(f'{path.name} is a link')
-        if path.is_dir():
-            yield from _files(path)
-        else:
-            yield path
-
-
-def _signature(seal: Mapping[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps(seal, sort_keys=True).encode(), digest_size=16).hexdigest()
-
-
-def read_seal(folder: epath.Path) -> dict[str, Any]:
-    """{'step', 'loss', 'files'} of a step's folder.
-
-    Raises:
-      ValueError: there is none, or it is not as it was written.
-    """
-    if os.path.islink(folder):
-        raise ValueError('is a link')
-    if not (folder / SEAL).exists():
-        raise ValueError(f'has no {SEAL}' if folder.exists() else 'is gone')
-    try:
-        written = json.loads((folder / SEAL).read_text())
-        seal, signature = written['seal'], written['digest']
-        whole = _signature(seal) == signature and set(seal) == {'step', 'loss', 'files'}
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f'{SEAL} is unreadable') from None
-    if not whole:
-        raise ValueError(f'{SEAL} differs from its own digest')
-    if str(seal['step']) != folder.name:
-        raise ValueError(f'was sealed as step {seal["step"]}')
-    return seal
-
-
-def damage(folder: epath.Path) -> str | None:
-    """What is wrong with a step's folder, or None."""
-    try:
-        sealed, found = read_seal(folder)['files'], digest(folder)
-    except (ValueError, OSError) as error:
-        return str(error)
-    if missing := sorted(set(sealed) - set(found)):
-        return f'{missing[0]} is missing'
-    if added := sorted(set(found) - set(sealed)):
-        return f'{added[0]} was not there when it was sealed'
-    if changed := [name for name in sealed if sealed[name] != found[name]]:
-        return f'{changed[0]} differs from its digest'
-    return None
-
-
-def located(folder) -> epath.Path:
-    """The folder of checkpoints that `Config.folder` or a run names."""
-    return epath.Path(folder if str(folder).startswith(REMOTE) else os.path.abspath(folder))
-
-
-def listed(folder: epath.Path) -> tuple[set[int], str]:
-    """(steps that were sealed, as MARK says; what is wrong with MARK, or '').
-
-    Raises:
-      CheckpointError: the folder holds what this project, or this version of it, did not write.
-    """
-    inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
-    if inside and MARK not in inside:
-        raise CheckpointError(
-            f'{folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '
-            f'of this project; give another run_dir'
-        )
-    try:
-        mark = json.loads((folder / MARK).read_text())
-        version, sealed = mark['format'], {int(step) for step in mark['sealed']}
-    except (ValueError, KeyError, TypeError, OSError):
-        return set(), f'{folder / MARK} was unreadable' if inside else ''
-    if version != FORMAT:
-        raise CheckpointError(f'{folder} is of format {version}, this version reads {FORMAT}; give another run_dir')
-    return sealed, ''
-
-
-def steps_in(folder: epath.Path, *, sealed: bool) -> list[int]:
-    """Steps that have a folder, or a seal as well, oldest first."""
-    names = [path.name for path in folder.iterdir()]
-    steps = sorted(int(name) for name in names if name.isdecimal() and name == str(int(name)))
-    return [step for step in steps if not sealed or (folder / str(step) / SEAL).exists()]
-
-
-def newest(folder: epath.Path, sealed: set[int]) -> tuple[int | None, list[tuple[int, str]]]:
-    """The newest step that is as it was sealed, and those above it with what is wrong with them."""
-    bad = []
-    for step in sorted({*steps_in(folder, sealed=True), *sealed}, reverse=True):
-        if (problem := damage(folder / str(step))) is None:
-            return step, bad
-        bad.append((step, problem))
-    return None, bad
-
-
-def refusal(folder: epath.Path, bad: list[tuple[int, str]], good: int | None, config: Config) -> str:
-    """What is wrong with the newest checkpoint.
-
-    Raises:
-      CheckpointError: there is no good one, or it is not to be used.
-    """
-    what = f'checkpoint {bad[0][0]} in {folder} is corrupt: {bad[0][1]}'
-    if good is None:
-        raise CheckpointError(f'{what}; there is no good checkpoint. To start anew give another run_dir')
-    if not config.fallback:
-        raise CheckpointError(
-            f'{what}. The last good checkpoint is step {good}; to continue from it, set checkpoint.fallback=True'
-        )
-    return what
-
-
-def check(folder, config: Config) -> None:
-    """Raises CheckpointError as `Checkpoints` and its `restore` would, without jax; of large files they alone read all."""
-    folder = located(folder)
-    if str(folder).startswith(REMOTE) or not folder.exists():
-        return
-    sealed, _ = listed(folder)
-    if sum(path.stat().length for path in _files(folder)) < QUICK:
-        good, bad = newest(folder, sealed)
-        if bad:
-            refusal(folder, bad, good, config)
-
-
 def shapes(state: Any) -> dict[str, list]:
     """Path of every leaf -> [shape, dtype]."""
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(x.shape), str(x.dtype)] for path, x in leaves}
-
-
-def differing(saved: Mapping[str, Any], now: Mapping[str, Any], *, skip=lambda name: False) -> list[str]:
-    """Lines 'name: saved a, now b', JSON-normalised."""
-    plain = lambda x: json.loads(json.dumps(x, default=str))
-    saved, now, absent = plain(dict(saved)), plain(dict(now)), '(absent)'
-    return [
-        f'{name}: saved {saved.get(name, absent)!r}, now {now.get(name, absent)!r}'
-        for name in sorted({*saved, *now})
-        if saved.get(name, absent) != now.get(name, absent) and not skip(name)
-    ]
-
-
-def _listing(lines: list[str], limit: int = 5) -> str:
-    return '; '.join(lines[:limit]) + (f'; and {len(lines) - limit} more' if len(lines) > limit else '')
-
-
-def _replace(path: epath.Path, text: str) -> None:
-    """Writes a file whole or not at all."""
-    draft = path.parent / (path.name + '.tmp')
-    with draft.open('w') as stream:
-        stream.write(text)
-        stream.flush()
-        with contextlib.suppress(OSError, AttributeError, ValueError):  # remote streams have no descriptor
-            os.fsync(stream.fileno())
-    draft.replace(path)
 
 
 def agreed(value: Any) -> Any:
@@ -267,7 +86,7 @@ class Checkpoints:
         free: Callable[[str], bool] = lambda name: False,
         layout: Mapping[str, Any] | None = None,
     ):
-        self.folder = located(folder)
+        self.folder = seal_lib.located(folder)
         self.config, self.settings, self.free = config, dict(settings), free
         self.layout = dict(layout or {})
         self.notes: list[str] = []  # what was done on opening and restoring, for the log
@@ -285,9 +104,9 @@ class Checkpoints:
         """Takes the folder and removes what was never finished; says why it can't."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._sealed, problem = listed(self.folder)
+            self._sealed, problem = seal_lib.listed(self.folder)
             self.notes += [f'{problem}: written anew'] if problem else []
-            for step in steps_in(self.folder, sealed=False):
+            for step in seal_lib.steps_in(self.folder, sealed=False):
                 if (self._path(step) / SEAL).exists():
                     self._sealed.add(step)
                 elif step not in self._sealed and not os.path.islink(self._path(step)):
@@ -301,7 +120,7 @@ class Checkpoints:
         return None
 
     def _mark(self):
-        _replace(self.folder / MARK, json.dumps({'format': FORMAT, 'sealed': sorted(self._sealed)}))
+        seal_lib.replace(self.folder / MARK, json.dumps({'format': seal_lib.FORMAT, 'sealed': sorted(self._sealed)}))
 
     def _open(self):
         import orbax.checkpoint as ocp  # slow: a config that can't be served is refused before
@@ -318,7 +137,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Sealed steps, oldest first. Their content is verified by `restore` only."""
-        return steps_in(self.folder, sealed=True)
+        return seal_lib.steps_in(self.folder, sealed=True)
 
     def latest(self) -> int | None:
         return self.steps()[-1] if self.steps() else None
@@ -378,8 +197,8 @@ class Checkpoints:
 
     def _write_seal(self, step, loss):
         with self._named(step):
-            seal = {'step': step, 'loss': loss, 'files': digest(self._path(step))}
-            _replace(self._path(step) / SEAL, json.dumps({'seal': seal, 'digest': _signature(seal)}))
+            seal = {'step': step, 'loss': loss, 'files': seal_lib.digest(self._path(step))}
+            seal_lib.replace(self._path(step) / SEAL, json.dumps({'seal': seal, 'digest': seal_lib.signature(seal)}))
             self._sealed.add(step)
             self._retire()
 
@@ -388,7 +207,7 @@ class Checkpoints:
         losses = {}
         for step in self._sealed:
             with contextlib.suppress(ValueError):
-                losses[step] = read_seal(self._path(step))['loss']
+                losses[step] = seal_lib.read_seal(self._path(step))['loss']
         known = [step for step, loss in losses.items() if loss is not None and math.isfinite(loss)]
         keep = {*sorted(losses)[-self.config.keep_last :], *sorted(known, key=losses.get)[: self.config.keep_best]}
         gone = set(losses) - keep
@@ -444,33 +263,29 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step, bad = agreed(newest(self.folder, self._sealed) if self._main else None)
+        step, bad = agreed(seal_lib.newest(self.folder, self._sealed) if self._main else None)
         if bad:
             self._set_aside(bad, step)
         if step is None:
             return None
-        meta = agreed(json.loads((self._path(step) / 'meta' / 'metadata').read_text()) if self._main else None)
+        meta = agreed(seal_lib.read_meta(self.folder, step) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
-        if lines := differing(meta['config'], self.settings, skip=self.free):
-            raise CheckpointError(
-                f'{where} was made with other settings: {_listing(lines)}. '
-                f'Run with the saved settings, or give another run_dir'
-            )
+        check_settings(self.folder, step, meta['config'], self.settings, self.free)
         if lines := differing(meta['layout'], self.layout):
             if not self.config.elastic:
                 raise CheckpointError(
-                    f'{where} was made on another layout: {_listing(lines)}. Sums would be taken in another order, so the '
+                    f'{where} was made on another layout: {listing(lines)}. Sums would be taken in another order, so the '
                     f'run would go on equal to rounding only; to accept that, set checkpoint.elastic=True'
                 )
-            self.notes.append(f'{where} was made on another layout, so the run goes on to rounding only: {_listing(lines)}')
+            self.notes.append(f'{where} was made on another layout, so the run goes on to rounding only: {listing(lines)}')
         if lines := differing(meta['shapes'], shapes(like)):
-            raise CheckpointError(f'{where} holds other arrays than this model: {_listing(lines)}')
+            raise CheckpointError(f'{where} holds other arrays than this model: {listing(lines)}')
         accept(meta['data'])
         restored = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like)))
         return step, restored.state, meta['data']
 
     def _set_aside(self, bad: list[tuple[int, str]], good: int | None):
-        what = refusal(self.folder, bad, good, self.config)
+        what = seal_lib.refusal(self.folder, bad, good, self.config.fallback)
         self._manager.close()
         aside = self.folder / 'corrupt'
         if self._main:

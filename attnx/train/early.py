@@ -6,9 +6,11 @@ import sys
 
 from ml_collections import ConfigDict
 
+from attnx import config as config_lib
 from attnx import light, tasks
 from attnx.light import Heavy, Hollow
 from attnx.names import nearest, printable
+from attnx.train import seal
 
 
 @contextlib.contextmanager
@@ -43,16 +45,16 @@ def check(read) -> tasks.Task | None:
     Raises:
       ValueError: what `attnx.train.loop.run` would refuse.
     """
-    parts, checkpoints = light.module('attnx.train.config'), light.module('attnx.train.checkpoint')
+    parts = light.module('attnx.train.config')
     with contextlib.suppress(Heavy):
         config = read(parts)
         parts.check(config, _to_first_parameter)
         tasks.check(config.data.task)
         run_dir = pathlib.Path(config.run_dir).absolute()
-        folder = config.checkpoint.folder or run_dir / 'checkpoints'
-        checkpoints.check(folder, config.checkpoint)
         task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
-        parts.served(config, task)
+        settings = config_lib.flatten(config_lib.to_dict(parts.served(config, task)))
+        folder = config.checkpoint.folder or run_dir / 'checkpoints'
+        seal.check(folder, config.checkpoint.fallback, settings, parts.free)
         return task
 
 
