@@ -1,8 +1,8 @@
 """Runs the bodies of Mosaic GPU kernels on a CPU, eagerly, with a Python thread for each warpgroup and copying warp.
 
 All blocks are resident at once and run as they come. Barriers, rings, counters and edges of copies behave as on the GPU, memory
-starts as NaN, a wait that never ends raises; registers, layouts, swizzles and asynchrony do not exist: what was started is done.
-For the kernels of softmax attention at sizes of a few tiles.
+starts as NaN, a wait that never ends raises; registers, layouts, swizzles and asynchrony do not exist: a call does it all.
+For the kernels of softmax attention at sizes of a few tiles. Not for NaN in inputs: XLA's maximum on a CPU may pass it over.
 """
 
 import contextlib

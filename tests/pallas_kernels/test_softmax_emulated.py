@@ -13,7 +13,6 @@ from tests.pallas_kernels import emulation
 causal = ew.as_mask(check.causal)
 slopes = jnp.asarray([0.5, 0.125])
 sinks_before = ew.as_mask(check.global_window(100, 4))
-slow = pytest.mark.slow
 CASES = {
     'causal, grouped': check.Case('', B=1, T=140, N=2, K=1, mask=causal, sinks=True),
     'alibi': check.Case('', B=1, T=140, N=2, H=128, mask=causal, score=lambda r, c: check.alibi(slopes)),
@@ -23,12 +22,14 @@ CASES = {
         '', B=2, T=140, N=1, mask=lambda c: causal & check.segments(jnp.asarray(check.documents(c.B, c.T, 50, 1)))
     ),
     'dropout': check.Case('', B=1, T=140, N=1, mask=causal, dropout=dropout_lib.Dropout(0.2, 7)),
-    'poison': check.Case('', B=1, T=140, N=1, mask=causal, poison={'k': [((0, 120), float('nan'))]}),
     'shared key tile': check.Case('', B=1, T=700, N=1, H=128, mask=sinks_before),
 }
 
 
-@pytest.mark.parametrize('name', [pytest.param(name, marks=slow) if 'shared' in name else name for name in CASES])
+QUICK = 'causal, grouped', 'alibi'
+
+
+@pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
 def test_emulated_kernels_pass_the_gate(name, monkeypatch):
     case = CASES[name]
     if name == 'shared key tile':
