@@ -26,6 +26,7 @@ from pallas_kernels import elementwise as ew
 
 FACTOR = 2.0
 FEW, DRAWS = 16, 8  # results of so few numbers are drawn so many times
+ROUNDING = 1e-3  # relative, in the 2-norm: less than one rounding to bfloat16 everywhere
 FLOOR = 1e-4  # relative; an error below is that of fast exp and tanh and is not compared
 
 
@@ -435,9 +436,11 @@ def verdict(result: dict) -> str | None:
 
 
 def repeated(attention, how: str) -> str | None:
-    """What is wrong with the kernel under `jax.vmap` or in `jax.lax.scan`: each member equals a run of its own, bit for bit.
+    """What is wrong with the kernel under `jax.vmap` or in `jax.lax.scan`: each member equals a run of its own.
 
-    Members differ in their documents and their seed of dropout too.
+    Members differ in their documents and their seed of dropout too. Equal to rounding: XLA sums out * dout in another order
+    where there are more rows (16 threads a row in place of 32), so the kernel is not given the same bits. An addition to dq
+    that is lost or overwrites another is off by far more.
     """
     case = Case(how, B=2, T=300, H=64, N=4, K=2)
     members = [case.inputs(seed) for seed in range(3)]
@@ -458,9 +461,8 @@ def repeated(attention, how: str) -> str | None:
         together = jax.jit(jax.vmap(run))(*stacked)
     else:
         together = jax.jit(lambda stacked: jax.lax.scan(lambda _, a: (None, run(*a)), None, stacked)[1])(stacked)
-    far = lambda x, *each: float(np.abs(np.asarray(x, np.float32) - np.stack(each).astype(np.float32)).max())
-    off = dict(zip(('dq', 'dk', 'dv'), map(far, together, *apart)))
-    return f'{how} differs from a run of each member by {off}' if any(x != 0 for x in off.values()) else None
+    off = {name: _error(x, np.stack(each)) for name, x, *each in zip(('dq', 'dk', 'dv'), together, *apart)}
+    return f'{how} differs from a run of each member by {off}' if max(off.values()) > ROUNDING else None
 
 
 def statistics_agree(attention) -> str | None:

@@ -366,8 +366,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
 
     An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
     while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
-    items of `together` heads at a time before short ones. Where they depend on data, each block gets a run of items, cut
-    so that all have about the same work.
+    items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
 
     Returns:
       bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
@@ -375,7 +374,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
     if not isinstance(cost, np.ndarray):
-        return _cuts(jnp.broadcast_to(cost, (B, cost.shape[1], nq)), N // cost.shape[1], P), items.ravel()
+        return _dealt(jnp.broadcast_to(cost, (B, N, nq)).ravel(), P)
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
@@ -391,21 +390,25 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
-def _cuts(cost, heads: int, P: int):
-    """Where to cut the items, in ascending order, into P runs of about the same cost, [B, N / heads, nq] of each."""
-    B, L, nq = cost.shape
-    n = cost.size
-    if n <= 4096:
-        before = (cost.reshape(-1) * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
-    else:
-        before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost.reshape(-1))])
-    start = before[:-1].reshape(B, L, 1, nq)
-    row = before[::nq]
-    first, whole = row[:-1].reshape(B, L, 1, 1), (row[1:] - row[:-1]).reshape(B, L, 1, 1)
-    middle = first * heads + np.arange(heads)[:, None] * whole + (start - first) + cost[:, :, None] / 2
-    target = before[-1] * heads * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
-    last = np.arange(P + 1)[:, None] == P  # all of them, whatever rounding says
-    return ((middle.reshape(-1) < target) | last).sum(-1, dtype=jnp.int32)
+def _dealt(cost, P: int):
+    """An agenda by costs that depend on data.
+
+    Of 2 P neighbouring items at a time each block gets two, the n-th longest and the n-th shortest: they add up to about
+    the same for all, and the blocks are at work on the same few heads, whose keys and values stay in the L2 cache.
+    """
+    n, size = cost.size, 2 * P
+    groups = common.cdiv(n, size)
+    cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
+    mine, other = cost[:, :, None], cost[:, None, :]
+    longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
+    items = np.arange(groups * size).reshape(groups, size)
+    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
+    x = np.arange(P)[:, None, None]
+    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
+    places = places.reshape(P, -1)
+    real = places < n  # in the last group too: what fills it up is shortest
+    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
+    return bounds, sorted_items.reshape(-1)[places[real]]
 
 
 def _processors() -> int:

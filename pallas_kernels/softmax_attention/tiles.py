@@ -61,7 +61,7 @@ def forward(call: Call) -> Forward:
     if wide <= 64:
         default = Forward(3, 128, 2, (160, 32))
     elif wide <= 128:
-        default = Forward(2, 128, 2, (240, 24))
+        default = Forward(2, 128, 2, (240, 24), polynomial=24 if call.special else 0)
     else:
         default = Forward(2, 64, 2, (240, 24), buffers=1)
     return _pinned.get(call.name, default)

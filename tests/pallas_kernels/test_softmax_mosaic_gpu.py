@@ -119,12 +119,20 @@ def test_agenda_is_balanced():
     assert work.max() < 1.02 * work.mean()
 
 
-@pytest.mark.parametrize('heads', [1, 16])
-def test_agenda_by_data_is_balanced(heads):
-    """No block has more than its share and about one item."""
-    cost = np.random.default_rng(0).integers(1, 14, (2, heads, 64))
-    work = shares(mosaic_gpu.agenda(2, 16, 64, jnp.asarray(cost), 4, 132), np.broadcast_to(cost, (2, 16, 64)))
-    assert work.max() <= work.mean() + 13
+@pytest.mark.parametrize('kind', ['random', 'documents', 'random by head'])
+def test_agenda_by_data_is_balanced(kind):
+    """No block has more than its share and half an item; at any time they work on a few heads."""
+    rng = np.random.default_rng(0)
+    if kind == 'documents':
+        cost = np.broadcast_to(np.arange(64) % 12 + 1, (2, 1, 64))
+    else:
+        cost = rng.integers(1, 14, (2, 16 if 'head' in kind else 1, 64))
+    bounds, order = jax.jit(lambda cost: mosaic_gpu.agenda(2, 16, 64, cost, 4, 132))(cost)
+    work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
+    assert work.max() <= work.mean() + 7
+    for n in range(13):
+        heads = {int(order[start + n]) // 64 for start in bounds[:-1]}
+        assert len(heads) <= 6
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
