@@ -68,6 +68,19 @@ def unsupported(
     return None
 
 
+def held_back(query, key, value, *, mask=None, score=None, bias=None, **_) -> str | None:
+    """Why `auto` leaves a call that the kernel can run to another form; or None."""
+    (B, T, N), S = query.shape[:3], key.shape[1]
+    unproven = 'to xla: impl="mosaic_gpu" runs them, and has passed its gate on a GPU in an earlier form only'
+    if score is not None or bias is not None:
+        return f'auto leaves scores {unproven}'
+    queries = tiles.backward(query.shape[3], value.shape[3]).queries
+    owners = divided(blocks.classify(ew.as_mask(mask), B, N, T, S, queries, backward_kernel.KEYS))
+    if (owners[:, 3] >= 0).any():
+        return f'auto leaves keys that many more queries see than others {unproven}'
+    return None
+
+
 def _hardware() -> str | None:
     try:
         device = jax.devices('cuda')[0]

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from attnx.ops import masks, scores
 from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
@@ -448,3 +449,12 @@ def test_oracle_gradient_in_sixteen_bits():
 def test_grid(case):
     reason = check.verdict(check.errors(case, mosaic_gpu.softmax_attention))
     assert reason is None, reason
+
+
+def test_held_back():
+    """`auto` takes the kernel where it passed its gate as it is."""
+    x = jax.ShapeDtypeStruct((2, 8192, 16, 128), jnp.bfloat16)
+    for mask in (None, masks.causal(), masks.causal() & masks.window(1024), masks.prefix_lm(2048)):
+        assert mosaic_gpu.held_back(x, x, x, mask=mask) is None
+    assert 'scores' in mosaic_gpu.held_back(x, x, x, score=scores.softcap(30.0))
+    assert 'keys that many' in mosaic_gpu.held_back(x, x, x, mask=masks.global_window(1024, 64))
