@@ -155,6 +155,7 @@ PODS = {'1b': 'v5e:8x8', '7b': 'v5p:8x8x4', '70b': 'v5p:8x8x8'}
 
 
 @needs_libtpu
+@pytest.mark.slow
 def test_a_small_pod(tmp_path, monkeypatch):
     """The step that runs, compiled for four chips: memory by shares, products near the model's count; kept for next time."""
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
