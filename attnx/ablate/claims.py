@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILE = ROOT / 'configs' / 'ablations' / 'claims.py'
 GALLERY = ROOT / 'gallery' / 'claims'
 LENGTHS = (32768, 131072)  # of S030
-HOLDS, FAILS, UNDECIDED = 'holds', 'does not hold', 'undecided'
+HOLDS, FAILS, UNDECIDED, NOT_RUN = 'holds', 'does not hold', 'undecided', 'not run'
 
 Outcomes = Mapping[tuple[str, str, str], Mapping[int, float]]  # (study, arm, metric) -> seed -> value
 
@@ -90,7 +90,7 @@ def judge_statement(words: str, weights: Mapping, bound: float, outcomes: Outcom
     """sum of weights times outcomes > bound, over the seeds that have all of them."""
     common = set.intersection(*(set(outcomes.get(key, {})) for key in weights))
     if not common:
-        return Judged(words, None, None, None, 0, UNDECIDED)
+        return Judged(words, None, None, None, 0, NOT_RUN)
     sums = [sum(w * outcomes[key][seed] for key, w in weights.items()) - bound for seed in sorted(common)]
     mean, low, high = interval(sums)
     return Judged(words, mean, low, high, len(sums), HOLDS if low > 0 else FAILS if high < 0 else UNDECIDED)
@@ -102,16 +102,14 @@ def judge(claim: Mapping, outcomes: Outcomes) -> Verdict:
     for weights, bound in claim['learned']:
         study, arm, metric = next(iter(weights))
         learned = judge_statement('', weights, bound, outcomes).margin
-        if learned is None or learned < 0:
-            missing = 'was not run' if learned is None else f'has not learned its task ({metric} beyond {abs(bound):g})'
-            return Verdict(UNDECIDED, f'{arm} of {study} {missing}', judged)
-    named = lambda wanted: '; '.join(j.words for j in judged if wanted(j))
-    if failed := named(lambda j: j.verdict == FAILS):
-        return Verdict(FAILS, failed, judged)
-    if missing := named(lambda j: j.margin is None):
-        return Verdict(UNDECIDED, f'not run: {missing}', judged)
-    if open_ := named(lambda j: j.verdict == UNDECIDED):
-        return Verdict(UNDECIDED, open_, judged)
+        if learned is None:
+            return Verdict(NOT_RUN, f'{arm} of {study}', judged)
+        if learned < 0:
+            why = f'{arm} of {study} has not learned its task ({metric} beyond {abs(bound):g})'
+            return Verdict(UNDECIDED, why, judged)
+    for verdict in (FAILS, NOT_RUN, UNDECIDED):
+        if named := [j.words for j in judged if j.verdict == verdict]:
+            return Verdict(verdict, '; '.join(named), judged)
     return Verdict(HOLDS, '', judged)
 
 
@@ -119,7 +117,7 @@ def judge(claim: Mapping, outcomes: Outcomes) -> Verdict:
 
 
 def figure(j: Judged) -> str:
-    return 'not run' if j.margin is None else f'{j.margin:+.4g} [{j.low:+.4g}, {j.high:+.4g}]'
+    return '—' if j.margin is None else f'{j.margin:+.4g} [{j.low:+.4g}, {j.high:+.4g}]'
 
 
 def table(outcomes: Outcomes) -> list[list[str]]:
@@ -151,7 +149,7 @@ def page(path: pathlib.Path) -> str:
     lines = lambda rows: [line(rows[0]), '|' + '---|' * len(rows[0]), *map(line, rows[1:]), '']
     claims = claims_file().CLAIMS
     found = {name: judge(claim, outcomes) for name, claim in claims.items()}
-    count = {verdict: sum(f.verdict == verdict for f in found.values()) for verdict in (HOLDS, FAILS, UNDECIDED)}
+    count = {verdict: sum(f.verdict == verdict for f in found.values()) for verdict in (HOLDS, FAILS, UNDECIDED, NOT_RUN)}
     text = [
         '# Twelve claims, judged at small scale', '',
         'Written by `python -m attnx.ablate.claims collect`; the rules stand in `configs/ablations/claims.py` and were fixed',
@@ -159,7 +157,7 @@ def page(path: pathlib.Path) -> str:
         'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
         'for the number of statements. Run on ' + '; '.join(devices) + '.', '',
         *(f'- {note}' for note in claims_file().NOTES), '',
-        ', '.join(f'{n} {verdict}' for verdict, n in count.items()) + '.', '',
+        ', '.join(f'{verdict}: {n}' for verdict, n in count.items()) + '.', '',
         *lines([['', 'paper', 'claim', 'verdict'], *([
             name, f'[{c["title"]}](https://arxiv.org/abs/{c["paper"]})', c['claim'],
             f'**{found[name].verdict}**' + (f' ({found[name].why})' if found[name].why else ''),
