@@ -29,7 +29,7 @@ ELSEWHERE = {  # field -> where it is shown
 }  # fmt: skip
 CHANGED = {
     'seed': 1, 'steps': 5, 'eval_every': 1,
-    'data.task': {'kind': 'copy'}, 'data.length': 9, 'data.batch_size': 4, 'data.eval_batches': 2, 'data.seed': 1,
+    'data.task': {'kind': 'copy'}, 'data.length': 9, 'data.batch_size': 16, 'data.eval_batches': 2, 'data.seed': 1,
     'data.threads': 1, 'data.prefetch': 3,
     'checkpoint.every': 2, 'checkpoint.keep_last': 3, 'checkpoint.keep_best': 3, 'checkpoint.folder': 'elsewhere',
     'log.every': 2, 'log.tensorboard': True, 'log.peak_flops': 1e9,
