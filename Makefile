@@ -3,9 +3,9 @@ PY    := $(shell for p in python3.14 python3.13 python3.12 python3; do $$p -c 'i
 EXTRA ?= test
 STAMP := .venv/.installed-$(shell cat pyproject.toml | cksum | cut -d' ' -f1)-$(EXTRA)
 BIN   := .venv/bin
-WORKERS ?= -n auto --maxprocesses 8 --dist loadfile
+WORKERS ?= -n auto --maxprocesses 8 --dist loadscope
 
-.PHONY: train test quick lint types check clean help
+.PHONY: train test lint types check clean help
 .DEFAULT_GOAL := help
 
 help:                   ## this list
@@ -21,12 +21,9 @@ $(STAMP): pyproject.toml
 train: $(STAMP)         ## trains the default small language model on real text; ARGS='--config.steps=2000' passes flags
 	@$(BIN)/python train.py $(ARGS)
 
-test: $(STAMP)          ## every test: laws over all mechanisms, ops, models, training
+test: $(STAMP)          ## laws over all mechanisms, ops, models, training; SLOW=1 adds the heavy tests
 	@$(BIN)/python -m attnx.catalog --check
-	@$(BIN)/python -m pytest $(WORKERS) $(ARGS)
-
-quick: $(STAMP)         ## the tests without the slow ones
-	@$(BIN)/python -m pytest $(WORKERS) -m 'not slow' $(ARGS)
+	@$(BIN)/python -m pytest $(WORKERS) $(if $(SLOW),,-m 'not slow') $(ARGS)
 
 lint:                   ## ruff
 	@$(MAKE) --no-print-directory EXTRA=dev .venv/.dev

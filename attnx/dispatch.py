@@ -101,6 +101,11 @@ def observe():
         _observed.reset(token)
 
 
+def observed() -> bool:
+    """Whether `observe` sees this call: an op may then return more for it to see."""
+    return _observed.get() is not None
+
+
 def shown(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], call: Callable):
     """`call()`, as the op call that `observe` sees; the ops inside it are its own affair."""
     if (seen := _observed.get()) is None:
@@ -246,4 +251,5 @@ def _of_arrays(args: tuple, kwargs: Mapping[str, Any]) -> tuple[list, Callable]:
 def _platform_dependent(branches, default, args, kwargs):
     arrays, of_arrays = _of_arrays(args, kwargs)
     by_platform = {platform: of_arrays(function) for platform, function in branches.items()}
-    return jax.lax.platform_dependent(*arrays, default=of_arrays(default), **by_platform)
+    # What the branches keep for a backward pass is kept on every platform, so this one keeps nothing but its arguments.
+    return jax.lax.platform_dependent(*arrays, default=jax.checkpoint(of_arrays(default)), **by_platform)

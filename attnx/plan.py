@@ -1,7 +1,13 @@
 """Before a run: what it costs, what will run, and what would be refused. Needs no device and computes nothing.
 
   python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
+  python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
 """
+
+import os
+
+if __name__ != 'attnx.plan':  # as a command: said before jax looks for devices
+    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import contextlib
 import dataclasses
@@ -237,8 +243,10 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
     count, visited = 0, {}  # of the experts of a layer a token visits some
     for stack, layers, pattern in (('body', config.layers(), config.pattern), ('encoder', *_encoder(config))):
         for i, (unit, _) in enumerate(units(layers, len(pattern))):
-            for j, mlp in enumerate(layer.mlp or config.mlp for layer in unit):
+            for j, layer in enumerate(unit):
+                mlp, experts = layer.mlp or config.mlp, getattr(layer.config, 'num_experts', 0)
                 visited[f'{stack}/stacks/{i}/layers/{j}/mlp'] = mlp.top_k / mlp.experts
+                visited[f'{stack}/stacks/{i}/layers/{j}/mixer'] = layer.config.top_k / experts if experts else 1
     for name, names in axes.items():
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
         looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
@@ -256,20 +264,25 @@ def _encoder(config: ModelConfig) -> tuple[tuple[Layer, ...], tuple]:
 
 
 def activations(model, config: ModelConfig, batch: int, length: int, packed: bool) -> int:
-    """Bytes that the forward pass keeps for the backward pass, from the shapes of the residuals of `jax.vjp`."""
+    """Bytes that the forward pass keeps for the backward pass."""
+    return max(size(residuals(model, config, batch, length, packed)) - size(model), 0)
+
+
+def residuals(model, config: ModelConfig, batch: int, length: int, packed: bool) -> list[jax.ShapeDtypeStruct]:
+    """What `jax.vjp` of the model keeps, its parameters among it; the model may be abstract."""
     dtype, shape = (jnp.float32, (batch, length, config.input_dim)) if config.input_dim else (jnp.int32, (batch, length))
     tokens = jax.ShapeDtypeStruct(shape, dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
     source = tokens if config.kind == 'encoder_decoder' else None
-    kinds = {name: kind for layer in config.layers() for name, kind in layer.spec.inputs.items() if name != 'tokens'}
+    kinds = {name: kind for _, name, kind in config.side_inputs() if name != 'tokens'}
     inputs = {name: side_input(kind, batch, length) for name, kind in kinds.items()}
     run = lambda model, tokens, ids, source, inputs: model(tokens, segment_ids=ids, source=source, inputs=inputs).logits
-    residuals = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
-    return max(size(jax.eval_shape(residuals, model, tokens, ids, source, inputs)) - size(model), 0)
+    pulls = lambda *a: jax.vjp(lambda m: run(m, *a[1:]), a[0])[1]
+    return jax.tree.leaves(jax.eval_shape(pulls, model, tokens, ids, source, inputs))
 
 
 def human(number: float, unit: str = '') -> str:
-    for scale, prefix in ((1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
+    for scale, prefix in ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k')):
         if abs(number) >= scale:
             return f'{number / scale:.3g} {prefix}{unit}'
     return f'{number:.3g} {unit}'.rstrip()
@@ -315,11 +328,16 @@ def main(argv) -> int:
     from rich.console import Console
 
     from attnx import config as config_lib
+    from attnx import tasks
     from attnx.train import config as train_config
-    from attnx.train import data, optim
+    from attnx.train import optim
 
     run = config_lib.build(train_config.Config, _CONFIG.value, 'config')
-    task = data.open(run.data).task
+    if flags.FLAGS.topology:
+        from attnx.train import topology
+
+        return topology.command(run, flags.FLAGS.topology, flags.FLAGS.fit, Console(width=max(Console().width, 110)))
+    task = tasks.outline(run.data.task, length=run.data.length, seed=run.data.seed)
     found = plan(
         train_config.completed(run.model, task),
         length=task.length,
@@ -337,12 +355,11 @@ def main(argv) -> int:
 
 
 if __name__ == '__main__':
-    import os
-
     from ml_collections import config_flags
 
-    os.environ.setdefault('JAX_PLATFORMS', 'cpu')
     flags.DEFINE_enum('platform', 'cuda', explanation.PLATFORMS, 'where the run is to happen')
+    flags.DEFINE_string('topology', '', 'chips that are not here: v5p:8x8x8 (compiled by libtpu), h100:8 (modelled)')
+    flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')
     _CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
 
     def _main(argv):

@@ -7,11 +7,13 @@ the identity, so modules work anywhere.
 
 import contextlib
 import contextvars
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -91,9 +93,21 @@ def mesh_shape(sizes: Mapping[str, int] | None, count: int) -> dict[str, int]:
             if name not in free and name != 'data':
                 fitting[name] = max(d for d in range(1, full[name] + 1) if rest % d == 0)
                 rest //= fitting[name]
-        fitting[free[0] if free else 'data'] = rest
-        raise ValueError(f'mesh {sizes} does not tile {count} devices; the nearest that does: {shown(fitting)}')
+        last = free[0] if free else 'data'
+        nearest_one, *others = [shown({**fitting, last: rest}), *_tilings(full, last, count)]
+        others = [str(other) for other in others if other != nearest_one][:2]
+        also = f'; also {" and ".join(others)}' if others else ''
+        raise ValueError(f'mesh {sizes} does not tile {count} devices; the nearest that does: {nearest_one}{also}')
     return full
+
+
+def _tilings(full: Mapping[str, int], last: str, count: int) -> list[dict[str, int]]:
+    """Meshes of `count` devices over the axes that `full` cuts by, the most alike first; `last` takes the rest."""
+    axes = [name for name in MESH_AXES if full[name] > 1 and name != last]
+    divisors = [d for d in range(1, count + 1) if count % d == 0]
+    found = [dict(zip(axes, parts)) for parts in itertools.product(divisors, repeat=len(axes)) if count % math.prod(parts) == 0]
+    unlike = lambda sizes: sum(abs(math.log(sizes[name] / full[name])) for name in axes)
+    return [shown({**sizes, last: count // math.prod(sizes.values())}) for sizes in sorted(found, key=unlike)]
 
 
 def shown(sizes: Mapping[str, int]) -> dict[str, int]:
@@ -102,10 +116,14 @@ def shown(sizes: Mapping[str, int]) -> dict[str, int]:
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
-    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does."""
+    """A mesh over `devices` (default: all of all processes). Raises ValueError as `mesh_shape` does.
+
+    On a torus of TPUs an axis takes whole axes of the torus where it can, else parts of them.
+    """
     devices = list(jax.devices() if devices is None else devices)
     shape = tuple(mesh_shape(sizes, len(devices)).values())
-    return jax.make_mesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape), devices=devices)
+    laid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return jax.sharding.Mesh(laid, MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:

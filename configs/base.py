@@ -23,6 +23,8 @@ def get_config():
     c.sharding = 'ddp'
     c.context = 'auto'
     c.distributed = False
+    c.compiler = cd.placeholder(object)  # "{'xla_gpu_enable_latency_hiding_scheduler': True}"
+    c.tune = False
     c.model = model()
     c.data = ConfigDict(  # attnx.train.data.Config
         {
@@ -83,6 +85,8 @@ def get_config():
             'mask_heads': 0,
             'mask_heads_by': 'random',
             'mask_heads_rescale': False,
+            'qk_clip': 0.0,
+            'qk_clip_every': 1,
         }
     )
     c.checkpoint = ConfigDict(
@@ -92,6 +96,7 @@ def get_config():
         {'every': 10, 'tensorboard': False, 'wandb': False, 'project': 'attnx', 'peak_flops': cd.placeholder(float)}
     )
     c.sample = ConfigDict({'tokens': 240, 'count': 3, 'prompt': 'def ', 'temperature': 0.9, 'top_k': 0, 'top_p': 0.95})
+    c.sample.bases = ()
     c.profile = ConfigDict({'start': 0, 'steps': 5})
     c.health = ConfigDict({'every': 0, 'rows': 1})
     return c
@@ -126,9 +131,11 @@ def model():
     c.logit_softcap = 0.0
     c.dropout = 0.0
     c.remat = 'none'
+    c.unroll = 1
     c.dtype = 'float32'  # bfloat16 on accelerators
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's
+    c.output, c.grid = 'vocabulary', 0
     c.cross = 'cross_attention'  # of an encoder_decoder, like the next
     c.encoder = ConfigDict({'num_layers': 6, 'pattern': ('gqa',)})
     c.encoder.update({'overrides': cd.placeholder(object), 'mlp_overrides': cd.placeholder(object)})

@@ -60,8 +60,7 @@ def prepare(**flags):
         'TPU_WORKER_HOSTNAMES': 'localhost',
         'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
     }
-    for name, value in here.items():
-        os.environ.setdefault(name, value)
+    os.environ.update(here)  # where libtpu finds no TPU, jax has written complaints there
     os.environ['LIBTPU_INIT_ARGS'] = ' '.join(f'--{name}={value}' for name, value in flags.items())
     jax.config.update('jax_platforms', 'cpu')
 

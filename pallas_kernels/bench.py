@@ -34,6 +34,7 @@ os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # PyTorch share
 WINDOW, DOCUMENT, PREFIX, SINK, CAP = 1024, 1536, 2048, 64, 30.0
 SHAPES = [(8, 2048, 16, 16, 128), (2, 8192, 16, 16, 128), (2, 8192, 32, 32, 64), (2, 8192, 16, 4, 128)]
 MAIN = SHAPES[1]
+WIDE = (2, 8192, 8, 8, 256)
 KINDS = ('window', 'documents', 'prefix', 'global-window', 'alibi', 'relative', 'softcap')
 
 
@@ -68,7 +69,8 @@ class Row:
 
 
 def rows(words) -> list[Row]:
-    found = [Row(kind, shape) for shape in SHAPES for kind in ('full', 'causal')] + [Row(kind, MAIN) for kind in KINDS]
+    found = [Row(kind, shape) for shape in (*SHAPES, WIDE) for kind in ('full', 'causal')]
+    found += [Row(kind, MAIN) for kind in KINDS]
     return [r for r in found if not words or any(w in r.name for w in words)]
 
 

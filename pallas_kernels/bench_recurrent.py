@@ -1,12 +1,13 @@
 """Gate and clock of the recurrent kernels, beside flash-linear-attention where it is installed.
 
-    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--no-gate] [--no-torch]
+    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--patience S] [--no-gate]
 
 Words keep the rows whose name contains one of them. `--with attnx.ops.{op}:xla` adds an implementation, {op} standing for
 gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate is that of `gated_linear.check` and
-`delta_rule.check`. A few processes compile the rows, while others run the gate; then rows are timed one after another, when
-nothing else runs, and PyTorch comes last. Prints a JSON line a figure and a table; milliseconds are medians, `kernels` their
-parts by CUPTI.
+`delta_rule.check`. A few processes compile the rows, while others run the gate and others compile what Triton will choose from;
+then rows are timed one after another, when nothing else runs, and PyTorch comes last. The peer `softmax` is the causal softmax
+kernel, `copy` a copy of the state. Prints a JSON line a figure as soon as it is known, also to FILE, and a table; milliseconds
+are medians, `kernels` their parts by CUPTI. What is not compiled within S seconds is not timed.
 """
 
 import argparse
@@ -33,6 +34,7 @@ class Row:
     N: int = 16
     H: int = 128
     backward: bool = True
+    peers: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -49,12 +51,14 @@ class Row:
 
 
 LINEAR, DELTA = 'gated_linear', 'delta_rule'
-KINDS = [(LINEAR, 'head'), (LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'none'), (DELTA, 'token')]
+KINDS = [(LINEAR, 'head'), (LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'none'), (DELTA, 'token'), (DELTA, 'channel')]
 ROWS = [Row(op, decay, B, T) for B, T in ((8, 2048), (1, 65536)) for op, decay in KINDS]
-ROWS += [Row(LINEAR, 'head', 1, T, backward=False) for T in (16384, 131072)]
+ROWS += [Row(LINEAR, 'head', 1, T, backward=False) for T in (131072,)]
 ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
-ROWS += [Row(op, decay, 64, 1, backward=False) for op, decay in ((LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token'))]
-WORKERS, SHARDS = 4, 5  # processes that time, and processes of each gate
+ROWS += [Row(LINEAR, 'head', B, T, peers=('softmax',)) for B, T in ((4, 4096), (2, 8192), (1, 16384))]
+STEPS = [(LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token')]
+ROWS += [Row(op, decay, 64, 1, backward=False, peers=('copy',)) for op, decay in STEPS]
+WORKERS, SHARDS = 5, 5  # processes that time, and processes of each gate
 SEPARATOR = '::'
 
 
@@ -78,7 +82,7 @@ def arrays(row: Row):
     return (q, k, v, *beta, decay, state), c
 
 
-def clock(function, args, target=0.1, rounds=5) -> float:
+def clock(function, args, target=0.05, rounds=5) -> float:
     """Median milliseconds of a call, in batches that take `target` seconds."""
     import jax
     import numpy as np
@@ -111,13 +115,25 @@ def parts(function, args) -> dict | None:
     return dict(sorted(total.items(), key=lambda x: -x[1])[:14])
 
 
+def implementation(row: Row, peer: str):
+    """The function that `peer` names, with the op's arguments."""
+    if peer == 'softmax':
+        from pallas_kernels.softmax_attention.check import causal
+        from pallas_kernels.softmax_attention.mosaic_gpu import softmax_attention
+
+        return lambda q, k, v, *_, **__: (softmax_attention(q, k, v, mask=causal), None)
+    if peer == 'copy':
+        return lambda *_, initial_state: (initial_state[0, 0, 0, 0], initial_state * 0.5)
+    spec = f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}' if peer == 'ours' else peer
+    module, _, function = spec.format(op=row.op).partition(':')
+    return getattr(importlib.import_module(module), function)
+
+
 def build(row: Row, peer: str):
     """{figure: (compiled function, its arguments' maker)} or {figure: error}, each run once."""
     import jax
 
-    spec = f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}' if peer == 'ours' else peer
-    module, _, function = spec.format(op=row.op).partition(':')
-    op = getattr(importlib.import_module(module), function)
+    op = implementation(row, peer)
     constant = row.decay in ('none', 'head')  # constants are not trained, as in lightning attention
     count = (4 if row.op == DELTA else 3) + (not constant)
     forward = jax.jit(lambda *a: op(*a[:-1], initial_state=a[-1])[: 1 if row.T > 1 else 2])
@@ -145,26 +161,41 @@ def guarded(f):
         return f'{type(error).__name__}: {str(error)[:300]}'
 
 
-def worker(jobs):
+def worker(jobs, patience):
     """Compiles and runs every row once, says so, waits for its turn, then times."""
-    with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        built = list(pool.map(lambda job: build(*job), jobs))
+    start = time.perf_counter()
+
+    def timed_build(row, peer):
+        built = build(row, peer)
+        print(f'BUILT {row.name} {peer} {time.perf_counter() - start:.0f} s', flush=True)
+        return built
+
+    pool = concurrent.futures.ThreadPoolExecutor(4)
+    futures = [pool.submit(timed_build, *job) for job in jobs]
+    concurrent.futures.wait(futures, patience)
     print('READY', flush=True)
     sys.stdin.readline()
-    for (row, peer), functions in zip(jobs, built):
-        figure, made = {'case': row.name, 'peer': peer}, arrays(row)
-        for key, found in functions.items():
+    for (row, peer), future in zip(jobs, futures):
+        figure = {'case': row.name, 'peer': peer}
+        if not future.done():
+            emit(figure | {'error': f'not compiled within {patience} s'})
+            continue
+        made = arrays(row)
+        for key, found in future.result().items():
             if isinstance(found, str):
                 figure[f'{key}_error'] = found
                 continue
             function, pick = found
             a = pick(*made)
             figure[f'{key}_ms'] = guarded(lambda f=function, a=a: round(clock(f, a), 4))
+            if row.B == 1 or peer not in ('ours', 'copy'):
+                continue
             figure[f'{key}_kernels'] = found = guarded(lambda f=function, a=a: parts(f, a))
             if row.copied and isinstance(found, dict) and sum(found.values()):
                 figure['device_ms'] = sum(found.values()) * 1e-3
                 figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
         emit(figure)
+    os._exit(0)  # what still compiles is left
 
 
 def fla(row: Row):
@@ -174,6 +205,7 @@ def fla(row: Row):
     from fla.ops.delta_rule import chunk_delta_rule
     from fla.ops.gated_delta_rule import chunk_gated_delta_rule
     from fla.ops.gla import chunk_gla
+    from fla.ops.kda import chunk_kda
     from fla.ops.simple_gla import chunk_simple_gla
 
     shape = row.B, row.T, row.N, row.H
@@ -193,14 +225,27 @@ def fla(row: Row):
             return lambda *a: chunk_delta_rule(*a)[0], (q, k, v, beta)
         case 'delta_rule', 'token':
             return lambda *a: chunk_gated_delta_rule(*a)[0], (q, k, v, gate(shape[:3]), beta)
+        case 'delta_rule', 'channel':
+            return lambda *a: chunk_kda(*a)[0], (q, k, v, gate(shape) / 16, beta)
     raise ValueError(row)
 
 
-def run_torch(rows):
+def run_torch(rows, warm=False):
+    """Times the rows, or only compiles what they run; Triton's choices are made while nothing else runs, and kept nowhere."""
+    os.environ['FLA_CACHE_RESULTS'] = '0'
     import torch
+    import triton.runtime
     from triton.testing import do_bench
 
+    short = functools.partial(do_bench, warmup=2 if warm else 4, rep=2 if warm else 15)
+    triton.runtime.driver.active.get_benchmarker = lambda: short
     timed = functools.partial(do_bench, warmup=10, rep=60, return_mode='median')
+    if warm:
+        timed = lambda f: f() is None or 0.0
+    else:
+        fla(Row(LINEAR, 'head', 1, 64))  # imports it
+        print('READY', flush=True)
+        sys.stdin.readline()
 
     def both(f, leaves, cotangent):
         f(*leaves).backward(cotangent)
@@ -218,12 +263,29 @@ def run_torch(rows):
                 figure['fwdbwd_ms'] = round(timed(functools.partial(both, f, leaves, torch.randn_like(args[2]))), 4)
         except Exception as error:
             figure['error'] = f'{type(error).__name__}: {str(error)[:200]}'
-        emit(figure)
+        if not warm:
+            emit(figure)
         torch.cuda.empty_cache()
 
 
 def emit(figure):
     print('RESULT ' + json.dumps(figure), flush=True)
+
+
+class Results(list):
+    """Figures; each is written to the file as it comes."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.path = path
+        if path:
+            open(path, 'w').close()
+
+    def append(self, figure):
+        super().append(figure)
+        if self.path:
+            with open(self.path, 'a') as file:
+                print(json.dumps(figure), file=file)
 
 
 def start(*arguments):
@@ -240,7 +302,7 @@ def read(process, results, until=None):
                 print(line[7:].rstrip(), flush=True)
         elif until and line.strip() == until:
             return True
-        elif line.startswith(('ok', 'FAIL')) or 'Error' in line:
+        elif line.startswith(('ok', 'FAIL', 'BUILT')) or 'Error' in line:
             print(line.rstrip()[:600], flush=True)
     process.wait()
     return False
@@ -263,39 +325,49 @@ def table(results) -> str:
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*')
-    parser.add_argument('--json')
+    parser.add_argument('--json', metavar='FILE', help='a JSON line a figure')
+    parser.add_argument('--patience', type=float, default=240.0)
     parser.add_argument('--with', dest='extra', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
+    parser.add_argument('--no-warm', action='store_true', help="leave Triton's cache as it is")
+    parser.add_argument('--no-clock', action='store_true', help='compile only, where caches are kept on disk')
     parser.add_argument('--worker', nargs='+', help=argparse.SUPPRESS)
-    parser.add_argument('--torch-only', action='store_true', help=argparse.SUPPRESS)
+    parser.add_argument('--torch-only', choices=('warm', 'time'), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
         pairs = (job.split(SEPARATOR) for job in args.worker)
-        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs])
+        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs], args.patience)
     rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
     if args.torch_only:
-        return run_torch([r for r in rows if r.T > 1])
-    others = lambda row: args.extra if row.B * row.T <= 2**14 else ()
-    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), [], True
-    jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *others(row))]
-    jobs = [start(*me, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
+        return run_torch([r for r in rows if r.backward and not r.peers], args.torch_only == 'warm')
+    others = lambda row: args.extra if row.B * row.T <= 2**14 and 'softmax' not in row.peers else ()
+    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), Results(args.json), True
+    patience = '--patience', str(args.patience)
+    jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
+    jobs = [start(*me, *patience, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
+    with_torch = not args.no_torch and importlib.util.find_spec('fla')
+    peers = [start(*me, '--torch-only', 'time', *args.words)] if with_torch else []
+    warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch and not args.no_warm else []
     if not args.no_gate:
         gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
         for process in [gate(op, i) for i in range(SHARDS) for op in (LINEAR, DELTA)]:
             read(process, results)
             good &= process.returncode == 0
-    waiting = [job for job in jobs if read(job, results, until='READY')]
-    for job in waiting:
+    for process in warm:
+        read(process, results)
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        ready = list(pool.map(lambda job: read(job, results, until='READY'), jobs))
+    waiting = [job for job, said in zip(jobs, ready) if said]
+    if args.no_clock:
+        for job in [*waiting, *peers]:
+            job.kill()
+        return 0 if good else 1
+    for job in [*waiting, *(job for job in peers if read(job, results, until='READY'))]:
         job.stdin.write('go\n')
         job.stdin.flush()
         read(job, results)
-    if not args.no_torch and importlib.util.find_spec('fla'):
-        read(start(*me, '--torch-only', *args.words), results)
     print(table(results), flush=True)
-    if args.json:
-        with open(args.json, 'w') as file:
-            json.dump(results, file, indent=1)
     return 0 if good else 1
 
 

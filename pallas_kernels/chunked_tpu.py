@@ -21,7 +21,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import tpu
+from pallas_kernels import apart, tpu
 
 NN = (((1,), (0,)), ((), ()))
 NT = (((1,), (1,)), ((), ()))
@@ -180,8 +180,14 @@ class Static(NamedTuple):
 def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
     """The recurrence over all tokens, differentiable once: out [B, T, N, V] and the last state [B, N, H, V], float32.
 
-    body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32.
+    body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32. What is not finite
+    stays in its document.
     """
+    once = lambda *arrays: _run(body, *arrays, segment_ids, scale, chunk)
+    return apart.documents(once, query, key, value, beta, log_decay, initial_state, segment_ids)
+
+
+def _run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
     (B, T, _, H), (N, V) = query.shape, value.shape[2:]
     per_channel = log_decay is not None and log_decay.ndim == 4
     C = chunk or min(64 if per_channel else 128, max(16, 1 << (T - 1).bit_length()))
@@ -264,6 +270,17 @@ def _call(static, precision):
     return call
 
 
+def _cost(static, function, arrays, state, operands, outs):
+    """Work of all chunks, as `function` (state, arrays of one chunk of one head) does it, and the bytes that are moved."""
+    (B, N, H, V), C = state.shape, static.chunk
+    chunk = lambda x: jax.ShapeDtypeStruct((1, C) if x.ndim == 5 else (C, x.shape[3]), x.dtype)
+    given = [None if x is None else chunk(x) for x in arrays]
+    one = pl.estimate_cost(function, jax.ShapeDtypeStruct((H, V), jnp.float32), *given)
+    times = B * N * (arrays[2].shape[2] // C)
+    moved = sum(x.size * x.dtype.itemsize for x in (*operands, *outs))
+    return pl.CostEstimate(times * one.flops, times * one.transcendentals, moved)
+
+
 def _precision(dtype):
     return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.HIGH
 
@@ -305,16 +322,18 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
     if save:
         spec = pl.BlockSpec((None, heads, None, H, V), lambda b, n, t: (b, n, t, 0, 0))
         outs += [(shape((B, N, chunks, H, V), jnp.float32), spec)]
+    operands = [x for x in (*arrays, state) if x is not None]
     out, last, *states = pl.pallas_call(
         kernel,
         name=f'{static.body.__name__}_forward',
+        cost_estimate=_cost(static, call, arrays, state, operands, [shape for shape, _ in outs]),
         grid=(B, N // heads, chunks),
         in_specs=[*_specs(static, N, arrays, lambda t: t), whole],
         out_specs=[spec for _, spec in outs],
         out_shape=[shape for shape, _ in outs],
         scratch_shapes=[pltpu.VMEM((heads, H, V), jnp.float32)],
         compiler_params=_PARAMETERS,
-    )(*(x for x in arrays if x is not None), state)
+    )(*operands)
     return out, last, states[0] if states else None
 
 
@@ -354,16 +373,24 @@ def _backward(static, saved, cotangents):
     shape = functools.partial(tpu.out_type, like=value)
     wide = lambda x: shape((B, N, *x.shape[2:]), x.dtype if x.shape[1] == N else jnp.float32)
     outs = [wide(x) for x in arrays[:5] if x is not None]
+    operands = [x for x in (*arrays, states, dout, dlast) if x is not None]
+
+    def pulled(state, *given):
+        *given, count = given
+        (_, out), pull = jax.vjp(lambda *a: call(*a, count), state, *given)
+        return pull((state, out))
+
     *grads, dfirst = pl.pallas_call(
         kernel,
         name=f'{static.body.__name__}_backward',
+        cost_estimate=_cost(static, pulled, arrays, dlast, operands, outs),
         grid=(B, N // heads, chunks),
         in_specs=[*specs(arrays=arrays), begin, *specs(arrays=[dout]), whole],
         out_specs=[*specs(arrays=outs), whole],
         out_shape=[*outs, shape((B, N, H, V), jnp.float32)],
         scratch_shapes=[pltpu.VMEM((heads, H, V), jnp.float32)],
         compiler_params=_PARAMETERS,
-    )(*(x for x in arrays if x is not None), states, dout, dlast)
+    )(*operands)
     found, grads = [], list(grads)
     for x in arrays[:5]:
         grad = None if x is None else grads.pop(0)

@@ -17,6 +17,8 @@ COL = plgpu.Layout.WGMMA.reduce(0)
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 SMEM_LIMIT = 232448
+ROUND = 1.5 * 2.0**23  # float32 numbers next to it are whole
+CUBIC = (0.99992807, 0.69326099, 0.24261113, 0.05517167)  # 2^f, relative error 7.5e-5
 
 
 def cdiv(a: int, b: int) -> int:
@@ -45,6 +47,23 @@ def filled(n, value, layout=ROW):
 
 def iota(n, layout):
     return plgpu.broadcasted_iota(jnp.int32, (n,), 0, layout=layout)
+
+
+def exp2(x, columns: int):
+    """2^x of a float32 tile, x at most about 0, the first `columns` columns without the special function unit.
+
+    That unit gives 16 results a cycle and multiprocessor. A cubic on [-1/2, 1/2], off by 8e-5 at most, costs about as
+    much on the other units, which stand idle meanwhile. NaN stays NaN, and x below -127 gives 0.
+    """
+    if not columns:
+        return jnp.exp2(x)
+    y = jnp.maximum(x[:, :columns], -127.0)
+    shifted = y + ROUND  # its last bits are y rounded to an integer
+    f = y - (shifted - ROUND)
+    cubic = ((f * CUBIC[3] + CUBIC[2]) * f + CUBIC[1]) * f + CUBIC[0]
+    exponent = (jax.lax.bitcast_convert_type(shifted, jnp.int32) << 23) + 0x3F800000
+    y = cubic * jax.lax.bitcast_convert_type(exponent, jnp.float32)
+    return jnp.concatenate([y, jnp.exp2(x[:, columns:])], axis=1) if columns < x.shape[1] else y
 
 
 def opaque_zero():

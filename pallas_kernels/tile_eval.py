@@ -157,25 +157,73 @@ def refusal(jaxpr) -> str | None:
     return None
 
 
+SPECIAL = {
+    'exp', 'exp2', 'log', 'log2', 'tanh', 'logistic', 'erf', 'sin', 'cos', 'tan', 'sinh', 'cosh', 'log1p', 'expm1', 'pow',
+    'sqrt', 'rsqrt', 'div',
+}  # fmt: skip
+
+
+def special(jaxpr) -> bool:
+    """Whether a traced scalar function takes results of the special function unit for each element."""
+
+    def one(eqn):
+        name = eqn.primitive.name
+        if name in INLINE or name == 'cond':
+            return any(map(special, _subjaxprs(eqn)))
+        return name in SPECIAL and not (name == 'div' and isinstance(eqn.invars[1], jex.Literal))
+
+    return any(map(one, _live(getattr(jaxpr, 'jaxpr', jaxpr))))
+
+
 class Value(NamedTuple):
-    value: Any  # perhaps Scaled
+    value: Any  # perhaps Scaled or Shifted
     kind: str
     to: Callable  # kind -> the value in that larger shape
     literal: Any  # the number, where it is one that tracing already knew
 
 
 class Outer:
-    """A tile row + column or row - column of small integers, formed only when something needs it as it is.
+    """A tile row + column or row - column, formed only when something needs it as it is.
 
-    Positions meet this way in every relative score. Converted to float32 apart they cost one addition an element,
-    where converting the integer tile would cost a quarter-rate conversion.
+    Positions meet this way in every relative score. Small integers are converted to float32 apart, where converting the
+    integer tile would cost a quarter-rate conversion an element; and a float one times a scalar is its two vectors times
+    the scalar, which costs an element nothing.
     """
 
-    def __init__(self, form, a, b):
-        self.form, self.a, self.b = form, a, b
+    def __init__(self, a, b, sign, widen, near=False):
+        self.a, self.b, self.sign, self.widen, self.near = a, b, sign, widen, near  # a, b: (vector, kind)
 
     def __call__(self):
-        return self.form(self.a, self.b)
+        a, b = (self.widen(v, k, 'rc') for v, k in (self.a, self.b))
+        return a + b if self.sign > 0 else a - b
+
+    def floating(self, center):
+        """In float32. Positions become distances from `center`, which a factor rounds as it would their difference."""
+        near = center is not None and self.sign < 0
+        single = lambda v: (v - center if near else v).astype(jnp.float32)
+        return Outer(*((single(v), k) for v, k in (self.a, self.b)), self.sign, self.widen, near)
+
+    def times(self, scalar):
+        return Outer(*((v * scalar, k) for v, k in (self.a, self.b)), self.sign, self.widen, True)
+
+    def parts(self, sign):
+        """The signed vectors, by kind."""
+        return {self.a[1]: sign * self.a[0], self.b[1]: sign * self.sign * self.b[0]}
+
+
+class Shifted:
+    """A tile plus a row and a column vector: who uses it may add one of them where that costs less."""
+
+    def __init__(self, value, parts, widen):
+        self.value, self.parts, self.widen = value, parts, widen
+
+    def __call__(self, apart=''):
+        """The tile, without the vector of kind `apart`."""
+        total = self.value() if isinstance(self.value, Scaled) else self.value
+        for kind, v in self.parts.items():
+            if kind != apart:
+                total = total + self.widen(v, kind, 'rc')
+        return total
 
 
 class Scaled:
@@ -188,7 +236,10 @@ class Scaled:
         return self.value * jnp.float32(self.factor)
 
 
-def tile_eval(fun, operands, shape, cast, small=(), spread=None):
+LAZY = (Outer, Shifted, Scaled)
+
+
+def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
     """Evaluates `fun`, a function of scalars, on tiles.
 
     Args:
@@ -199,6 +250,7 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None):
       cast: pins the layout of a tile made by broadcasting.
       small: which operands are integers below 2^22, so that their sums are exact in float32.
       spread: (value, kind, larger kind) -> the value in that shape, where rows and columns are no vectors.
+      center: an integer scalar near the `small` operands' values in this tile, see `Outer.floating`.
 
     Returns:
       A list of `Value`s.
@@ -206,7 +258,7 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None):
     jaxpr = jax.make_jaxpr(fun)(*[jax.ShapeDtypeStruct((), d) for _, d, _ in operands])
 
     def widen(v, k, to):
-        v = v() if isinstance(v, Scaled) else v
+        v = v() if isinstance(v, LAZY) else v
         if k == to:
             return v
         if spread:
@@ -235,18 +287,31 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None):
             whole = eqn.outvars and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer)
             if whole and name in ('add', 'sub') and all(little(a) for a in eqn.invars):
                 exact.add(eqn.outvars[0])
-                (a, ka), (b, kb) = (read(x) for x in eqn.invars)
-                if {ka, kb} == {'r', 'c'}:
-                    bind = eqn.primitive.bind
-                    form = lambda a, b, f=bind, ka=ka, kb=kb: f(widen(a, ka, 'rc'), widen(b, kb, 'rc'))
-                    env[eqn.outvars[0]] = Outer(form, a, b), 'rc'
+                a, b = (read(x) for x in eqn.invars)
+                if {a[1], b[1]} == {'r', 'c'}:
+                    env[eqn.outvars[0]] = Outer(a, b, 1 if name == 'add' else -1, widen), 'rc'
                     continue
-            if name == 'convert_element_type' and eqn.params['new_dtype'] == jnp.float32:
-                held = env.get(eqn.invars[0], (None,))[0] if not isinstance(eqn.invars[0], jex.Literal) else None
-                if isinstance(held, Outer):
-                    env[eqn.outvars[0]] = held.form(*(x.astype(jnp.float32) for x in (held.a, held.b))), 'rc'
+            single = eqn.outvars and eqn.outvars[0].aval.dtype == jnp.float32
+            held = [None if isinstance(a, jex.Literal) else env[a][0] for a in eqn.invars]
+            outer = [n for n, v in enumerate(held) if isinstance(v, Outer)]
+            if single and len(outer) == 1:
+                (n,) = outer
+                if name == 'convert_element_type':
+                    env[eqn.outvars[0]] = held[n].floating(center), 'rc'
                     continue
-            if name in ('mul', 'div') and eqn.outvars[0].aval.dtype == jnp.float32:
+                if name == 'neg' and held[n].near:
+                    env[eqn.outvars[0]] = held[n].times(-1.0), 'rc'
+                    continue
+                other = eqn.invars[1 - n] if name in ('add', 'sub', 'mul') else None
+                kind = None if other is None else '' if isinstance(other, jex.Literal) else env[other][1]
+                if name == 'mul' and kind == '' and held[n].near:
+                    env[eqn.outvars[0]] = held[n].times(read(other)[0]), 'rc'
+                    continue
+                if kind == 'rc' and (name == 'add' or (name == 'sub' and n == 1)):
+                    tile = env[other][0] if isinstance(env[other][0], Scaled) else read(other)[0]
+                    env[eqn.outvars[0]] = Shifted(tile, held[n].parts(1 if name == 'add' else -1), widen), 'rc'
+                    continue
+            if name in ('mul', 'div') and single:
                 numbers = [a.val if isinstance(a, jex.Literal) else None for a in eqn.invars]
                 at = 1 if numbers[1] is not None else 0 if name == 'mul' and numbers[0] is not None else None
                 if at is not None and numbers[1 - at] is None and numbers[at] != 0:
@@ -270,8 +335,8 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None):
                 out = f(*vs, **eqn.params) if f else eqn.primitive.bind(*vs, **eqn.params)
                 outs = [(v, k) for v in (out if eqn.primitive.multiple_results else [out])]
             env.update(zip(eqn.outvars, outs))
-        scaled = lambda a: not isinstance(a, jex.Literal) and isinstance(env[a][0], Scaled)
-        return [env[a] if scaled(a) else read(a) for a in jp.outvars]
+        lazy = lambda a: not isinstance(a, jex.Literal) and isinstance(env[a][0], Scaled | Shifted)
+        return [env[a] if lazy(a) else read(a) for a in jp.outvars]
 
     def merge(which, cases):  # an elementwise cond: evaluate all branches, select
         k = ''.join(c for c in 'rc' if c in which[1] or any(c in kk for _, kk in cases))

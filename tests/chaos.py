@@ -360,24 +360,37 @@ def full_disk(run_dir, places, rng):
     return how if code else f'{how}: all fitted'
 
 
-def nan_in_layer(run_dir, places, rng):
-    layer, step, value = rng.randrange(2), rng.randrange(2, STEPS - 1), rng.choice((np.nan, np.inf, 3e38))
+def nan_in_layer(processes):
+    def fault(run_dir, places, rng):
+        layer, step, value = rng.randrange(2), rng.randrange(2, STEPS - 1), rng.choice((np.nan, np.inf, 3e38))
 
-    def poison(run, state):
-        name = next(n for n in state['params'] if n.endswith('mlp/down/kernel'))
-        params = state['params'] | {name: state['params'][name].at[layer].set(value)}
-        return state | {'params': params}
+        def poison(run, state):
+            name = next(n for n in state['params'] if n.endswith('mlp/down/kernel'))
+            params = state['params'] | {name: state['params'][name].at[layer].set(value)}
+            return state | {'params': params}
 
-    def prepare():
-        Watched.at = {step: poison}
+        def prepare():
+            Watched.at = {step: poison}
 
-    message = f'step {step + 1}: loss .*first bad tensor: (parameter|activation) .*layer.* of layer {layer}'
-    expect(Trainer(make_config(run_dir, places.corpus), prepare).wait(), 1, message)
-    first = json.loads((run_dir / 'failure.json').read_text())['first']
-    if first['layer'] != layer:
-        raise Lost(f'{first}, but it was born in layer {layer}')
-    finish(run_dir, places)
-    return f'{value} in layer {layer}, step {step + 1}: {first["stage"]}'
+        message = f'step {step + 1}: loss .*first bad tensor: (parameter|activation) .*layer.* of layer {layer}'
+        if processes == 2:
+            config = make_config(run_dir, places.corpus, distributed=True, **PAIR)
+            trainers = two(config, (prepare, prepare))
+        else:
+            config = make_config(run_dir, places.corpus)
+            trainers = [Trainer(config, prepare)]
+        for trainer in trainers:
+            expect(trainer.wait(), 1, message)
+        first = json.loads((run_dir / 'failure.json').read_text())['first']
+        if first['layer'] != layer:
+            raise Lost(f'{first}, but it was born in layer {layer}')
+        if processes == 2:
+            finish_pair(config, places, rng.random() < 0.5)
+        else:
+            finish(run_dir, places)
+        return f'{value} in layer {layer}, step {step + 1}: {first["stage"]}'
+
+    return fault
 
 
 BAD_DATA = {
@@ -470,6 +483,20 @@ def finish_pair(config, places, together: bool) -> None:
     expect_same(config.run_dir, places.pair)
 
 
+def sigterm_of_two(run_dir, places, rng):
+    """One process is told to stop: both save the same step and leave."""
+    config = make_config(run_dir, places.corpus, distributed=True, **PAIR)
+    told, step = rng.randrange(2), rng.randrange(2, STEPS - 3)
+    terminate = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    trainers = two(config, [at_batch(step, terminate) if i == told else lambda: None for i in range(2)])
+    texts = [expect(trainer.wait(), 143) for trainer in trainers]
+    stopped = re.search(r'stopped by preemption at step (\d+)', texts[0])
+    if not stopped or int(stopped[1]) not in sealed(run_dir) or int(stopped[1]) < step:
+        raise Lost(f'SIGTERM in step {step} of process {told} lost it: {texts[0][-500:]}')
+    finish_pair(config, places, rng.random() < 0.5)
+    return f'process {told} in step {step}, both saved step {stopped[1]}'
+
+
 def process_count(run_dir, places, rng):
     """Killed as two processes and continued as one, or the other way round."""
     together, when = rng.random() < 0.5, rng.randrange(EVERY + 2, STEPS)
@@ -504,12 +531,14 @@ FAULTS = {  # name -> (share, fault)
     'SIGTERM': (6, sigterm),
     **{f'checkpoint file: {kind}': (4 if kind == 'link' else 5, damaged(kind)) for kind in DAMAGE},
     'full disk': (6, full_disk),
-    'NaN in a layer': (6, nan_in_layer),
+    'NaN in a layer': (6, nan_in_layer(1)),
     'malformed data': (3, malformed_data),
     'changed data': (2, changed_data),
     'other settings': (2, other_config),
     'other layout': (1, other_layout),
     'lost process of two': (2, lost_process),
+    'SIGTERM to one of two': (2, sigterm_of_two),
+    'NaN in a layer of two': (2, nan_in_layer(2)),
     'other number of processes': (2, process_count),
 }
 
@@ -588,7 +617,7 @@ def main() -> int:
     rng, began = random.Random(given.seed), time.monotonic()
     root = pathlib.Path(tempfile.mkdtemp(prefix='chaos_'))
     places, kinds = prepare_places(root), plan(given.faults, given.kinds, rng)
-    if {'lost process of two', 'other number of processes'} & set(kinds):
+    if any('of two' in kind or 'processes' in kind for kind in kinds):
         prepare_pair(places)
     jobs = [(n, kind, rng.random(), str(root), began + given.seconds) for n, kind in enumerate(kinds)]
     table = {kind: [0, 0, 0.0] for kind in FAULTS if kind in kinds}

@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
@@ -22,6 +23,19 @@ def forget():
     """Lets go of what a file compiled: programs take memory maps, of which a process has a limited number."""
     yield
     jax.clear_caches()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """What shares compiled functions runs in one worker: the laws of a mechanism, else a file."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path, _, test = nodeid.partition('::')
+            return re.sub(r'.*\[(\w+).*', r'\1', test) if path.endswith('test_contract.py') else path
+
+    return Scheduling(config, log)
 
 
 def pytest_collection_modifyitems(items):

@@ -41,6 +41,12 @@ def test_names_and_filters():
         ({'paper': 'off by one'}, None, 'softmax.Options.off_by_one'),
         ({'search': 'window sinks'}, None, 'masks.global_window'),
         ({'paper': '2408.00118'}, None, 'scores.softcap'),
+        ({'paper': '2410.11842'}, 'moh', 'interop.convert'),
+        ({'paper': 'pit one against many'}, 'mhe', None),
+        ({'paper': 'object-level attention transformer'}, None, 'models.pointer'),
+        ({'paper': '2312.04455'}, None, 'models.buckets'),
+        ({'paper': '2009.09672'}, None, 'step.Config.mask_heads'),
+        ({'paper': '2309.00071'}, None, 'softmax.Rope.scaling'),
     ],
 )
 def test_papers_and_words_find_mechanisms_and_options(given, mechanism, option):

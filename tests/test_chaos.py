@@ -7,7 +7,10 @@ import sys
 import pytest
 
 QUICK = ('kill inside a checkpoint', 'checkpoint file: flip a bit', 'full disk', 'NaN in a layer', 'SIGTERM')
-SLOW = ('lost process of two', 'other number of processes', 'changed data', 'kill at a file operation')
+SLOW = (
+    'lost process of two', 'other number of processes', 'SIGTERM to one of two', 'NaN in a layer of two', 'changed data',
+    'kill at a file operation',
+)  # fmt: skip
 
 
 @pytest.mark.parametrize('kinds', [QUICK, pytest.param(SLOW, marks=pytest.mark.slow)], ids=['quick', 'slow'])

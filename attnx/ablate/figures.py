@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from attnx.ablate.results import Result, results
 from attnx.ablate.statistics import pareto
-from attnx.ablate.study import Cell, Study
+from attnx.ablate.study import Cell, Study, slug, swapped_in
 from attnx.train import metrics
 
 COSTS = {'tokens_per_second': 'tokens/s, measured', 'flops': 'training FLOPs a token', 'state': 'bytes of decode state'}
@@ -66,7 +66,7 @@ def _effects(study, found):
 
 def _layers(study, found):
     """The effect of swapping single layers, where arms were generated so."""
-    swaps = [entry['swap'] for entry in study.generate if 'swap' in entry]
+    swaps = [swapped_in(entry['swap'])[0] for entry in study.generate if 'swap' in entry]
     for task in dict.fromkeys(r.task for r in found):
         rows, layers = [], range(study.base['model']['num_layers'])
         for mixer in swaps:
@@ -124,7 +124,7 @@ def _fronts(study, found):
 
 
 def _tag(task):
-    return f'_{task}' if task else ''
+    return f'_{slug(task)}' if task else ''
 
 
 def on(task):

@@ -6,12 +6,9 @@ Everything is computed from the outcomes and logs on disk, so it can be written 
 import csv
 import datetime
 import html
-import importlib.metadata
 import json
 import pathlib
-import platform
 import statistics as mean_of
-import subprocess
 import sys
 from typing import Any
 
@@ -21,7 +18,6 @@ from attnx.ablate.results import Result, results
 from attnx.ablate.study import Cell, Study
 
 RATES = {'shared': 'shared by all arms', 'transfer': 'base width / width times the base’s'}
-PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 def arms_table(study: Study) -> list[list[str]]:
@@ -100,24 +96,21 @@ def results_table(study: Study, found: list[Result]) -> list[list[str]]:
 # The page
 
 
-def circumstances(study: Study) -> dict[str, Any]:
-    """How to get these numbers again: command, versions, seeds, commit."""
-    import jax
-
-    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
-    found, edited = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no').stdout.strip()
-    commit = found.stdout.strip() + (' with local changes' if edited else '') if found.returncode == 0 else 'not a checkout'
+def circumstances(study: Study, cells: list[Cell]) -> dict[str, Any]:
+    """How to get these numbers again: command, seeds, and where and with what the runs ran."""
     rates = ', '.join(f'{r:g}' for r in study.learning_rates)
-    versions = [f'Python {platform.python_version()}', *(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)]
+    entries = runner.finished(study, cells)
+    of_runs = lambda name: '; '.join(dict.fromkeys(e[name] for e in entries if name in e)) or 'no run is finished'
     return {
         'command': ' '.join(['python', '-m', 'attnx.ablate', *[a for a in sys.argv[1:] if a.startswith('--config')]]),
-        'seeds': ', '.join(map(str, study.seeds)),
+        'seeds': ', '.join(map(str, study.seeds)) + (', of an arm batched in one program' if study.batch_seeds else ''),
         'learning rate': f'swept over {rates}, each arm at its best' if rates else RATES[study.rate],
         'initial values': 'equal for equal parts of different arms (a key a layer and part)',
         'data': 'the same rows in the same order for the same seed',
-        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}',
-        'versions': ', '.join(versions),
-        'commit': commit,
+        'device': of_runs('device'),
+        'time of all runs': f'{sum(e["seconds"] for e in entries) / 60:.1f} minutes, one after another',
+        'versions': of_runs('versions'),
+        'commit': of_runs('commit'),
         'written': datetime.datetime.now(datetime.UTC).isoformat(timespec='minutes'),
     }
 
@@ -143,11 +136,11 @@ def summary(study: Study, found: list[Result], cells: list[Cell]) -> list[str]:
                 if (d := r.against) and d.p is not None and d.adjusted < 0.05 and ((d.mean > 0) == more) == wanted
             ]
             if names:
-                lines.append(f'Significantly {word} than {study.reference}{on(task)}: {", ".join(names)}.')
+                lines.append(f'Significantly {word} than {study.reference}{on(task)}: {"; ".join(names)}.')
         unclear = [r.arm for r in here if (d := r.against) and d.p is not None and d.adjusted >= 0.05]
         if unclear:
             lines.append(
-                f'Not told apart from {study.reference}{on(task)} with {len(study.seeds)} seeds: {", ".join(unclear)}.'
+                f'Not told apart from {study.reference}{on(task)} with {len(study.seeds)} seeds: {"; ".join(unclear)}.'
             )
         bad = [f'{r.arm} ({r.status})' for r in here if r.status != 'finished']
         if bad:
@@ -182,7 +175,7 @@ def write(study: Study) -> pathlib.Path:
     (out / 'figures').mkdir(parents=True, exist_ok=True)
     entries, found = runner.finished(study, cells), results(study, cells)
     tables = {'Arms': arms_table(study), 'Results': results_table(study, found)}
-    said, how = summary(study, found, cells), circumstances(study)
+    said, how = summary(study, found, cells), circumstances(study, cells)
     drawn = figures(study, found, cells)
 
     rows = runner.table(entries)

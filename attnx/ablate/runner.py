@@ -8,9 +8,13 @@ shared file system or a SLURM array are just more workers.
 import contextlib
 import datetime
 import fcntl
+import functools
+import importlib.metadata
+import itertools
 import json
 import os
 import pathlib
+import platform
 import statistics
 import subprocess
 import sys
@@ -20,6 +24,8 @@ from typing import Any
 from attnx import config as config_lib
 from attnx.ablate.study import METRICS, Cell, Study
 from attnx.train.checkpoint import differing
+
+PACKAGES = ('jax', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
 class Stopped(RuntimeError):
@@ -93,6 +99,7 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
       ValueError: an arm that is refused, another study in the folder: all before the first step.
       Stopped: a signal ended the run.
     """
+    started, trained = time.monotonic(), 0.0
     cells = study.cells()
     claim(study)
     _compile_cache(folder(study) / 'compiled')
@@ -101,28 +108,28 @@ def run(study: Study, *, workers: int = 1, say=lambda text: print(text, file=sys
     rungs = [round(share * left[0].config.steps) for share in study.halving.rungs] if left else []
     began, done = time.monotonic(), 0
     for until in (*rungs, None):
-        for cell in cells:
-            if outcome(study, cell) is not None:
+        for group in groups(study, cells):
+            if all(outcome(study, cell) is not None for cell in group):
                 continue
-            with held(folder(study) / 'locks' / cell.name) as mine:
-                if not mine or outcome(study, cell) is not None:
-                    continue
-                entry = execute(study, cell, until)
-            if entry is None:
-                continue
-            done += 1
-            rest = sum(outcome(study, other) is None for other in cells)
-            ahead = (time.monotonic() - began) / done * rest
-            place = f'{cell.arm}{f" on {cell.task}" if cell.task else ""}, seed {cell.seed}'
-            found = _shown(study, entry)
-            say(
-                f'[{len(cells) - rest}/{len(cells)}] {place}: {found} ({entry["seconds"]:.0f} s)  '
-                f'ETA {int(ahead) // 60}:{int(ahead) % 60:02d}'
-            )
+            with held(folder(study) / 'locks' / group[0].name) as mine:
+                entries = execute(study, group, until) if mine else []
+            done += len(entries)
+            trained += sum(entry['seconds'] for entry in entries)
+            for entry in entries:
+                rest = sum(outcome(study, other) is None for other in cells)
+                ahead = (time.monotonic() - began) / done * rest
+                place = f'{entry["arm"]}{f" on {entry['task']}" if entry["task"] else ""}, seed {entry["seed"]}'
+                say(
+                    f'[{len(cells) - rest}/{len(cells)}] {place}: {_shown(study, entry)} ({entry["seconds"]:.0f} s)  '
+                    f'ETA {int(ahead) // 60}:{int(ahead) % 60:02d}'
+                )
         if until is not None:
             for cell in hopeless(study, cells, until):
                 say(f'{cell.name}: behind at step {until}, not trained further')
                 _write_outcome(study, cell, {'status': f'dropped at step {until}', 'seconds': 0.0})
+    if done:
+        own = time.monotonic() - started - trained
+        say(f'{done} runs took {trained:.1f} s, the study around them {own:.1f} s ({own / trained:.1%})')
 
 
 def _shown(study: Study, entry: dict) -> str:
@@ -138,20 +145,52 @@ def _compile_cache(path: pathlib.Path) -> None:
         jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
-def execute(study: Study, cell: Cell, until: int | None = None) -> dict | None:
-    """One cell, from where it stands to `until` or its end; its outcome, None if it only reached `until`."""
-    from attnx.train import loop, metrics, report
+def groups(study: Study, cells: list[Cell]) -> list[list[Cell]]:
+    """The cells that are trained at once."""
+    alike = (lambda c: (c.arm, c.task, c.rate)) if study.batch_seeds else (lambda c: c.name)
+    return [list(group) for _, group in itertools.groupby(cells, alike)]
 
-    began = time.monotonic()
+
+def execute(study: Study, group: list[Cell], until: int | None = None) -> list[dict]:
+    """Cells that are trained at once, from where they stand to `until` or their end; the outcomes of those that ended."""
+    from attnx.train import loop
+
+    left, began = [cell for cell in group if outcome(study, cell) is None], time.monotonic()
+    known: dict[str, dict] = {}
+    if left and len(group) > 1:
+        with _log(left[0]):
+            evaluations = loop.run_together([cell.config for cell in group])
+        if evaluations is None:
+            raise Stopped('stopped by a signal: this arm begins again. Run the same command again.')
+        known = {cell.name: evaluation for cell, evaluation in zip(group, evaluations) if evaluation}
+    spent = (time.monotonic() - began) / max(1, len(left))
+    entries = [_single(study, cell, until, spent, known.get(cell.name)) for cell in left]
+    return [entry for entry in entries if entry is not None]
+
+
+@contextlib.contextmanager
+def _log(cell: Cell):
+    """What a run says goes to its folder."""
     pathlib.Path(cell.config.run_dir).mkdir(parents=True, exist_ok=True)
     with (pathlib.Path(cell.config.run_dir) / 'log.txt').open('a') as log, contextlib.redirect_stderr(log):
+        yield
+
+
+def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluation: dict | None) -> dict | None:
+    """One cell; its outcome, None if it only reached `until`. A batch trained it in `spent` seconds to its `evaluation`."""
+    from attnx.train import loop, metrics, report
+
+    began = time.monotonic() - spent
+    with _log(cell):
         try:
-            result = loop.run(cell.config, until=until)
-            if result.status == 'stopped':
-                if until is not None and result.step >= until:
-                    return None
-                raise Stopped(result.message)
-            values = {k: v for k, v in result.evaluation.items() if k in METRICS}
+            if evaluation is None:
+                result = loop.run(cell.config, until=until)
+                if result.status == 'stopped':
+                    if until is not None and result.step >= until:
+                        return None
+                    raise Stopped(result.message)
+                evaluation = result.evaluation
+            values = {k: v for k, v in evaluation.items() if k in METRICS}
             for name, change in study.evals.items():
                 other = _other(cell, change)
                 values |= {f'{name}/{k}': v for k, v in loop.evaluate(cell.config, other).items()}
@@ -171,8 +210,24 @@ def _other(cell: Cell, change: dict):
     return build(changed(config_lib.to_dict(cell.config), change)).data
 
 
+@functools.cache
+def circumstances() -> dict[str, str]:
+    """Of this process: device, versions, commit (of the checkout; GIT_COMMIT where there is none)."""
+    import jax
+
+    git = lambda *a: subprocess.run(['git', *a], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
+    found, edited = git('rev-parse', 'HEAD'), git('status', '--porcelain', '--untracked-files=no').stdout.strip()
+    commit = found.stdout.strip() + (' with local changes' if edited else '')
+    versions = [f'Python {platform.python_version()}', *(f'{p} {importlib.metadata.version(p)}' for p in PACKAGES)]
+    return {
+        'device': f'{jax.device_count()} × {jax.devices()[0].device_kind}, {len(os.sched_getaffinity(0))} CPU cores',
+        'versions': ', '.join(versions),
+        'commit': commit if found.returncode == 0 else os.environ.get('GIT_COMMIT', 'not a checkout'),
+    }
+
+
 def _write_outcome(study: Study, cell: Cell, entry: dict) -> dict:
-    entry = {'arm': cell.arm, 'task': cell.task, 'seed': cell.seed, 'rate': cell.rate, **entry}
+    entry = {'arm': cell.arm, 'task': cell.task, 'seed': cell.seed, 'rate': cell.rate, **entry, **circumstances()}
     entry['ended'] = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
     path = folder(study) / 'results' / f'{cell.name}.json'
     path.parent.mkdir(parents=True, exist_ok=True)

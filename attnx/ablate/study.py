@@ -61,6 +61,7 @@ class Study:
 
     question: str  # what the study asks, in one sentence
     base: Any  # a training config as a mapping, or the path of a config file
+    common: Mapping = dataclasses.field(default_factory=dict)  # settings that this study puts into the base
     arms: Mapping  # name -> settings that differ from the base
     generate: tuple = ()  # further arms: ({'swap': 'gqa'}, {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}, {'grid': …})
     tasks: Mapping = dataclasses.field(default_factory=dict)  # name -> settings; none: the base's own
@@ -72,11 +73,13 @@ class Study:
     learning_rates: tuple = ()  # swept: every arm runs with each and is judged by its best; (): the base's own
     rate: str = 'shared'  # without a sweep: shared; transfer: times base width / width, for AdamW and widths that differ
     halving: Halving = dataclasses.field(default_factory=Halving)  # early stopping of hopeless arms
+    batch_seeds: bool = False  # an arm's seeds are one program, batched by vmap: as separate runs but for rounding, and quicker
+    # where one small model leaves the device idle; such runs are saved at their end only
     run_dir: str = 'runs/ablations/study'  # everything the study writes
 
     def __post_init__(self):
         base = load(self.base) if isinstance(self.base, str | pathlib.Path) else config_lib.as_dict(self.base, 'base')
-        object.__setattr__(self, 'base', base)
+        object.__setattr__(self, 'base', changed(base, config_lib.as_dict(self.common, 'common')))
         for name in ('arms', 'tasks', 'evals'):
             object.__setattr__(self, name, config_lib.as_dict(getattr(self, name), name))
         if not self.question.strip():
@@ -87,6 +90,8 @@ class Study:
             raise ValueError(f'unknown rate {self.rate!r}; {nearest(self.rate, RATES)}')
         if self.learning_rates and self.rate != 'shared':
             raise ValueError('learning_rates are swept; rate stays shared')
+        if self.batch_seeds and self.halving.rungs:
+            raise ValueError('halving stops runs on the way; with batch_seeds they are trained to their end at once')
 
     # Arms
 
@@ -204,6 +209,8 @@ class Study:
                 raise ValueError(f'unknown metric {inner!r}; {nearest(inner, METRICS)}')
             if inner == 'nats_per_byte' and made.token_bytes is None:
                 raise ValueError(f"the task {made.kind!r} has no metric 'nats_per_byte'; it has loss, accuracy")
+            if inner == 'accuracy' and made.real:
+                raise ValueError(f"the task {made.kind!r} has no metric 'accuracy'; it has loss")
             for change in self.evals.values():
                 task_of(build(changed(self.on(arm, task), change)))
 
@@ -242,7 +249,8 @@ class Study:
     def description(self) -> dict:
         """What the runs depend on, as plain JSON: a study that differs is another study."""
         flat = {'question': self.question, 'metric': self.metric, 'baseline': self.reference, 'seeds': self.seeds}
-        flat |= {'learning_rates': self.learning_rates, 'rate': self.rate, 'tasks': self.tasks, 'evals': self.evals}
+        flat |= {'batch_seeds': self.batch_seeds, 'learning_rates': self.learning_rates, 'rate': self.rate}
+        flat |= {'tasks': self.tasks, 'evals': self.evals}
         flat |= config_lib.flatten({'match': config_lib.to_dict(self.match), 'halving': config_lib.to_dict(self.halving)})
         flat |= {f'base.{k}': v for k, v in config_lib.flatten(config_lib.to_dict(self.base)).items() if k != 'run_dir'}
         flat |= {f'arms.{name}': change for name, change in self.named_arms().items()}
@@ -318,10 +326,16 @@ def slug(text: str) -> str:
     return plain if plain == text else f'{plain[:40]}_{hashlib.sha256(str(text).encode()).hexdigest()[:6]}'
 
 
+def swapped_in(given) -> tuple[str, str]:
+    """What a swap's arms call the mixer, and its name in the model: `given` is a name, or a mixer's settings."""
+    return (given, given) if isinstance(given, str) else (given['kind'], f'{given["kind"]} swapped in')
+
+
 def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
     """Arms of one generator.
 
-    {'swap': 'gqa'}: for every layer, the base with that layer swapped. {'patterns': {'mixers': ('gla', 'gqa'), 'count':
+    {'swap': 'gqa'}: for every layer, the base with that layer swapped; {'swap': {'kind': 'gqa', …}} for one with settings.
+    {'patterns': {'mixers': ('gla', 'gqa'), 'count':
     2}}: every placement of `count` layers of the second mixer among layers of the first. {'grid': {setting: values, …}}:
     every combination. {'random': {'grid': …, 'num': 8, 'seed': 0}}: `num` different ones of them.
     """
@@ -330,10 +344,12 @@ def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
     kind, given = next(iter(entry.items()))
     layers = base['model']['num_layers']
     if kind == 'swap':
+        name, put = swapped_in(given)
         others, pattern = dict(base['model'].get('overrides') or {}), base['model']['pattern']
         names = {i: others.get(i, pattern[i % len(pattern)]) for i in range(layers)}
-        swapped = {i: {'model.overrides': {**others, i: given}} for i in range(layers) if names[i] != given}
-        return {f'layer {i}: {given}': change for i, change in swapped.items()}
+        change = {} if name == put else {'model.mixers': {**(base['model'].get('mixers') or {}), put: given}}
+        swapped = {i: {'model.overrides': {**others, i: put}, **change} for i in range(layers) if names[i] != put}
+        return {f'layer {i}: {name}': change for i, change in swapped.items()}
     if kind == 'patterns':
         (first, second), count = given['mixers'], given['count']
         if not 0 <= count <= layers:

@@ -186,12 +186,14 @@ def to_latent(parameters: Flat, old, new, width: int) -> Flat:
     return latent_factors(parameters, old, width, rope_dim=rope, kv_rank=rank, query_rank=new.query_rank)
 
 
+_OF_MAPS = ('core/sink', 'core/buckets', 'core/query_norm/scale', 'core/key_norm/scale')  # what only weights are made with
+
 CONVERSIONS: dict[tuple[str, str], Callable[[Flat, Any, Any, int], Flat]] = {
     **{(old, 'gqa'): mean_pool for old in ('mha', 'gqa')},
     **{(old, 'moh'): to_heads for old in ('mha', 'gqa')},
     **{(old, 'mla'): to_latent for old in ('mha', 'gqa')},
     **{(old, 'cla'): without('key/kernel', 'value/kernel', 'core/key_norm/scale') for old in ('mha', 'gqa')},
-    **{(old, 'echo'): without('query/kernel', 'key/kernel') for old in ('mha', 'gqa')},
+    **{(old, 'echo'): without('query/kernel', 'key/kernel', *_OF_MAPS) for old in ('mha', 'gqa')},
     ('any', 'skip'): lambda parameters, old, new, width: {},
 }
 

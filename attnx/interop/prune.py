@@ -3,6 +3,7 @@
     scores = layer_scores(model, tokens)                                   # attention-layer drop, arXiv 2406.15786
     smaller, config = drop_layers(model, config, jnp.argsort(scores)[:4])  # attnx.interop.convert; then measure again
     smaller, config = prune(model, config, tokens, heads=0.3, neurons=0.3) # AMP, arXiv 2504.21174
+    who = copying(map_similarity(model, tokens), least=0.8)                # EchoAtt, arXiv 2409.14595: pattern of `echo` layers
 """
 
 import dataclasses
@@ -11,11 +12,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from attnx import dispatch
 from attnx.interop.convert import Flat, by_layer, drop_layers, from_layers, kind
 from attnx.models import ModelConfig, Transformer, build
 from attnx.nn import from_flat, positions, to_flat
+from attnx.ops import normalizers
+from attnx.ops.weighted_attention import evaluate, index_of, products
 
-__all__ = ['drop_layers', 'head_scores', 'layer_scores', 'neuron_scores', 'prune']
+__all__ = ['copying', 'drop_layers', 'head_scores', 'layer_scores', 'map_similarity', 'neuron_scores', 'prune']
 
 
 def _walk(model: Transformer, tokens, segment_ids=None, positions_=None, inputs=None):
@@ -78,6 +82,52 @@ def neuron_scores(model: Transformer, tokens, *, segment_ids=None, positions=Non
         hidden = block.mlp.hidden(block.mlp_norm(x) if block.pre else block.mixer_norm(x))
         found.append(_mean(jnp.abs(hidden.astype(jnp.float32)), segment_ids))
     return found
+
+
+def map_similarity(model: Transformer, tokens, *, segment_ids=None, positions=None, inputs=None) -> jax.Array:
+    """float32 [layers, layers]: cosine of two layers' attention maps, head by head, the mean over heads and rows of the batch.
+
+    NaN where a layer has no softmax map of its own, or two differ in heads. Holds the maps of all layers: calibrate on little.
+    """
+    maps = []
+    for _, block, inner, _, ctx in _walk(model, tokens, segment_ids, positions, inputs):
+        with dispatch.observe() as seen:
+            block.mixer(inner, ctx)
+        calls = [call.inputs for call in seen if call.op == 'softmax_attention']
+        maps.append(_map(**calls[0]) if len(calls) == 1 else None)
+
+    def cosine(a, b):
+        if a is None or b is None or a.shape != b.shape:
+            return jnp.nan
+        dot = lambda x, y: jnp.sum(x * y, axis=(2, 3))
+        return jnp.mean(dot(a, b) / jnp.sqrt(jnp.maximum(dot(a, a) * dot(b, b), 1e-18)))
+
+    return jnp.array([[cosine(a, b) for b in maps] for a in maps], jnp.float32)
+
+
+def _map(query, key, mask=None, score=None, scale=None, sinks=None, **_):
+    """Softmax weights [B, N, T, S] of an op's operands."""
+    (batch, length, n, _), size = query.shape, key.shape[1]
+    i = index_of(batch, length, length, size, n)
+    seen = evaluate(mask, i)
+    s = evaluate(score, i, jnp.where(seen, products(query, key, scale), 0))
+    weights = normalizers.softmax if sinks is None else normalizers.sinks(sinks)
+    return weights(jnp.where(seen, s, 0), seen, i)
+
+
+def copying(similarity, *, least: float, ends: int = 2) -> tuple[str, ...]:
+    """Which layers may reuse an earlier one's attention map: 'own' or 'copy' for each, a pattern for mixers of kind `echo`.
+
+    A layer copies from the last one that does not, where their similarity is `least` or more; the first and last `ends` never
+    do. The rule is ours: the paper says that inner layers are alike, not which it shares.
+    """
+    pattern, source = [], 0
+    for layer in range(len(similarity)):
+        inner = ends <= layer < len(similarity) - ends
+        copies = inner and source >= ends and similarity[source][layer] >= least
+        source = source if copies else layer
+        pattern.append('copy' if copies else 'own')
+    return tuple(pattern)
 
 
 def keep_heads(parameters: Flat, config, keep: jax.Array, width: int) -> Flat:

@@ -50,7 +50,7 @@ class Block(nnx.Module):
             key = _fold(ctx.key, number)
             inner = norm(x) if self.pre else x
             if name == 'mlp':
-                y, more = part(inner, rate=self.rate, key=key, segment_ids=ctx.segment_ids)
+                y, more = part(inner, rate=self.rate, key=key, segment_ids=ctx.segment_ids, inputs=ctx.inputs)
             else:
                 if name == 'mixer' and self.conv is not None:
                     inner, new['conv'] = self.shift(inner, ctx, state.get('conv'))

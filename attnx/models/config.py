@@ -53,6 +53,8 @@ class ModelConfig(StackConfig):
     mixers: dict = dataclasses.field(default_factory=dict)  # name -> {'kind': mechanism, …its Config}
     cross: str = 'cross_attention'  # encoder_decoder: the mixer that reads the encoder's output
     encoder: StackConfig = dataclasses.field(default_factory=StackConfig)  # encoder_decoder: the encoder's layers
+    output: str = 'vocabulary'  # what logits are of: vocabulary; pointer: an encoder_decoder's source (OAT: 2407.13335)
+    grid: int = 0  # pointer: rows and columns in which objects may lie
     mlp: mlp_lib.Config = dataclasses.field(default_factory=mlp_lib.Config)  # of every block
     conv_taps: int = 0  # a depthwise causal convolution of this many tokens before every mixer; 0: none (decoders only)
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
@@ -61,12 +63,14 @@ class ModelConfig(StackConfig):
     tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
-    remat: str = 'none'  # recompute in the backward pass: none, dots (keep matrix products), full
+    remat: str = 'none'  # recompute in the backward pass: none, dots (all but projections' products and ops), full
+    unroll: int = 1  # repeats of the pattern that one turn of the loop over them holds; 0: all, no loop (slower to compile)
     dtype: str = 'float32'  # of the computation; parameters are float32
     impl: str = 'auto'  # implementation of every op, see attnx.dispatch
 
     def __post_init__(self):
         choices = {'kind': KINDS, 'norm': tuple(NORMS), 'norm_position': ('pre', 'post'), 'remat': REMAT}
+        choices |= {'output': ('vocabulary', 'pointer')}
         choices |= {'dtype': tuple(DTYPES), 'positions': ('none', 'learned', 'sinusoidal')}
         for key, valid in choices.items():
             if getattr(self, key) not in valid:
@@ -75,13 +79,21 @@ class ModelConfig(StackConfig):
             raise ValueError(f'width {self.width} and num_layers {self.num_layers} must be positive')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
-        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length) < 0:
-            raise ValueError('num_classes, vocab_size, input_dim and max_length must not be negative')
+        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length, self.unroll) < 0:
+            raise ValueError('num_classes, vocab_size, input_dim, max_length and unroll must not be negative')
         if self.conv_taps < 0 or (self.conv_taps and self.kind != 'decoder'):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
             raise ValueError(f'encoder and cross belong to kind encoder_decoder; kind is {self.kind!r}')
-
+        pointer = self.output == 'pointer'
+        others = {'kind': 'encoder_decoder', 'positions': 'none', 'logit_softcap': 0.0, 'input_dim': 0, 'num_classes': 0}
+        if pointer and (wrong := [name for name, value in others.items() if getattr(self, name) != value]):
+            raise ValueError(f'output pointer needs {wrong[0]} {others[wrong[0]]!r}; given {getattr(self, wrong[0])!r}')
+        if self.grid < 0 or pointer != (self.grid > 0) or (pointer and self.tie_embeddings is not None):
+            raise ValueError(
+                f'grid {self.grid} is of output pointer, which needs it, and has no embedding to tie: output is '
+                f'{self.output!r}, tie_embeddings {self.tie_embeddings}'
+            )
         if self.vocab_size and self.input_dim and self.num_classes:
             raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
         if self.tie_embeddings and not self.tied:
@@ -150,17 +162,25 @@ class ModelConfig(StackConfig):
                     "give it one document a row: data.task.packing = 'off'"
                 )
 
+    def side_inputs(self):
+        """Yields (what reads it, name, dtype and shape as in `Spec.inputs`) of every side input."""
+        if self.output == 'pointer':
+            yield 'output pointer', 'places', 'int32 B T 3'
+        encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
+        for index, layer in enumerate((*self.layers(), *encoder)):
+            of_mlp = {'task': 'int32 B T'} if (layer.mlp or self.mlp).tasks > 1 else {}
+            for name, kind in {**layer.spec.inputs, **of_mlp}.items():
+                yield f'layer {index} ({layer.name})', name, kind
+
     def check_inputs(self, given) -> None:
         """Raises ValueError if a layer needs a side input that is not among the names `given`."""
-        encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         known = {*given, *(() if self.input_dim else ('tokens',))}
-        for index, layer in enumerate((*self.layers(), *encoder)):
-            for name, shape in layer.spec.inputs.items():
-                if name not in known and not shape.endswith('?'):
-                    raise ValueError(
-                        f'layer {index} ({layer.name}) needs the side input {name!r} ({shape}), which the data does not '
-                        f'have; it has: {", ".join(sorted(known)) or "none"}'
-                    )
+        for reader, name, kind in self.side_inputs():
+            if name not in known and not kind.endswith('?'):
+                raise ValueError(
+                    f'{reader} needs the side input {name!r} ({kind}), which the data does not have; it has: '
+                    f'{", ".join(sorted(known)) or "none"}'
+                )
 
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
         if not stack.pattern:

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from attnx.models.buckets import Buckets
+
 
 class Sampling(NamedTuple):
     """How the next token is drawn. Filters apply in this order, to logits / temperature."""
@@ -96,6 +98,7 @@ def generate(
     source: jax.Array | None = None,
     source_mask: jax.Array | None = None,
     return_logits: bool = False,
+    bases: Sequence[float] = (),
 ):
     """Continues every prompt; prompts may differ in length.
 
@@ -106,6 +109,7 @@ def generate(
       stop: tokens that end a row; the stop token is the row's last, `pad` follows.
       key: PRNG key; needed unless greedy.
       source, source_mask: the encoder's input, for encoder-decoders.
+      bases: rotary bases, one a stream of attention buckets (`attnx.models.buckets`, 2312.04455); none: the model as it is.
       return_logits: also return the float32 logits [B, max_new_tokens, V] that each token was drawn from.
 
     Returns:
@@ -117,7 +121,7 @@ def generate(
     rows = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
     if not rows or any(p.size == 0 for p in rows):
         raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
-    if model.kind == 'encoder' or model.classify or model.embedding is None:
+    if model.kind in ('encoder', 'pointer') or model.classify or model.embedding is None:
         raise ValueError(f'this model of kind {model.kind!r} has no next token: it classifies, or reads no tokens')
     vocab = model.embedding[...].shape[0]
     low, high = min(p.min() for p in rows), max(p.max() for p in rows)
@@ -138,6 +142,7 @@ def generate(
     ]
     if stateless:
         raise ValueError(f'layers {stateless} of the pattern keep no state and can not decode token by token')
+    model = Buckets(model, bases) if len(bases) else model
     length = max(p.size for p in rows)
     tokens = np.full((len(rows), length), pad, np.int32)
     ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)

@@ -21,8 +21,9 @@ from attnx.nn import NORMS, Linear, dropout, normal, param, stack
 from attnx.nn.state import positions as positions_of
 from attnx.sharding import constrain
 from attnx.spec import Context, Dims
+from pallas_kernels import kept
 
-_POLICIES = {'full': None, 'dots': 'dots_with_no_batch_dims_saveable'}
+_POLICIES = {'full': None, 'dots': kept.POLICY}
 
 
 class ModelOutput(NamedTuple):
@@ -57,7 +58,7 @@ class Stack(nnx.Module):
         ends = list(itertools.accumulate(n * length for n, length in zip(self.repeats, self.lengths)))
         parts = [keys[end - n * length : end].reshape(n, length) for end, n, length in zip(ends, self.repeats, self.lengths)]
         self.stacks = nnx.List([stack(build(unit), part) for (unit, _), part in zip(plan, parts)])
-        self.remat = model.remat
+        self.remat, self.unroll = model.remat, model.unroll
 
     def init_state(self, batch: int, capacity: int, dtype: Any):
         def one(unit, repeats):
@@ -85,11 +86,10 @@ class Stack(nnx.Module):
                 return x, (new, aux, dict(shared) if single else {})
 
             if self.remat != 'none':
-                policy = _POLICIES[self.remat]
-                policy = policy and getattr(jax.checkpoint_policies, policy)
-                body = jax.checkpoint(body, prevent_cse=False, policy=policy)
+                # A loop keeps XLA from undoing it, where it turns; else a barrier must.
+                body = jax.checkpoint(body, prevent_cse=self.unroll != 1 or repeats == 1, policy=_POLICIES[self.remat])
             scanned = self.stacks[number], jnp.arange(repeats), None if state is None else state[number]
-            x, (new, aux, shared) = jax.lax.scan(body, x, scanned)
+            x, (new, aux, shared) = jax.lax.scan(body, x, scanned, unroll=self.unroll or True)
             states.append(new)
             ctx = dataclasses.replace(ctx, shared={**ctx.shared, **jax.tree.map(lambda v: v[0], shared)})
             total = {k: total.get(k, 0.0) + jnp.sum(aux[k], axis=0) if k in aux else total[k] for k in {**total, **aux}}
@@ -153,10 +153,11 @@ class Transformer(nnx.Module):
         else:
             if inputs.ndim != 2 or not jnp.issubdtype(inputs.dtype, jnp.integer):
                 raise ValueError(f'tokens must be integers [B, T], were given {inputs.dtype}{list(inputs.shape)}')
-            # Looked up in whole rows: a table cut along M would give the tokens' vectors cut the same way.
-            x = constrain(self.embedding[...].astype(self.dtype), ('vocab', None))[inputs]
+            # Looked up in whole rows: a table cut along M would give the tokens' vectors cut the same way. In float32, so
+            # that the gradients of a token's occurrences are added up in it.
+            x = constrain(self.embedding[...], ('vocab', None))[inputs].astype(self.dtype)
         if self.table is not None:
-            x = x + constrain(self.table[...].astype(x.dtype), ('features', None))[positions]
+            x = x + constrain(self.table[...], ('features', None))[positions].astype(x.dtype)
         elif self.positions == 'sinusoidal':
             x = x + ops.positions.sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         x = dropout(x, self.rate, None if key is None else jax.random.fold_in(key, 2**20))
@@ -263,4 +264,8 @@ def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:
     Raises:
       ValueError: a mixer that is unknown or can't serve this kind of model, heads that do not divide the width, …
     """
+    if config.output == 'pointer':
+        from attnx.models.pointer import Pointer  # which builds on this file
+
+        return Pointer(config, rngs=rngs)
     return Transformer(config, rngs=rngs)

@@ -9,6 +9,7 @@ from flax import nnx
 from attnx import ops
 from attnx.nn.params import normal, param
 from attnx.spec import Dims
+from pallas_kernels.kept import kept
 
 
 class Linear(nnx.Module):
@@ -31,7 +32,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return kept(y if self.bias is None else y + self.bias[...].astype(self.dtype))
 
 
 def rms_normalize(x: jax.Array, eps: float = 1e-6) -> jax.Array:
@@ -88,10 +89,10 @@ class ShortConv(nnx.Module):
         taps, width = self.kernel[...].shape
         return jnp.zeros((batch, taps - 1, width), dtype)
 
-    def __call__(self, x, state=None, segment_ids=None, impl='auto'):
+    def __call__(self, x, state=None, segment_ids=None, impl='auto', activation=None):
         """x [B, T, D] -> (y [B, T, D], next state [B, taps - 1, D])."""
-        kernel = self.kernel[...].astype(x.dtype)
-        return ops.short_conv(x, kernel, initial_state=state, segment_ids=segment_ids, impl=impl)
+        options = {'initial_state': state, 'segment_ids': segment_ids, 'activation': activation}
+        return ops.short_conv(x, self.kernel[...].astype(x.dtype), impl=impl, **options)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

@@ -29,6 +29,9 @@ class Config:
     capacity: float = 0.0  # moe: c: an expert takes c times its even share of a row's tokens, the rest pass by; 0: all
     router_z: float = 1e-3  # moe: weight of the router's z-loss
     balance: float = 1e-2  # moe: weight of the load-balance loss
+    gates: str = 'normed'  # moe: weight of the chosen: normed, plain probabilities, select: 1 (2503.02495)
+    tasks: int = 1  # moe: routers, chosen among by the side input 'task' where more than 1 (Mod-Squad: 2306.17165)
+    task_weight: float = 5e-4  # moe of several tasks: weight of the loss that ties tasks to experts
 
     def __post_init__(self):
         valid = (*GATED, *PLAIN, 'moe', 'none')
@@ -36,10 +39,16 @@ class Config:
             raise ValueError(f'unknown mlp kind {self.kind!r}; {nearest(self.kind, valid)}')
         if self.expert not in (*GATED, *PLAIN):
             raise ValueError(f'unknown mlp expert {self.expert!r}; {nearest(self.expert, (*GATED, *PLAIN))}')
-        if self.hidden < 0 or min(self.capacity, self.router_z, self.balance) < 0:
-            raise ValueError('mlp hidden, capacity, router_z and balance must not be negative')
+        if self.hidden < 0 or min(self.capacity, self.router_z, self.balance, self.task_weight) < 0:
+            raise ValueError('mlp hidden, capacity, router_z, balance and task_weight must not be negative')
         if self.kind == 'moe' and not 1 <= self.top_k <= self.experts:
             raise ValueError(f'mlp top_k {self.top_k} must lie in [1, experts {self.experts}]')
+        if self.gates not in ('normed', 'plain', 'select'):
+            raise ValueError(f'unknown mlp gates {self.gates!r}; {nearest(self.gates, ("normed", "plain", "select"))}')
+        if self.tasks < 1 or (self.tasks == 1 and self.task_weight != 5e-4):
+            raise ValueError(f'mlp tasks {self.tasks} must be at least 1, and more for task_weight {self.task_weight}')
+        if self.gates == 'plain' and self.top_k == 1:
+            raise ValueError("mlp gates 'plain': with one expert a token they are plain as they are; leave them 'normed'")
         if self.kind == 'moe' and self.bias:
             raise ValueError('mlp bias: the experts of kind moe have none')
         ours = {f.name: f.default for f in dataclasses.fields(self)[3:]}
@@ -78,8 +87,8 @@ class MLP(nnx.Module):
         hidden = PLAIN[self.kind](up) if self.gate is None else GATED[self.kind](self.gate(x)) * up
         return constrain(hidden, ('batch', 'length', 'mlp'))
 
-    def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids=None):
-        """x [B, T, M] -> (y [B, T, M], {}): nothing auxiliary, and documents are all the same to it."""
+    def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids=None, inputs=None):
+        """x [B, T, M] -> (y [B, T, M], {}): nothing auxiliary; documents and side inputs are all the same to it."""
         hidden = self.hidden(x)
         if self.down is None:
             return dropout(hidden.reshape(*x.shape[:-1], -1, x.shape[-1]).sum(axis=-2), rate, key), {}

@@ -3,6 +3,13 @@
     p = softmax(x W_r)      chosen = top_k(p)      y = Σ_{e in chosen} w_e expert_e(x)
 
 w is p over the chosen, made to sum to 1; with one expert a token w is p itself (Switch), else the router would learn nothing.
+`gates` 'plain' is p itself too (Mod-Squad, arXiv:2212.08066); 'select' counts the chosen once each, p having the gradient of a
+factor 1 (union of experts, arXiv:2503.02495, whose experts are parts of one MLP; there experts choose among a row's tokens, or
+a row chooses its experts, both of which look ahead: here each token chooses).
+
+With `tasks` > 1 each task has a router of its own, read by the side input `task` int32 [B, T], and a third loss
+
+    task_loss       minus the mutual information of task and expert in the batch, nats, times task_weight (arXiv:2306.17165)
 
 Two losses keep the router in shape; both come back as auxiliary losses, already weighted (and are summed over layers, as is
 `expert_load`, the largest share of choices times E):
@@ -18,6 +25,7 @@ and tokens go to the experts' devices and back by two all-to-alls (GShard, arXiv
 """
 
 import math
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -27,11 +35,12 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from attnx import sharding
+from attnx.nn import routing
 from attnx.nn.layers import dropout
 from attnx.nn.params import normal, param
 from attnx.ops.parallel import layout, shard_map
 from attnx.sharding import constrain
-from attnx.spec import Dims
+from attnx.spec import Context, Dims
 
 
 class Routes(NamedTuple):
@@ -42,11 +51,13 @@ class Routes(NamedTuple):
     probabilities: jax.Array
 
 
-def route(logits: jax.Array, top_k: int) -> Routes:
-    """The `top_k` best experts of router logits, float32 [B, T, E]."""
+def route(logits: jax.Array, top_k: int, gates: str = 'normed') -> Routes:
+    """The `top_k` best experts of router logits, float32 [B, T, E]; gates: normed, plain, select."""
     probabilities = jax.nn.softmax(logits, axis=-1)
     weights, experts = lax.top_k(probabilities, top_k)
-    if top_k > 1:
+    if gates == 'select':
+        weights = 1 + weights - lax.stop_gradient(weights)
+    elif gates == 'normed' and top_k > 1:
         weights = weights / weights.sum(-1, keepdims=True)
     return Routes(experts, weights, probabilities)
 
@@ -85,20 +96,24 @@ class MoE(nnx.Module):
         self.config, self.activation, self.dtype = config, activation, dims.dtype
         E, M, hidden = config.experts, dims.width, config.width(dims.width)
         into = lambda: param(normal(rngs, (E, M, hidden), M**-0.5, dims.param_dtype), ('expert', 'embed', 'mlp'))
-        self.router = param(normal(rngs, (M, E), M**-0.5, dims.param_dtype), ('embed', 'features'))
+        tasks, names = ((config.tasks,), (None,)) if config.tasks > 1 else ((), ())
+        self.router = param(normal(rngs, (*tasks, M, E), M**-0.5, dims.param_dtype), (*names, 'embed', 'features'))
         self.up = into()
         self.gate = into() if gated else None
         scale = (2 * dims.num_layers * hidden) ** -0.5
         self.down = param(normal(rngs, (E, hidden, M), scale, dims.param_dtype), ('expert', 'mlp', 'embed'))
 
-    def __call__(self, x, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids: jax.Array | None = None):
-        """x [B, T, M] -> (y [B, T, M], aux)."""
+    def __call__(self, x, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids=None, inputs=MappingProxyType({})):
+        """x [B, T, M] -> (y [B, T, M], aux); inputs: side inputs, of which routers of tasks read 'task'."""
         config = self.config
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
-        logits = jnp.matmul(x.astype(jnp.float32), self.router[...].astype(jnp.float32), precision='highest')
-        routes = route(logits, config.top_k)
+        logits = self.logits(x.astype(jnp.float32), inputs)
+        routes = route(logits, config.top_k, config.gates)
         aux = losses(logits, routes, real)
         aux |= {'router_z_loss': config.router_z * aux['router_z_loss'], 'balance_loss': config.balance * aux['balance_loss']}
+        if config.tasks > 1:
+            told = routing.mutual_information(inputs['task'], routes.probabilities, config.tasks, segment_ids)
+            aux['task_loss'] = -config.task_weight * told
         x = x.astype(self.dtype)
         matrices = {'up': self.up, 'gate': self.gate, 'down': self.down}
         matrices = {name: m[...].astype(self.dtype) for name, m in matrices.items() if m is not None}
@@ -110,6 +125,15 @@ class MoE(nnx.Module):
         else:
             y = self.dropless(x, routes, matrices)
         return dropout(y.astype(self.dtype), rate, key), aux
+
+    def logits(self, x, inputs):
+        """float32 [B, T, E] of the router, or of each token's task's; NaN for a task that does not exist."""
+        router = self.router[...].astype(jnp.float32)
+        if router.ndim == 2:
+            return jnp.matmul(x, router, precision='highest')
+        task = Context(inputs=inputs).side('task')
+        every = jnp.einsum('btm,nme->btne', x, router, precision='highest')
+        return jnp.take_along_axis(every, task[:, :, None, None], axis=2, mode='fill')[:, :, 0]
 
     def expert(self, product, x, matrices):
         hidden = self.activation(product(x, matrices['gate' if 'gate' in matrices else 'up']))

@@ -45,6 +45,8 @@ class ConvLinear(nnx.Module):
     def __call__(self, x, window=None, segment_ids=None, impl='auto'):
         """x [B, T, in] -> (y [B, T, out], next window)."""
         y = self.linear(x)
+        if self.conv is not None and self.bias is None and self.activation is jax.nn.silu:
+            return self.conv(y, window, segment_ids, impl, activation='silu')
         if self.conv is not None:
             y, window = self.conv(y, window, segment_ids, impl)
         y = y if self.bias is None else y + self.bias[...].astype(y.dtype)

@@ -21,6 +21,17 @@ def mean_over_tokens(x: jax.Array, ctx: Context) -> jax.Array:
     return jnp.where(real, x, 0).sum(axis=(0, 1)) / jnp.maximum(real.sum(), 1)
 
 
+def mutual_information(task: jax.Array, probs: jax.Array, num_tasks: int, segment_ids: jax.Array | None = None) -> jax.Array:
+    """Of task and expert, nats, float32 []: task int32 [B, T], probs [B, T, E] the share of each expert in a token."""
+    member = jax.nn.one_hot(task, num_tasks)
+    joint = mean_over_tokens(member[..., None] * probs[:, :, None], Context(segment_ids=segment_ids))
+    joint = joint / jnp.maximum(joint.sum(), 1e-9)
+    independent = joint.sum(0, keepdims=True) * joint.sum(1, keepdims=True)
+    some = joint > 0
+    ratio = jnp.where(some, joint, 1) / jnp.where(some, independent, 1)
+    return jnp.sum(joint * jnp.log(ratio))
+
+
 def expert_product(x: jax.Array, kernels: jax.Array, chosen: jax.Array) -> jax.Array:
     """Each token's product with the matrices of its experts; only chosen ones are computed where the platform can.
 

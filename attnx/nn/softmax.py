@@ -23,6 +23,8 @@ MASKS = ('window', 'dilated', 'strided', 'global_window', 'block_causal')
 ABSOLUTE = ('global_window', 'block_causal')  # masks of positions in a document; the others see differences only
 SCORES = ('alibi', 'softcap', 'temperature', 't5')
 POSITIONS = ('rope', 'none')
+# Codes that are more than a rotation or a term of the score: mechanisms, which can not be joined to another one.
+MECHANISMS = ('coca', 'cope', 'dual_rope', 'dynamic_bias', 'equal_distance', 'music', 'mvpa', 'rcmha', 'shaw', 'transformer_xl')
 SCALINGS = ('none', 'linear', 'ntk', 'yarn')  # dynamic would turn cached keys by angles of another length
 
 
@@ -32,7 +34,7 @@ class Rope:
 
     base: float = 10_000.0  # the frequencies run from 1 to about 1 / base; 100 is usual for images
     fraction: float = 1.0  # share of the head width that is rotated, rounded down to whole pairs
-    scaling: str = 'none'  # none, linear, ntk, yarn
+    scaling: str = 'none'  # none, linear (2306.15595), ntk, yarn (2309.00071)
     factor: float = 1.0  # context extension of the scaling
     original_length: int = 2048  # length the frequencies were trained for (yarn)
     grid: int = 0  # tokens in a row of a 2-D grid: half of the pairs turn by row p // grid, half by column; 0: a line
@@ -68,6 +70,12 @@ class Options:
     scale: float = 0.0  # multiplies logits; 0: head_dim ** -0.5
 
     def __post_init__(self):
+        asked = (self.position, *(entry[0] for entry in self.scores if isinstance(entry, tuple) and entry))
+        if codes := [name for name in asked if name in MECHANISMS]:
+            raise ValueError(
+                f'{codes[0]} is a mechanism of its own, kind={codes[0]!r}, being more than a rotation or a term of the score: '
+                f'no position or score of another; positions are {", ".join(POSITIONS)}, scores {", ".join(SCORES)}'
+            )
         if self.position not in POSITIONS:
             raise ValueError(f'unknown position {self.position!r}; {nearest(self.position, POSITIONS)}')
         if self.position != 'rope' and self.rope != Rope():

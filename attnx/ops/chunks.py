@@ -22,6 +22,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 
+from pallas_kernels import apart
+
 # float32 means float32 on every platform: states and inverses are sums over thousands of tokens.
 matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
@@ -284,8 +286,14 @@ class Chunk:
 def scan(body, query, key, value, per_token, log_decay, initial_state, segment_ids, chunk: int):
     """Runs body(state, query, chunk, value, per_token) -> (state, out) over the chunks, keeping one state a chunk.
 
-    The body is recomputed in the backward pass: memory is O(T), with [H, Hv] once per chunk.
+    The body is recomputed in the backward pass: memory is O(T), with [H, Hv] once per chunk. What is not finite stays in its
+    document.
     """
+    run = lambda *arrays: _scan(body, *arrays, segment_ids, chunk)
+    return apart.documents(run, query, key, value, per_token, log_decay, initial_state, segment_ids)
+
+
+def _scan(body, query, key, value, per_token, log_decay, initial_state, segment_ids, chunk):
     (_, length, num_heads, _), (_, _, num_values, width) = key.shape, value.shape
     cut = lambda x: None if x is None else split(x, chunk, num_heads)
     if log_decay is not None and log_decay.ndim == 1:

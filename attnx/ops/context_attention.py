@@ -8,8 +8,8 @@ Queries and keys of T and S tokens lie in P contiguous parts. Three ways for a q
     ring    (arXiv:2310.01889) keys and values go round; each device merges what it reads from each part,
                 lse = log Σ_i exp lse_i      out = Σ_i exp(lse_i - lse) out_i,
             and the backward goes round once more with their gradients and recomputes each part, so that no device ever
-            holds more keys than its own and one that passes. Steps that the mask leaves empty on all devices are left out:
-            a window meets its neighbours only.
+            holds more keys than its own and one that passes. Keys go both ways round, only as far as some device needs them:
+            those of a window meet their neighbours only, and so do those of documents, which are data.
 
 Under a causal mask contiguous parts are unbalanced: the last device has nearly twice the average work. `gather` and `ring`
 then work on 2 P halves of parts, device r on halves r and 2 P - 1 - r (zigzag), which two permutations bring there and back.
@@ -33,6 +33,7 @@ from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, Mask, Operand, Score, Term
+from pallas_kernels.kept import kept
 
 GATHER_LIMIT = 2**28  # bytes of gathered keys and values above which `auto` prefers the ring
 UNEVEN = 1.25  # work of the busiest device over the average, above which queries go zigzag
@@ -44,8 +45,7 @@ class Choice(NamedTuple):
     method: str
     why: str
     zigzag: bool = False
-    start: int = 0  # ring: the first keys come from so many devices back
-    steps: int = 0  # ring: parts that each device meets
+    legs: tuple[int, int] = (0, 0)  # ring: so many devices on, and back, do keys go
     pairs: tuple[tuple[int, int], ...] = ((0, 0),)  # ring: pieces of queries and keys that meet on some device
 
 
@@ -75,12 +75,17 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
         cuts = {'b': rows, 'h': heads or None, 'q': tokens if cut_dense and 'k' in o.index else None}
         return P(*(cuts.get(c) if n > 1 else None for c, n in zip(o.index, jnp.shape(o.array))))
 
-    parts = _Parts(where, heads, mask, score, (B, N, T, S), cut_dense)
+    parts, legs = _Parts(where, heads, mask, score, (B, N, T, S), cut_dense), None
+    if choice and choice.method == 'ring' and mask is not None:
+        count = where.size * (2 if choice.zigzag else 1)
+        classes = blocks.classify(mask, B, N, T, S, T // count, S // count)
+        if not isinstance(classes, np.ndarray):  # known when it runs: the same for all, so that all go together
+            legs = jnp.stack(_legs(_needed(blocks.union(classes), where.size, choice.zigzag)))
     operands = [o.array for o in parts.operands]
     seed = None if dropout is None else dropout.seed
     sent = P(rows, tokens, across)
     specs = (sent, P(rows, None if whole_keys else tokens, across), P(rows, None if whole_keys else tokens, across))
-    specs += ([spec(o) for o in parts.operands], P(heads or None), P())
+    specs += ([spec(o) for o in parts.operands], P(heads or None), P(), P())
     options = {'bias': None, 'scale': scale, 'return_lse': True}
 
     def attend(q, k, v, arrays, sinks, seed, q0, k0):
@@ -89,7 +94,7 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
         d = None if seed is None else Dropout(dropout.rate, parts.seed(seed, q0, k0))
         return local(q, k, v, mask=m, score=s, sinks=sinks, dropout=d, **options)
 
-    def body(q, k, v, arrays, sinks, seed):
+    def body(q, k, v, arrays, sinks, seed, legs):
         if choice is None:
             return attend(q, k, v, arrays, sinks, seed, 0, 0)
         if choice.method == 'heads':
@@ -105,7 +110,7 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
             found = [attend(x, k, v, arrays, sinks, seed, q0, 0) for x, q0 in zip(place.out(q, 1), starts)]
             outs, lses = zip(*found)
         else:
-            outs, lses = _ring(attend, place, choice, q, k, v, arrays, seed, T, S)
+            outs, lses = _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S)
             if sinks is not None:
                 outs, lses = zip(*(_with_sinks(out, lse, sinks) for out, lse in zip(outs, lses)))
         outs = [x.astype(value.dtype) for x in outs]
@@ -113,7 +118,7 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
 
     how = f'{choice.method}{", zigzag" if choice.zigzag else ""}: {choice.why}' if choice else ''
     with dispatch.spread(describe(where, how)):
-        out, lse = shard_map(body, specs, (sent, P(rows, across, tokens)))(query, key, value, operands, sinks, seed)
+        out, lse = shard_map(body, specs, (sent, P(rows, across, tokens)))(query, key, value, operands, sinks, seed, legs)
     return (out, lse) if return_lse else out
 
 
@@ -139,9 +144,10 @@ def choose(where: Layout, query, key, value, mask, dense: list[Operand]) -> Choi
         halves = blocks.possible(mask, B, N, T, S, T // size // 2, T // size // 2)
         zigzag, pairs = _uneven(halves), _pairs(halves)
     classes = blocks.possible(mask, B, N, T, S, T // size, -(-S // size))
-    start, steps = _arc(sorted({int(i - j) % size for i, j in zip(*np.nonzero(classes))}) or [0], size)
+    legs = _legs(_needed(classes, size, False))
+    steps = sum(legs) + 1
     near = size > 2 and 2 * steps <= size  # balanced as it lies; zigzag would send it round the whole ring
-    round_ = (True, 0, size, pairs) if zigzag and not near else (False, start, steps)
+    round_ = (True, _legs(_needed(halves, size, True)), pairs) if zigzag and not near else (False, legs)
     key_heads = K * where.repeat // tensor
     moved = B // where.parts(where.rows) * S * key_heads * (H + value.shape[-1]) * key.dtype.itemsize
     everywhere = any('h' not in o.index and o.array.size > 1 for o in dense)  # each device would hold all of such an array
@@ -161,10 +167,20 @@ def choose(where: Layout, query, key, value, mask, dense: list[Operand]) -> Choi
     return Choice('ring', f'gathered keys and values would take {moved:,} bytes', *round_)
 
 
-def _arc(needed: list[int], size: int) -> tuple[int, int]:
-    """The shortest run of steps, round the end, that holds all that are needed: (first, how many)."""
-    runs = [(first, max((n - first) % size for n in needed) + 1) for first in needed]
-    return min(runs, key=lambda run: (run[1], run[0]))
+def _needed(classes, size: int, zigzag: bool):
+    """Whether some device needs the keys of the one s before it: bool [size], of classes of parts, or of halves if zigzag."""
+    part = np.arange(len(classes))
+    device = np.minimum(part, 2 * size - 1 - part) if zigzag else part
+    step = (device[:, None] - device) % size
+    return ((classes != blocks.EMPTY) & (step == np.arange(size)[:, None, None])).any((1, 2))
+
+
+def _legs(needed):
+    """How far on and how far back keys must go, the fewest steps in all, to be where they are needed: ints or int32 []."""
+    xp, steps = blocks._module(needed), np.arange(len(needed))
+    back = xp.where(needed & (steps > steps[:, None]), len(needed) - steps, 0).max(1)
+    on = len(needed) - 1 - xp.argmin((steps + back)[::-1])
+    return (int(on), int(back[on])) if xp is np else (on.astype(jnp.int32), back[on].astype(jnp.int32))
 
 
 def _uneven(classes: np.ndarray) -> bool:
@@ -303,14 +319,13 @@ class _Round(NamedTuple):
 
     pair: Any
     place: _Place
-    start: int
-    steps: int
+    legs: tuple[int, int]
     pairs: tuple[tuple[int, int], ...]
     lengths: tuple[int, int]
 
     def keys_of(self, step):
         """The device whose keys are here at this step."""
-        return (lax.axis_index(self.place.axis) - self.start - step) % self.place.size
+        return (lax.axis_index(self.place.axis) - step) % self.place.size
 
     def __hash__(self):
         return id(self.pair)
@@ -319,19 +334,19 @@ class _Round(NamedTuple):
         return self is other
 
 
-def _ring(attend, place, choice, q, k, v, arrays, seed, T, S):
+def _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S):
     """Lists of outputs (float32) and lse, one for each piece of this device's queries; sinks are left out."""
     floats = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in arrays]
     floating, rest = ([x for x, f in zip(arrays, floats) if f is kind] for kind in (True, False))
 
     def pair(q, k, v, floating, rest, q0, k0):
-        arrays, seed = rest
+        arrays, seed, _ = rest
         floating, arrays = iter(floating), iter(arrays)
         return attend(q, k, v, [next(floating if f else arrays) for f in floats], None, seed, q0, k0)
 
-    static = _Round(pair, place, choice.start, choice.steps, choice.pairs, (T, S))
+    static = _Round(pair, place, choice.legs, choice.pairs, (T, S))
     pieces = (tuple(place.out(x, 1)) for x in (q, k, v))
-    return _go_round(static, *pieces, floating, (rest, seed))
+    return _go_round(static, *pieces, floating, (rest, seed, legs))
 
 
 def _merge(a, b):
@@ -356,27 +371,29 @@ def _with_sinks(out, lse, sinks):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _go_round(ring: _Round, q, k, v, floating, rest):
     axis, queries = ring.place.axis, ring.place.starts(lax.axis_index(ring.place.axis), ring.lengths[0])
-    k, v = shift((k, v), axis, ring.start) if ring.start else (k, v)
 
-    def step(carry, number):
+    def step(by, number, carry):
         found, k, v = carry
-        passed = shift((k, v), axis)  # independent of the products below, so that they may overlap
-        keys = ring.place.starts(ring.keys_of(number), ring.lengths[1])
+        passed = shift((k, v), axis, by)  # independent of the products below, so that they may overlap
+        keys = ring.place.starts(ring.keys_of(by * number), ring.lengths[1])
         found = list(found)
         for a, b in ring.pairs:
             out, lse = ring.pair(q[a], k[b], v[b], floating, rest, queries[a], keys[b])
             found[a] = _merge(found[a], (out.astype(lse.dtype), lse))
-        return (found, *passed), None
+        return (found, *passed)
 
     dtype = jnp.promote_types(q[0].dtype, jnp.float32)
     rows = lambda x: (x.shape[0], x.shape[2], x.shape[1])
     empty = [(jnp.zeros((*x.shape[:3], v[0].shape[3]), dtype), jnp.full(rows(x), -jnp.inf, dtype)) for x in q]
-    (found, _, _), _ = lax.scan(step, (empty, k, v), jnp.arange(ring.steps))
+    on, back = ring.legs if rest[2] is None else rest[2]
+    found, _, _ = lax.fori_loop(0, on + 1, functools.partial(step, 1), (empty, k, v))
+    if not isinstance(back, int) or back:
+        found, _, _ = lax.fori_loop(1, back + 1, functools.partial(step, -1), (found, *shift((k, v), axis, -1)))
     return tuple(out for out, _ in found), tuple(lse for _, lse in found)
 
 
 def _go_round_fwd(ring, q, k, v, floating, rest):
-    found = _go_round(ring, q, k, v, floating, rest)
+    found = kept(_go_round(ring, q, k, v, floating, rest))
     return found, (q, k, v, floating, rest, *found)
 
 
@@ -386,12 +403,11 @@ def _go_round_bwd(ring, saved, cotangents):
     axis, queries = ring.place.axis, ring.place.starts(lax.axis_index(ring.place.axis), ring.lengths[0])
     zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
     add = lambda total, part: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
-    moved = shift((k, v), axis, ring.start) if ring.start else (k, v)
 
-    def step(carry, number):
+    def step(by, number, carry):
         dq, dfloating, k, v, dk, dv = carry
-        passed = shift((k, v), axis)
-        keys = ring.place.starts(ring.keys_of(number), ring.lengths[1])
+        passed = shift((k, v), axis, by)
+        keys = ring.place.starts(ring.keys_of(by * number), ring.lengths[1])
         dq, dk, dv = list(dq), list(dk), list(dv)
         for a, b in ring.pairs:
             out, lse, dout, dlse = outs[a], lses[a], douts[a], dlses[a]
@@ -404,12 +420,20 @@ def _go_round_bwd(ring, saved, cotangents):
             dseen = jnp.moveaxis(jnp.where(live, share * change, 0), 1, 2).astype(seen.dtype)
             dx, dy, dz, more = pull((dread, dseen))
             dq[a], dk[b], dv[b], dfloating = add(dq[a], dx), add(dk[b], dy), add(dv[b], dz), add(dfloating, more)
-        return (tuple(dq), dfloating, *passed, *shift((tuple(dk), tuple(dv)), axis)), None
+        return (tuple(dq), dfloating, *passed, *shift((tuple(dk), tuple(dv)), axis, by))
 
-    start = zeros(q), zeros(floating), *moved, zeros(k), zeros(v)
-    (dq, dfloating, _, _, dk, dv), _ = lax.scan(step, start, jnp.arange(ring.steps))
-    home = -(ring.start + ring.steps) % ring.place.size
-    dk, dv = shift((dk, dv), axis, home) if home else (dk, dv)
+    def home(tree, by):
+        ways = [lambda x, n=n: shift(x, axis, n) if n else x for n in range(ring.place.size)]
+        return ways[by % len(ways)](tree) if isinstance(by, int) else lax.switch(by % len(ways), ways, tree)
+
+    on, back = ring.legs if rest[2] is None else rest[2]
+    start = zeros(q), zeros(floating), k, v, zeros(k), zeros(v)
+    dq, dfloating, _, _, *gradients = lax.fori_loop(0, on + 1, functools.partial(step, 1), start)
+    dk, dv = home(tuple(gradients), -1 - on)
+    if not isinstance(back, int) or back:
+        start = dq, dfloating, *shift((k, v), axis, -1), zeros(k), zeros(v)
+        dq, dfloating, _, _, *gradients = lax.fori_loop(1, back + 1, functools.partial(step, -1), start)
+        dk, dv = add((dk, dv), home(tuple(gradients), 1 + back))
     as_given = lambda tree, like: jax.tree.map(lambda g, x: g.astype(x.dtype), tree, like)
     return as_given(dq, q), as_given(dk, k), as_given(dv, v), as_given(dfloating, floating), None
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx.ops import chunks, parallel
+from pallas_kernels.kept import kept_once
 
 
 def delta_rule(
@@ -58,7 +59,8 @@ def delta_rule(
     chunks.require_range('delta_rule', 'beta', beta, 0, 2 + 1e-3, 'beyond it a unit key makes the state grow')
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    return parallel.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
+    out, state = parallel.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
+    return kept_once(out), state
 
 
 def reference(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 
 from attnx.ops import chunks, parallel
+from pallas_kernels.kept import kept_once
 
 
 def gated_linear(
@@ -52,7 +53,8 @@ def gated_linear(
     chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, chunk)
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    return parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
+    out, state = parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
+    return kept_once(out), state
 
 
 def normalized_gated_linear(query, key, value, log_decay=None, *, eps=1e-6, **options):

@@ -210,8 +210,9 @@ def _recurrence(local, response, apply, query, key, value, beta, log_decay, init
 # Convolution --------------------------------------------------------------------------------------------------------
 
 
-def short_conv(local, x, kernel, *, initial_state, segment_ids):
+def short_conv(local, x, kernel, *, initial_state, segment_ids, activation):
     """`attnx.ops.short_conv` on each device's part: channels are cut as heads are."""
+    local = functools.partial(local, activation=activation)
     taps = kernel.shape[0]
     where = layout(x.shape[0], x.shape[1], (x.shape[2], x.shape[2]), least=taps - 1)
     rows, channels, tokens = where.rows or None, where.heads or None, where.context

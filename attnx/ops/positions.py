@@ -29,6 +29,20 @@ def sinusoidal(positions, width: int, *, base: float = 10000.0, dtype=jnp.float3
     return jnp.stack([jnp.sin(angles), jnp.cos(angles)], axis=-1).reshape(*angles.shape[:-1], width).astype(dtype)
 
 
+def gaussian(count: int, width: int, sigma: float = 2.0) -> np.ndarray:
+    """A table of places, float64 [count, width], rows of about length 1 whose products fall as exp(-(i - j)² / (2 sigma²)).
+
+    They are the eigenvectors of that matrix times the roots of its eigenvalues: exact where width >= count or the further
+    eigenvalues vanish. Paper: 2407.13335, which fits such a table by gradient descent.
+    """
+    if count < 1 or width < 1 or sigma <= 0:
+        raise ValueError(f'gaussian: count {count} and width {width} must be at least 1, sigma {sigma} positive')
+    far = np.arange(count)[:, None] - np.arange(count)
+    values, vectors = np.linalg.eigh(np.exp(-(far**2) / (2 * sigma**2)))
+    table = (vectors * np.sqrt(np.maximum(values, 0)))[:, ::-1][:, :width]
+    return np.pad(table, ((0, 0), (0, width - table.shape[1])))
+
+
 class Scaling(NamedTuple):
     """How RoPE is stretched to contexts `factor` times longer than the `original_length` it was trained on.
 

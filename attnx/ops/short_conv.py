@@ -3,16 +3,18 @@
 import jax
 import jax.numpy as jnp
 
+from attnx.names import nearest
 from attnx.ops import chunks, parallel
 
+ACTIVATIONS = {'silu': jax.nn.silu}
 
-def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
+
+def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, impl='auto'):
     """Each channel's weighted sum of its last W values, never across the start of a segment.
 
         y_t = sum_{w < W} kernel_w x_{t-W+1+w}
 
-    so that kernel[W-1] weighs the present token (the order of torch's Conv1d weights). Bias and activation are the
-    caller's.
+    so that kernel[W-1] weighs the present token (the order of torch's Conv1d weights). Any bias is the caller's.
 
     Args:
       x: [B, T, D].
@@ -20,6 +22,7 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
       initial_state: the W-1 values before the first token, oldest first, [B, W-1, D]; None is zero.
       segment_ids: integers [B, T]; values before a token whose id differs from the token before are zero to it and to
         those after it. The first token continues `initial_state` whatever its id.
+      activation: None, or 'silu': applied to the sum before it is rounded.
       impl: 'auto', 'reference' (token by token), 'xla', or a kernel. Both forms have forward-mode and second-order
         derivatives.
 
@@ -28,7 +31,7 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
       segment's start, in the dtype of `initial_state`, else of x.
 
     Raises:
-      ValueError: a rank, shape or dtype is not the one above.
+      ValueError: a rank, shape or dtype is not the one above; the activation is unknown.
     """
     sizes = {}
     chunks.require_shape('short_conv', 'x', x, 'B T D', sizes)
@@ -41,8 +44,10 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, impl='auto'):
         chunks.require_shape('short_conv', 'initial_state', initial_state, 'B W-1 D', sizes)
     if segment_ids is not None:
         chunks.require_shape('short_conv', 'segment_ids', segment_ids, 'B T', sizes, floating=False)
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ValueError(f'short_conv: unknown activation {activation!r}; {nearest(activation, [*ACTIVATIONS])}, or None')
     forms = {'reference': reference, 'xla': xla}
-    options = {'initial_state': initial_state, 'segment_ids': segment_ids}
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'activation': activation}
     return parallel.run('short_conv', impl, forms, (x, kernel), options)
 
 
@@ -52,7 +57,7 @@ def _first_state(x, kernel, initial_state):
     return jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype)
 
 
-def reference(x, kernel, *, initial_state=None, segment_ids=None):
+def reference(x, kernel, *, initial_state=None, segment_ids=None, activation=None):
     """The definition, token by token: a window that slides and that a new segment empties."""
     state = _first_state(x, kernel, initial_state)
     dtype = chunks.accumulator(x, kernel)
@@ -65,10 +70,11 @@ def reference(x, kernel, *, initial_state=None, segment_ids=None):
 
     xs = (jnp.moveaxis(x.astype(dtype), 1, 0), fresh.T)
     past, y = jax.lax.scan(step, state.astype(dtype), xs)
+    y = y if activation is None else ACTIVATIONS[activation](y)
     return jnp.moveaxis(y, 0, 1).astype(x.dtype), past.astype(state.dtype)
 
 
-def xla(x, kernel, *, initial_state=None, segment_ids=None):
+def xla(x, kernel, *, initial_state=None, segment_ids=None, activation=None):
     """W shifted copies, weighted, masked and summed in one pass."""
     state = _first_state(x, kernel, initial_state)
     dtype, taps, length = chunks.accumulator(x, kernel), kernel.shape[0], x.shape[1]
@@ -82,6 +88,7 @@ def xla(x, kernel, *, initial_state=None, segment_ids=None):
         if count is not None:
             shifted = jnp.where(count[:, tap : tap + length] == count[:, taps - 1 :], shifted, 0)
         y += kernel[tap].astype(dtype) * shifted
+    y = y if activation is None else ACTIVATIONS[activation](y)
     last = past[:, length:]
     if count is not None:
         last = jnp.where(count[:, length:] == count[:, -1:], last, 0)

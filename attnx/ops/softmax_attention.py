@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from attnx import dispatch, sharding
 from attnx.ops import parallel, scores
 from attnx.ops.blockwise import accumulator, attend, clean, hidden, largest, returned
 from pallas_kernels import dropout as drop
@@ -74,8 +75,13 @@ def softmax_attention(
     """
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': attend}
-    kwargs = {**options, 'return_lse': return_lse, 'return_stats': return_stats}
-    return parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
+    watched = dispatch.observed() and sharding.active() is None  # statistics for `attnx.train.health`, from the same pass
+    kwargs = {**options, 'return_lse': return_lse or watched, 'return_stats': return_stats or watched}
+    found = parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
+    if watched:
+        kept = [x for x, asked in zip(found, (True, return_lse, return_stats)) if asked]
+        found = tuple(kept) if len(kept) > 1 else kept[0]
+    return found
 
 
 def reference(

@@ -1,6 +1,6 @@
 """What attention and recurrences do, in figures per head: for watching a run, not for training on.
 
-Computed from the operands of an op by plain XLA, blockwise, whichever implementation the op itself runs.
+`of_op` takes them from the op's own pass, kernels included; `softmax` computes them from its operands by plain XLA, blockwise.
 """
 
 import jax
@@ -65,6 +65,39 @@ def softmax(query, key, *, mask=None, score=None, scale=1.0, sinks=None) -> dict
     largest, entropy, mass, real = lax.map(rows, jnp.arange(count) * block)
     real = jnp.maximum(real.sum(0), 1)
     return {'max_logit': largest.max(0), 'entropy': entropy.sum(0) / real, 'sink_mass': mass.sum(0) / real}
+
+
+def of_op(out, query, key, *, mask=None, score=None, scale=1.0) -> dict[str, jax.Array]:
+    """The same figures from what the op itself returns with `return_lse` and `return_stats`, without its products: of each
+    row only the first key that it sees is looked at again, for `sink_mass`.
+
+    Args:
+      out: the op's output, lse [B, N, T] and `Statistics`.
+      query, key, mask, score, scale: as for `softmax`.
+    """
+    _, lse, stats = out
+    (B, T, N, _), (_, S, K, _) = query.shape, key.shape
+    block = max(1, min(T, PAIRS // (B * S)))
+    count = -(-T // block)
+    query = jnp.pad(query.astype(jnp.float32), ((0, 0), (0, count * block - T), (0, 0), (0, 0)))
+    keys = key.astype(jnp.float32).swapaxes(1, 2)
+    along = lambda size, axis: jnp.arange(size).reshape([size if a == axis else 1 for a in range(4)])
+
+    def rows(start):
+        t = jnp.minimum(start + along(block, 2), T - 1)
+        i = Index(along(B, 0), along(N, 1), t, along(S, 3), T, S)
+        seen = jnp.ones((1, 1, 1, S), bool) if mask is None else _apply(mask, i)
+        first = jnp.broadcast_to(jnp.argmax(seen, -1), (B, N, block))
+        there = jnp.take_along_axis(keys, first.reshape(B, K, -1, 1), axis=2).reshape(B, N, block, -1)
+        q = lax.dynamic_slice_in_dim(query, start, block, axis=1).swapaxes(1, 2)
+        x = jnp.sum(q * there, axis=-1) * scale
+        i = Index(*(jnp.broadcast_to(v[..., 0], x.shape) for v in i[:3]), first, T, S)
+        return x if score is None else _apply(score, i, x)
+
+    x = jnp.moveaxis(lax.map(rows, jnp.arange(count) * block), 0, 2).reshape(B, N, -1)[..., :T]
+    real = lse != -jnp.inf
+    mass = jnp.where(real, jnp.exp(x - jnp.where(real, lse, 0)), 0).sum((0, 2)) / jnp.maximum(real.sum((0, 2)), 1)
+    return {'max_logit': stats.max_logit, 'entropy': stats.entropy, 'sink_mass': stats.sink_mass + mass}
 
 
 def _apply(value, i: Index, *x):

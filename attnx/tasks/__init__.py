@@ -14,9 +14,9 @@ from collections.abc import Mapping
 
 from attnx.tasks.base import FIELDS, Source, Task, expected
 
-__all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'names']
+__all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'names', 'outline']
 
-_SHARED = {'__init__', 'base', 'documents'}
+_SHARED = {'__init__', 'base', 'documents', 'knowledge'}
 _PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint
 
 
@@ -59,11 +59,7 @@ def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
       seed: of everything random in the rows (not of their order, which is the loader's).
       run_dir: folder in which a task keeps what it must find again on resume (a trained tokenizer); None: nowhere.
     """
-    if isinstance(config, Mapping):
-        fields = dict(config)
-        if 'kind' not in fields:
-            raise ValueError(f"a task needs a 'kind', one of {', '.join(names())}; got {fields!r}")
-        config = globals()['config'](fields.pop('kind'), **fields)
+    config = _resolved(config)
     if length < 0:
         raise ValueError(f'length must be positive, or 0 for the task\'s own; got {length}')
     module = importlib.import_module(type(config).__module__)
@@ -71,3 +67,20 @@ def build(config, *, length: int = 0, seed: int = 0, run_dir=None) -> Task:
     asked = {'kind': task.kind, 'length': task.length, 'seed': seed}
     asked |= {f'{task.kind}.{k}': v for k, v in dataclasses.asdict(config).items() if k not in _PLACES}
     return dataclasses.replace(task, fingerprint=json.loads(json.dumps(asked | task.fingerprint)))
+
+
+def outline(config, *, length: int = 0, seed: int = 0) -> Task:
+    """What `build` makes, with blank rows in place of those of files that are not here: enough to plan a run by."""
+    config = _resolved(config)
+    module = importlib.import_module(type(config).__module__)
+    return module.outline(config, length=length) if hasattr(module, 'outline') else build(config, length=length, seed=seed)
+
+
+def _resolved(config):
+    """A task's `Config`, of a mapping that names it."""
+    if isinstance(config, Mapping):
+        fields = dict(config)
+        if 'kind' not in fields:
+            raise ValueError(f"a task needs a 'kind', one of {', '.join(names())}; got {fields!r}")
+        config = globals()['config'](fields.pop('kind'), **fields)
+    return config

@@ -31,6 +31,7 @@ class Task:
     `segment_ids` int32 [T], 1 and up, 0 is padding; `positions` int32 [T], counted from each segment's start.
     A row of a classification: `inputs` float32 [T, F] or `tokens` int32 [T]; `positions` int32 [T]; `label` int32;
     `weights` float32, a scalar.
+    A row of a regression: `inputs`, `targets` float32 [T, F]; `weights`, `segment_ids`, `positions` as of language.
     """
 
     kind: str                                   # name of the task
@@ -48,6 +49,11 @@ class Task:
     encode: Callable[[Any], list[int]] | None = None     # text or bytes to tokens
     decode: Callable[[Any], str] | None = None           # tokens to text
     fingerprint: dict[str, Any] = dataclasses.field(default_factory=dict)    # all that the rows depend on, JSON-able
+
+    @property
+    def real(self) -> bool:
+        """Whether targets are numbers to come near to, rather than tokens or labels."""
+        return 'targets' in (row := self.train[0]) and np.issubdtype(row['targets'].dtype, np.floating)
 
 
 def expected(what: str, given: str, valid: Iterable[str]) -> str:

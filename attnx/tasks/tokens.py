@@ -11,7 +11,7 @@ import os
 
 import numpy as np
 
-from attnx.tasks.base import Task, expected, require, row
+from attnx.tasks.base import Task, blank, expected, require, row
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +85,22 @@ def check(config: Config) -> None:
         _files(path, np.dtype(config.dtype).itemsize)
 
 
-def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
-    length = length or 1024
-    require(bool(config.path), "tokens: 'path' must name a .bin file or a glob of such files, got ''")
-    check(config)
+def outline(config: Config, *, length: int) -> Task:
+    """The task without its files: one blank row on either side."""
     require(config.vocab_size > 0, f'tokens: vocab_size must be positive, got {config.vocab_size}')
     require(-1 <= config.separator < config.vocab_size,
             f'tokens: separator must be -1 or an id below vocab_size {config.vocab_size}, got {config.separator}')
+    length = length or 1024
+    packed = config.separator >= 0
+    return Task(kind='tokens', length=length, vocab_size=config.vocab_size, packed=packed,
+                documents=length if packed else 1, start=config.separator if packed else None,      # nobody counts them
+                train=[blank(length)], evaluation=[blank(length)])
+
+
+def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
+    require(bool(config.path), "tokens: 'path' must name a .bin file or a glob of such files, got ''")
+    check(config)
+    task = outline(config, length=length)
     require(0 < config.validation < 1, f'tokens: validation must lie in (0, 1), got {config.validation}')
     dtype = np.dtype(config.dtype).newbyteorder('<').str
     files = _files(config.path, np.dtype(dtype).itemsize)
@@ -105,7 +114,7 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
         cut = {file: n - max(2, round(n * config.validation)) for file, n in files.items()}
 
     def windows(spans):
-        return Windows(tuple(spans), dtype, config.vocab_size, config.separator, length)
+        return Windows(tuple(spans), dtype, config.vocab_size, config.separator, task.length)
 
     train = windows((file, 0, n) for file, n in cut.items())
     evaluation = windows((file, 0 if config.validation_path else cut[file], n) for file, n in held.items())
@@ -113,8 +122,5 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
         require(len(source) > 0, f'tokens: {config.path!r} leaves no {name} tokens ({sum(files.values())} in all)')
         for index in np.linspace(0, len(source) - 1, 16, dtype=int):        # a wrong dtype or vocabulary shows at once
             source[index]
-    start = config.separator if config.separator >= 0 else None
-    return Task(kind='tokens', length=length, vocab_size=config.vocab_size, packed=config.separator >= 0,
-                documents=length if config.separator >= 0 else 1, start=start,      # nobody counts them beforehand
-                train=train, evaluation=evaluation,
-                fingerprint={'files': {os.path.basename(file): n for file, n in (files | held).items()}})
+    files = {os.path.basename(file): n for file, n in (files | held).items()}
+    return dataclasses.replace(task, train=train, evaluation=evaluation, fingerprint={'files': files})

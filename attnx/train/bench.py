@@ -4,8 +4,9 @@
 
 Words keep the rows whose name contains one of them. Every measurement is a process of its own, so that none finds the
 memory of another. A row is a model at a shape; `scaling` rows run on one device and on all of them, `overhead` once more
-without norm, finite check and metrics. The peer is the same model in PyTorch: `torch.compile`, SDPA by cuDNN, bfloat16
-autocast, fused AdamW; it is left out where PyTorch is not installed. Weights and optimizer states are float32 on both sides.
+without norm, finite check and metrics, and with checkpoints written in the background. The peer is the same model in PyTorch:
+`torch.compile`, SDPA by cuDNN, bfloat16 autocast, fused AdamW; it is left out where PyTorch is not installed. Weights and
+optimizer states are float32 on both sides.
 
 A step is timed between two waits for the device, over `--steps` steps after two that compile; the median of three rounds.
 MFU counts 6 FLOPs for each weight that a token meets and 3 times the mixing's own, causal halves not counted
@@ -22,6 +23,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any
 
@@ -47,13 +49,13 @@ class Row:
 GPT2 = {
     'vocab_size': 50304, 'width': 768, 'num_layers': 12, 'pattern': ('a',), 'positions': 'learned', 'norm': 'layernorm',
     'mixers': {'a': {'kind': 'mha', 'num_heads': 12, 'position': 'none', 'bias': True}},
-    'mlp': {'kind': 'gelu', 'hidden': 3072, 'bias': True},
+    'mlp': {'kind': 'gelu', 'hidden': 3072, 'bias': True}, 'unroll': 0,
 }  # fmt: skip
 LLAMA = {
     'vocab_size': 32000, 'width': 2048, 'num_layers': 24, 'pattern': ('a',), 'tie_embeddings': False,
     'mixers': {
         'a': {'kind': 'gqa', 'num_heads': 16, 'num_kv_heads': 16},
-        'd': {'kind': 'gated_deltanet', 'num_heads': 16},
+        'd': {'kind': 'gated_deltanet', 'num_heads': 24},  # heads of 64 and 128, which the kernel takes
         'g': {'kind': 'gla', 'num_heads': 16},
     },
     'mlp': {'kind': 'swiglu', 'hidden': 5504},
@@ -64,11 +66,11 @@ SHORT = LLAMA | {'num_layers': 4, 'remat': 'full'}
 ROWS = (
     Row('gpt2-124m', GPT2, 1024, 32),
     Row('gpt2-124m overhead', GPT2, 1024, 32, kind='overhead'),
-    Row('llama-1.3b', LLAMA, 4096, 8, accumulate=4),
+    Row('llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2),
     Row('llama-1.3b remat', LLAMA | {'remat': 'full'}, 4096, 8, kind='plain'),
-    Row('llama-1.3b T16384', LLAMA | {'remat': 'full'}, 16384, 1, kind='plain'),
-    Row('hybrid-1.3b T16384', LLAMA | {'remat': 'full', 'pattern': ('d', 'd', 'd', 'a')}, 16384, 1, kind='plain'),
-    Row('fsdp llama-1.3b', LLAMA | {'remat': 'full'}, 4096, 8, kind='scaling', preset='fsdp', mesh='fsdp'),
+    Row('llama-1.3b T16384', LLAMA | {'remat': 'dots'}, 16384, 1, kind='plain'),
+    Row('hybrid-1.3b T16384', LLAMA | {'remat': 'dots', 'pattern': ('d', 'd', 'd', 'a')}, 16384, 1, kind='plain'),
+    Row('fsdp llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2, kind='scaling', preset='fsdp', mesh='fsdp'),
     Row('ring', SHORT, 65536, 1, **CUT, context='ring'),
     Row('heads', SHORT, 65536, 1, **CUT, context='heads'),
     Row('lasp2 gla', SHORT | {'pattern': ('g',)}, 65536, 1, **CUT),
@@ -114,8 +116,9 @@ def named(model: dict[str, Any]) -> dict[str, Any]:
 # Ours
 
 
-def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> dict[str, Any]:
-    """One measurement of the training step on the first `devices` devices."""
+def ours(row: Row, steps: int, devices: int, dtype: str, who: str = 'attnx') -> dict[str, Any]:
+    """One measurement of the training step on the first `devices` devices; of who 'bare' without what an update can do
+    without; of 'saving' with what one checkpoint costs, milliseconds: all of it, and the part in which nothing runs."""
     import jax
     import numpy as np
     import optax
@@ -155,21 +158,45 @@ def ours(row: Row, steps: int, devices: int, dtype: str, bare: bool = False) -> 
         batch = {'tokens': tokens[:, :-1], 'targets': tokens[:, 1:], 'weights': np.ones(tokens[:, 1:].shape, np.float32)}
         place = NamedSharding(mesh, sharding.partition(('batch', 'length'), sharding.rules(row.preset)))
         batch = jax.device_put(batch, place)
-        update = jax.jit(least if bare else full, donate_argnums=0, out_shardings=(where, single))
+        update = jax.jit(least if who == 'bare' else full, donate_argnums=0, out_shardings=(where, single))
         last = {}
 
         def step():
             nonlocal state
             state, last['metrics'] = update(state, batch, key)
 
-        seconds = timed(step, lambda: jax.block_until_ready((state, last)), steps)
+        wait = lambda: jax.block_until_ready((state, last))
+        seconds = timed(step, wait, steps)
+        saved = saving(lambda: state, step, wait, seconds) if who == 'saving' else {}
     loss = float(last['metrics']['loss']) if last['metrics'] else None
     assert loss is None or np.isfinite(loss), 'the loss is not finite'
     kind = jax.devices()[0].device_kind
     flops = plan.flops_per_token(given, made.axes, made.shapes, grown['length'])
     found = figures(row, seconds, devices, grown['length'], flops, metrics.peak_flops(kind))
     memory = jax.devices()[0].memory_stats() or {}
-    return found | {'device': kind, 'loss': loss, 'flops_per_token': flops, 'peak_bytes': memory.get('peak_bytes_in_use')}
+    found |= {'device': kind, 'loss': loss, 'flops_per_token': flops, 'peak_bytes': memory.get('peak_bytes_in_use')}
+    return found | saved
+
+
+def saving(state, step, wait, seconds: float) -> dict[str, float]:
+    """What a checkpoint adds to the steps that run while it is written, sealed and the one before last removed."""
+    from attnx.train import checkpoint
+
+    costs, stalls = [], []
+    with tempfile.TemporaryDirectory() as folder:
+        checkpoints = checkpoint.Checkpoints(folder, checkpoint.Config(), {})
+        for number in range(ROUNDS + 1):  # the first one opens what the others find open
+            before, began, count = checkpoints.stalled, time.perf_counter(), 0
+            checkpoints.save(number, state(), {})
+            while number not in checkpoints.steps():
+                step()
+                wait()  # the device works on nothing else; else steps would be queued without end
+                checkpoints.poll()
+                count += 1
+            costs.append(time.perf_counter() - began - count * seconds)
+            stalls.append(checkpoints.stalled - before)
+        checkpoints.close()
+    return {'save_ms': 1e3 * statistics.median(costs[1:]), 'stall_ms': 1e3 * statistics.median(stalls[1:])}
 
 
 # The peer
@@ -294,8 +321,18 @@ def count_devices() -> int:
 
 def compare(results: list[dict]) -> list[str]:
     """The ratios that the rows are there for."""
+    from attnx.train import checkpoint
+
     rate = {(r['name'], r['who'], r['devices']): r['tokens_per_second'] for r in results if 'failed' not in r}
     lines = []
+    for r in results:
+        if 'save_ms' in r:
+            every = checkpoint.Config().every
+            share = 100 * r['save_ms'] / (every * r['step_ms'])
+            lines.append(
+                f'{r["name"]}: a checkpoint costs {r["save_ms"]:.0f} ms ({r["stall_ms"]:.0f} ms of them nothing runs), '
+                f'{share:.2f} % of {every} steps'
+            )
     for (name, who, devices), value in rate.items():
         if who == 'attnx' and (other := rate.get((name, 'torch', 1))) and devices == 1:
             lines.append(f'{name}: {value / other:.3f} times the tokens/s of PyTorch')
@@ -342,7 +379,7 @@ def main(argv: list[str] | None = None) -> int:
             found = peer(row, options.steps)
         else:
             dtype = 'float32' if options.tiny else 'bfloat16'
-            found = ours(row, options.steps, options.devices, dtype, bare=options.who == 'bare')
+            found = ours(row, options.steps, options.devices, dtype, options.who)
         print('RESULT ' + json.dumps(found), flush=True)
         return 0
     chosen = [r for r in ROWS if not options.words or any(word in r.name for word in options.words)]
@@ -355,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
         runs = [('attnx', 1)]
         runs += [('attnx', total)] if row.kind == 'scaling' and total > 1 else []
         runs += [('torch', 1)] if row.kind == 'peer' and has_torch else []
-        runs += [('bare', 1)] if row.kind == 'overhead' else []
+        runs += [('bare', 1), ('saving', 1)] if row.kind == 'overhead' else []
         for who, devices in runs:
             results.append({'name': row.name, 'who': who, 'devices': devices} | measure(row, options, who, devices))
             print(json.dumps(results[-1]), flush=True)

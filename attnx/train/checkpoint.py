@@ -54,7 +54,7 @@ def shapes(state: Any) -> dict[str, list]:
     return {jax.tree_util.keystr(path, simple=True, separator='/'): [list(x.shape), str(x.dtype)] for path, x in leaves}
 
 
-def _agreed(value: Any) -> Any:
+def agreed(value: Any) -> Any:
     """A JSON-able value of process 0, on every process."""
     if jax.process_count() == 1:
         return value
@@ -96,7 +96,7 @@ class Checkpoints:
         self._main = jax.process_index() == 0
         self._pool = concurrent.futures.ThreadPoolExecutor(1)
         self._sealed: set[int] = set()  # process 0: steps with a seal, as MARK lists them
-        if problem := _agreed(self._claim() if self._main else None):
+        if problem := agreed(self._claim() if self._main else None):
             raise CheckpointError(problem)
         self._manager: Any = self._open()
 
@@ -263,12 +263,12 @@ class Checkpoints:
         """
         import orbax.checkpoint as ocp
 
-        step, bad = _agreed(seal_lib.newest(self.folder, self._sealed) if self._main else None)
+        step, bad = agreed(seal_lib.newest(self.folder, self._sealed) if self._main else None)
         if bad:
             self._set_aside(bad, step)
         if step is None:
             return None
-        meta = _agreed(seal_lib.read_meta(self.folder, step) if self._main else None)
+        meta = agreed(seal_lib.read_meta(self.folder, step) if self._main else None)
         where = f'checkpoint {step} in {self.folder}'
         check_settings(self.folder, step, meta['config'], self.settings, self.free)
         if lines := differing(meta['layout'], self.layout):
@@ -298,6 +298,6 @@ class Checkpoints:
                     target.rmtree()
                 if self._path(step).exists():
                     self._path(step).rename(target)
-        _agreed(None)  # the others wait until they are gone
+        agreed(None)  # the others wait until they are gone
         self.notes.append(f'{what}; moved to {aside}, continuing from step {good}')
         self._manager = self._open()

@@ -4,6 +4,7 @@ import dataclasses
 import fnmatch
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 from attnx import config as config_lib
 from attnx import models, sharding, tasks
@@ -17,9 +18,8 @@ from attnx.train import step as step_lib
 # Settings that may change between one command and the next of the same run: they do not change what was learnt so far.
 FREE = (
     'run_dir', 'steps', 'eval_every', 'checkpoint.*', 'log.*', 'sample.*', 'profile.*', 'mesh*', 'sharding', 'context',
-    'distributed', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
-    'health.*', 'model.remat',
-    'model.impl',
+    'distributed', 'compiler*', 'data.threads', 'data.prefetch', 'data.eval_batches', 'step.non_finite', 'step.max_non_finite',
+    'health.*', 'model.remat', 'model.unroll', 'model.impl',
 )  # fmt: skip
 
 
@@ -33,6 +33,7 @@ class Sample:
     temperature: float = 0.8  # 0: greedy
     top_k: int = 0  # 0: all
     top_p: float = 0.95  # 1: all
+    bases: tuple = ()  # rotary bases of as many streams decoded as one (attention buckets: 2312.04455)
 
     def __post_init__(self):
         if self.tokens < 0 or self.count < 0:
@@ -84,7 +85,9 @@ class Config:
     mesh: Mapping[str, int] = dataclasses.field(default_factory=dict)  # mesh axis -> size; empty: all devices on 'data'
     sharding: str = 'ddp'  # preset of attnx.sharding: ddp, fsdp, fsdp_tp, context, fsdp_context
     context: str = 'auto'  # softmax attention over the context axis: auto, gather, ring, heads
+    compiler: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # options of XLA for the training step, by name
     distributed: bool = False  # several hosts: jax.distributed.initialize() first
+    tune: bool = False  # time the tiles of softmax attention's Hopper kernel first; run_dir/tiles.json keeps the choice
 
     def __post_init__(self):
         if self.steps < 1 or self.eval_every < 0:

@@ -4,7 +4,7 @@ Both come from `Program.trace`, which runs layer after layer without a scan, und
 op is given and returns. So a training step pays nothing for them, and they hold for every mechanism made of these ops.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +41,8 @@ def tensors(trace: Iterator) -> Iterator[Tensor]:
     """Every floating tensor that a trace shows, in the order in which it is made: op by op, then the layer's output."""
     for name, value, calls in _calls(trace):
         for where, call in calls:
-            out, state = call.out if isinstance(call.out, tuple) else (call.out, None)
+            out, *rest = call.out if isinstance(call.out, tuple) else (call.out,)
+            state = rest[0] if rest and call.op != 'softmax_attention' else None  # there it is the log-sum-exp
             wide = 4 if call.op != 'short_conv' else 0
             for part, array in {**call.inputs, 'out': out, 'state': state}.items():
                 if isinstance(array, jax.Array) and jnp.issubdtype(array.dtype, jnp.floating):
@@ -50,21 +51,26 @@ def tensors(trace: Iterator) -> Iterator[Tensor]:
         yield Tensor(name, value)
 
 
+def _softmax(call: dispatch.Seen) -> Mapping[str, jax.Array]:
+    given = {name: call.inputs[name] for name in ('query', 'key', 'mask', 'score', 'scale')}
+    if call.inputs['return_stats']:
+        return statistics.of_op(call.out, **given)
+    return statistics.softmax(**given, sinks=call.inputs['sinks'])  # on a mesh the op has none
+
+
 FIGURES: dict[str, Callable[[dispatch.Seen], Mapping[str, jax.Array]]] = {
-    'softmax_attention': lambda call: statistics.softmax(
-        **{name: call.inputs[name] for name in ('query', 'key', 'mask', 'score', 'scale', 'sinks')}
-    ),
+    'softmax_attention': _softmax,
     'gated_linear': lambda call: statistics.recurrence(call.inputs['log_decay'], call.out[1]),
     'delta_rule': lambda call: statistics.recurrence(call.inputs['log_decay'], call.out[1]),
 }
 
 
-def figures(trace: Iterator) -> dict[str, jax.Array]:
-    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every op call that `FIGURES` knows."""
+def figures(trace: Iterator, only: Collection[str] = FIGURES) -> dict[str, jax.Array]:
+    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every call of an op of `only`."""
     found = {}
     for _, _, calls in _calls(trace):
         for where, call in calls:
-            if call.op in FIGURES:
+            if call.op in only:
                 found |= {f'{where}/{name}': value for name, value in FIGURES[call.op](call).items()}
     return found
 

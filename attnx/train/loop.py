@@ -12,7 +12,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,13 +24,12 @@ from attnx import config as config_lib
 from attnx import models, plan, sharding, tasks
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
-from attnx.train import heads as heads_lib
 from attnx.train import health, metrics, report
-from attnx.train import optim as optim_lib
 from attnx.train import step as step_lib
 from attnx.train.config import Config, check, free, served
 from attnx.train.process import Stop, locked, writable
-from attnx.train.program import program
+from attnx.train.program import check_rows, placed, program, training
+from pallas_kernels.softmax_attention import tiles as tiles_lib
 
 
 class Result(NamedTuple):
@@ -73,10 +72,20 @@ def run(config: Config, *, task=None, teacher: Any = None, initial: Any = None, 
         known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
         jax.distributed.initialize(**known)
     check(config)
+    check_compiler(config.compiler)
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
         return _Run(config, run_dir, stack, task, teacher, initial).run(until)
+
+
+def check_compiler(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that XLA does not have, or of another type, before the step is compiled."""
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f'config.compiler: {name}={value!r}: {str(error).splitlines()[0]}') from None
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
@@ -96,19 +105,96 @@ def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
         return run.evaluate(state['params'], other)
 
 
+def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
+    """Trains runs that differ in their seeds alone as one program, batched by `jax.vmap`.
+
+    It is quicker where one small model leaves the device idle. A run begins with the same parameters and sees the same rows
+    as alone; its numbers differ by rounding, since batched products may sum in another order. Runs are saved at their end
+    only: those cut short begin again. One that meets a NaN or Inf is left undone; `run` then says where it is from.
+    tokens_per_second is that of all runs together.
+
+    Returns:
+      the last evaluation of each, empty where it was left undone; None: a signal stopped them.
+
+    Raises:
+      ValueError: the runs differ in more than run_dir, seed and data.seed, or are spread over several processes.
+    """
+    own = lambda c: dataclasses.replace(c, run_dir='-', seed=0, data=dataclasses.replace(c.data, seed=0))
+    if len({repr(own(config)) for config in configs}) != 1:
+        raise ValueError('runs that are batched may differ in run_dir, seed and data.seed only')
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for config in configs:
+            run_dir = pathlib.Path(config.run_dir).absolute()
+            run_dir.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writable(run_dir))
+            stack.enter_context(locked(run_dir))
+            runs.append(_Run(config, run_dir, stack))
+        first, config = runs[0], configs[0]
+        if jax.process_count() > 1:
+            raise ValueError(f'runs are batched in one process; there are {jax.process_count()}')
+        undone = {k: run for k, run in enumerate(runs) if (run.checkpoints.latest() or 0) < config.steps}
+        if not undone:
+            return [run.evaluated(config.steps) for run in runs]
+        stop = Stop(active=True)
+        stack.callback(stop.restore)
+        for run in undone.values():
+            run.log.open(None)
+        keys = jnp.stack([run.key for run in runs])
+        state = jax.jit(jax.vmap(first._init, in_axes=(0, None)))(keys, None)
+        update = jax.jit(jax.vmap(first.update), donate_argnums=0)
+        evaluate_batch = jax.jit(jax.vmap(first.evaluate_batch))
+
+        def evaluate(number):
+            batches = zip(*(run.data.evaluation() for run in runs), strict=True)
+            sums = jax.device_get([evaluate_batch(state['params'], _stacked(batch)) for batch in batches])
+            found = [step_lib.summarise([{n: v[k] for n, v in s.items()} for s in sums]) for k in range(len(runs))]
+            for k, run in undone.items():
+                run.log.write(number, 'eval', found[k])
+            return found
+
+        found = evaluate(0)
+        clock, since = time.monotonic(), 0
+        for number in range(1, config.steps + 1):
+            state, values = update(state, _stacked([next(run.data.train) for run in runs]), keys)
+            logs = number % config.log.every == 0 or number == config.steps
+            evaluates = number == config.steps or (config.eval_every and number % config.eval_every == 0)
+            if logs or number == 1:
+                values = jax.device_get(values)
+                undone = {k: run for k, run in undone.items() if not values['frozen'][k]}
+            if logs:
+                speed = first.speed((number - since) * config.data.batch_size * len(runs), time.monotonic() - clock)
+                for k, run in undone.items():
+                    run.log.write(number, 'train', {n: float(v[k]) for n, v in values.items() if n != 'frozen'} | speed)
+            if evaluates:
+                found = evaluate(number)
+            if stop.received or not undone:
+                break
+            if logs or evaluates or number == 1:
+                clock, since = time.monotonic(), number
+        if stop.received and number < config.steps:
+            return None
+        for k, run in undone.items():
+            mine = jax.tree.map(lambda v, k=k: v[k], state)
+            run.log.sync()
+            run.checkpoints.save(number, mine, {'data': run.data.train.get_state(), 'rewinds': 0}, found[k]['loss'])
+            run.checkpoints.wait()
+            run.finish(mine['params'])
+        return [run.evaluated(config.steps) for run in runs]
+
+
+def _stacked(batches):
+    """Batches of several runs as one, the run as its leading axis."""
+    return {name: jnp.asarray(np.stack([batch[name] for batch in batches])) for name in batches[0]}
+
+
 class _Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
     def __init__(self, config: Config, run_dir: pathlib.Path, stack, task=None, teacher=None, initial=None):
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
-        self.rules = sharding.rules(config.sharding)
-        rows = sharding.parts(self.mesh.shape, sharding.partition(('batch',), self.rules)[0])
-        if config.data.batch_size % (rows * config.step.accumulate):
-            raise ValueError(
-                f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
-                f'spreads rows) times {config.step.accumulate} (step.accumulate)'
-            )
+        check_rows(config, self.mesh.shape)
         index, count = sharding.row_share(self.mesh, config.sharding)
         self.data = data_lib.open(config.data, task=task, run_dir=run_dir, process_index=index, process_count=count)
         task = self.data.task
@@ -116,7 +202,8 @@ class _Run:
         shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
         plan.check_sharding(config.model, self.mesh.shape, config.sharding, config.context, **shape, packed=task.packed)
         self.program = made = program(config.model, packed=task.packed)
-        transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
+        tiles = self.tuned(stack) if config.tune else {}
+        self.where, self._init, self.update = training(config, made, self.mesh)
         settings = config_lib.flatten(config_lib.to_dict(config))
         self.log = metrics.Log(run_dir, config.log, settings)
         stack.callback(self.log.close)
@@ -125,27 +212,16 @@ class _Run:
         layout = {'devices': self.mesh.size, 'sharding': config.sharding}
         layout |= {'processes': jax.process_count()} if self.mesh.size > 2 else {}
         layout |= {f'mesh.{axis}': size for axis, size in self.mesh.shape.items()}
+        layout |= {f'tiles.{name}': tiles_lib.to_json({name: choice}) for name, choice in tiles.items()}
         self.checkpoints = checkpoint_lib.Checkpoints(
             config.checkpoint.folder or run_dir / 'checkpoints', config.checkpoint, settings, free=free, layout=layout
         )
         stack.callback(self.checkpoints.close)
 
-        shapes = {name: shape.shape for name, shape in made.shapes.items()}
-        where = sharding.param_shardings(self.mesh, config.sharding, made.axes, shapes)
         single = NamedSharding(self.mesh, PartitionSpec())
-        self.where = {
-            'params': where,
-            'opt': optim_lib.state_shardings(transform, made.shapes, where, self.mesh),
-            'step': single,
-            'bad': single,
-        }
         self.key = jax.random.key(config.seed)
         self.initial = None if initial is None else made.checked(initial)
-        self._init = lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform)
-        heads = heads_lib.projections(config.model, made.shapes)
-        update = step_lib.train_step(made.forward, transform, rate, config.step, heads)
         self.teacher, self.teach = teacher, jax.jit(lambda model, batch: made.apply(model, batch).logits)
-        self.update = jax.jit(update, donate_argnums=0, out_shardings=(self.where, single))
         known = None if task.token_bytes is None else jnp.asarray(task.token_bytes)
         self.evaluate_batch = jax.jit(step_lib.eval_step(made.forward, known), out_shardings=single)
         peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
@@ -154,12 +230,26 @@ class _Run:
         if jax.process_index() == 0:
             (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
 
+    def tuned(self, stack: contextlib.ExitStack) -> dict:
+        """Pins the tiles of this run's attention until it ends: those of its run_dir, or else the fastest, timed now."""
+        from pallas_kernels.softmax_attention import tune  # slow: it brings the kernel
+
+        stack.callback(tiles_lib.pin, tiles_lib.pinned())
+
+        def calls():
+            batch = self.put(next(self.data.evaluation()))
+            with tiles_lib.asked() as found:
+                jax.eval_shape(self.program.forward, self.program.shapes, batch, None)
+            jax.clear_caches()  # what was traced with the tiles of the table
+            return found
+
+        return tune.replay_or_tune(self.run_dir / 'tiles.json', calls, checkpoint_lib.agreed)
+
     def put(self, batch):
         """This process's rows -> global arrays."""
 
         def one(value):
-            names = ('batch', 'length', 'features')[: value.ndim]
-            place = NamedSharding(self.mesh, sharding.partition(names, self.rules))
+            place = placed(self.mesh, self.config.sharding, value.ndim)
             shape = (self.config.data.batch_size, *value.shape[1:])
             return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value), shape)
 
@@ -227,12 +317,17 @@ class _Run:
             why = stop.received or ('until' if until and number >= until else 'preemption')
             message = f'stopped by {why} at step {number} of {config.steps}, saved.'
             return Result(number, 'stopped', evaluation, None, f'{message} Run the same command again to resume.')
-        sample = self.sample(state['params'])
+        sample = self.finish(state['params'])
+        return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
+
+    def finish(self, params) -> str | None:
+        """Draws and writes the sample, plots the losses."""
+        sample = self.sample(params)
         if jax.process_index() == 0:
             if sample is not None:
-                artefacts[1].write_text(sample)
+                (self.run_dir / 'sample.txt').write_text(sample)
             report.plot(self.run_dir)
-        return Result(number, 'complete', evaluation, sample, f'complete: {number} steps in {self.run_dir}. {again}.')
+        return sample
 
     def train(self, number: int, state, stop: Stop, until: int | None = None):
         config, pending, profiling = self.config, None, False
@@ -406,7 +501,7 @@ class _Run:
         try:
             found = models.generate(
                 self.program.model(params), [prompt or [0]] * how.count, max_new_tokens=how.tokens, temperature=how.temperature,
-                top_k=how.top_k, top_p=how.top_p, key=jax.random.key(self.config.seed),
+                top_k=how.top_k, top_p=how.top_p, bases=how.bases, key=jax.random.key(self.config.seed),
             )  # fmt: skip
         except ValueError as error:
             self.progress.say(f'no sample: {error}')

@@ -1,13 +1,20 @@
-"""What a model's config compiles to: functions over the flat view of its parameters."""
+"""What a config compiles to: a model's functions over the flat view of its parameters, and a run's training step on a mesh."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from attnx import models, tasks
+from attnx import models, sharding, tasks
 from attnx.nn import params as params_lib
+from attnx.train import clip as clip_lib
+from attnx.train import heads as heads_lib
+from attnx.train import optim as optim_lib
+from attnx.train import step as step_lib
+from attnx.train.config import Config
 
 
 class Program(NamedTuple):
@@ -57,3 +64,49 @@ def program(config: models.ModelConfig, *, packed: bool) -> Program:
         apply=call,
         checked=checked,
     )
+
+
+class Training(NamedTuple):
+    """The training step of a run on a mesh."""
+
+    where: Any  # NamedSharding of each leaf of the state
+    init: Any  # (key, flat parameters or None: random ones) -> state
+    update: Any  # jitted: (state, batch, key) -> (state, metrics); the state is donated
+
+
+def training(config: Config, made: Program, mesh: jax.sharding.Mesh) -> Training:
+    """What `config` trains the model `made` by on the devices of `mesh`; to be traced within `attnx.sharding.use`.
+
+    Raises:
+      ValueError: an optimizer that does not suit the model; parameters that the mesh does not divide.
+    """
+    transform, rate = optim_lib.build(config.optim, config.steps, made.axes)
+    shapes = {name: shape.shape for name, shape in made.shapes.items()}
+    where = sharding.param_shardings(mesh, config.sharding, made.axes, shapes)
+    single = NamedSharding(mesh, P())
+    opt = optim_lib.state_shardings(transform, made.shapes, where, mesh)
+    state = {'params': where, 'opt': opt, 'step': single, 'bad': single}
+    heads = heads_lib.projections(config.model, made.shapes)
+    clip = clip_lib.hook(config.model, made.shapes, made.trace, config.step.qk_clip) if config.step.qk_clip else None
+    update = step_lib.train_step(made.forward, transform, rate, config.step, heads, clip)
+    options = dict(config.compiler) or None
+    return Training(
+        where=state,
+        init=lambda key, given: step_lib.init_state(made.init(key) if given is None else given, transform),
+        update=jax.jit(update, donate_argnums=0, out_shardings=(state, single), compiler_options=options),
+    )
+
+
+def placed(mesh: jax.sharding.Mesh, preset: str, ndim: int) -> NamedSharding:
+    """Where an array of a batch lies: rows, tokens, features."""
+    return NamedSharding(mesh, sharding.partition(('batch', 'length', 'features')[:ndim], sharding.rules(preset)))
+
+
+def check_rows(config: Config, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError unless every device has whole rows of every micro-batch."""
+    rows = sharding.parts(sizes, sharding.partition(('batch',), sharding.rules(config.sharding))[0])
+    if config.data.batch_size % (rows * config.step.accumulate):
+        raise ValueError(
+            f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
+            f'spreads rows) times {config.step.accumulate} (step.accumulate)'
+        )

@@ -1,7 +1,8 @@
 """The training step and the evaluation step: pure functions over a flat dict of parameters.
 
 `forward(params, batch, key, step=None) -> (logits, aux)` is all they know of a model. A batch is a dict of arrays with
-`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]).
+`weights` and either `targets` [B, T] (logits [B, T, V]) or `label` [B] (logits [B, C]); or real `targets` [B, T, F], whose loss
+is the squared error of outputs [B, T, F], summed over F.
 """
 
 import dataclasses
@@ -32,9 +33,11 @@ class Config:
     distill: float = 0.0  # weight of temperature² KL(teacher || student); batches then hold `teacher_logits`
     distill_temperature: float = 1.0  # divides both logits in it
     hard: float = 1.0  # weight of the loss on targets beside it
-    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask)
+    mask_heads: int = 0  # heads of the whole model left out of each update, none of evaluations (HeadMask: 2009.09672)
     mask_heads_by: str = 'random'  # random; importance: those of largest |dL / d head|, by one more backward pass
     mask_heads_rescale: bool = False  # multiply the heads that are kept by all / kept
+    qk_clip: float = 0.0  # largest attention logit after an update: heads beyond it get smaller queries and keys; 0: off
+    qk_clip_every: int = 1  # updates between looks at the logits, each a forward pass
 
     def __post_init__(self):
         if self.accumulate < 1:
@@ -53,6 +56,10 @@ class Config:
             raise ValueError('hard and distill_temperature belong to distillation: set distill, its weight')
         if self.mask_heads_by not in ('random', 'importance'):
             raise ValueError(f'mask_heads_by: {nearest(self.mask_heads_by, ("random", "importance"))}')
+        if self.qk_clip < 0 or self.qk_clip_every < 1:
+            raise ValueError(f'qk_clip {self.qk_clip} must be >= 0 and qk_clip_every {self.qk_clip_every} >= 1')
+        if self.qk_clip_every != 1 and not self.qk_clip:
+            raise ValueError('qk_clip_every says how often logits are looked at: set qk_clip, their limit')
         if not self.mask_heads and (self.mask_heads_by != 'random' or self.mask_heads_rescale):
             raise ValueError('mask_heads_by and mask_heads_rescale say how heads are masked: set mask_heads, how many')
 
@@ -66,13 +73,36 @@ def cross_entropy(logits: jax.Array, targets: jax.Array, label_smoothing: float 
       logits: [..., V], any float dtype; computed in float32.
       targets: int [...], inside [0, V): out of range is clamped by XLA, so check ids on the host.
     """
-    logits = logits.astype(jnp.float32)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    nll = lse - jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    lse, picked = _lse_and_picked(logits, targets)
+    nll = lse - picked
     smoothed = nll
     if label_smoothing:
-        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits, axis=-1))
+        smoothed = (1 - label_smoothing) * nll + label_smoothing * (lse - jnp.mean(logits.astype(jnp.float32), axis=-1))
     return nll, smoothed, lse
+
+
+@jax.custom_vjp
+def _lse_and_picked(logits, targets):
+    """(logsumexp(logits), logits[target]), float32. Of arrays as large as the logits the backward pass makes one, their
+    gradient; autodiff would scatter into a second and keep the exponentials."""
+    logits = logits.astype(jnp.float32)
+    return jax.nn.logsumexp(logits, axis=-1), jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+def _lse_and_picked_fwd(logits, targets):
+    lse, picked = _lse_and_picked(logits, targets)
+    return (lse, picked), (logits, targets, lse)
+
+
+def _lse_and_picked_bwd(saved, cotangents):
+    logits, targets, lse = saved
+    dlse, dpicked = (x[..., None] for x in cotangents)
+    softmax = jnp.exp(logits.astype(jnp.float32) - lse[..., None])
+    hit = targets[..., None] == jax.lax.broadcasted_iota(targets.dtype, (1,) * targets.ndim + logits.shape[-1:], targets.ndim)
+    return (softmax * dlse + jnp.where(hit, dpicked, 0)).astype(logits.dtype), None
+
+
+_lse_and_picked.defvjp(_lse_and_picked_fwd, _lse_and_picked_bwd)
 
 
 def divergence(teacher: jax.Array, student: jax.Array, temperature: float = 1.0) -> jax.Array:
@@ -83,6 +113,15 @@ def divergence(teacher: jax.Array, student: jax.Array, temperature: float = 1.0)
 
 def _targets(batch):
     return batch['targets'] if 'targets' in batch else batch['label']
+
+
+def _real(batch) -> bool:
+    return jnp.issubdtype(_targets(batch).dtype, jnp.floating)
+
+
+def squared_error(outputs: jax.Array, targets: jax.Array) -> jax.Array:
+    """Summed over the last axis, float32 [...] of [..., F]."""
+    return jnp.sum(jnp.square(outputs.astype(jnp.float32) - targets.astype(jnp.float32)), axis=-1)
 
 
 def aux_losses(aux: Any, weights: Mapping[str, float]) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -110,7 +149,12 @@ def aux_losses(aux: Any, weights: Mapping[str, float]) -> tuple[jax.Array, dict[
 def objective(forward: Callable, params, batch, key, config: Config):
     """(sum over tokens of weight * loss, auxiliary loss, sums for the log): sums, so that micro-batches add up."""
     logits, aux = forward(params, batch, key)
-    nll, smoothed, lse = cross_entropy(logits, _targets(batch), config.label_smoothing)
+    if _real(batch):
+        if given := [n for n in ('z_loss', 'label_smoothing', 'distill') if getattr(config, n)]:
+            raise ValueError(f'step.{given[0]} is for targets that are tokens or labels; this task has real ones')
+        nll = smoothed = squared_error(logits, _targets(batch))
+    else:
+        nll, smoothed, lse = cross_entropy(logits, _targets(batch), config.label_smoothing)
     weights = batch['weights'].astype(jnp.float32)
     extra, logged = aux_losses(aux, config.aux_weights)
     if config.z_loss:
@@ -192,6 +236,7 @@ def train_step(
     rate: Callable,
     config: Config,
     heads: Mapping[str, int] | None = None,
+    clip: Callable | None = None,
 ):
     """Builds `step(state, batch, key) -> (state, metrics)`; jit it with the state donated. `key` is the run's, the same for
     every step: as an argument, one compiled program serves all seeds.
@@ -202,8 +247,11 @@ def train_step(
     Metrics (scalars): loss (nats per unit of weight, without smoothing, z-loss and auxiliary losses), objective,
     grad_norm, learning_rate, weight (sum of weights), bad (non-finite updates so far), frozen, and the model's own.
     heads: output projections and their numbers of heads (`heads.projections`), for `config.mask_heads`.
+    clip: `clip.hook`, for `config.qk_clip`; metrics then count the heads that were clipped.
     """
 
+    if config.qk_clip and clip is None:
+        raise ValueError('step.qk_clip looks inside the model: give train_step its hook')
     tolerated = config.max_non_finite if config.non_finite == 'skip' else 0
 
     def step(state, batch, key):
@@ -228,8 +276,13 @@ def train_step(
             'bad': bad,
             'frozen': frozen,
         }
+        params = keep(optax.apply_updates(params, updates), params)
+        if config.qk_clip:
+            due = ok & ((number + 1) % config.qk_clip_every == 0)
+            look, pass_by = functools.partial(clip, batch=batch, step=number), lambda params: (params, jnp.int32(0))
+            params, metrics['qk_clipped'] = jax.lax.cond(due, look, pass_by, params)
         state = {
-            'params': keep(optax.apply_updates(params, updates), params),
+            'params': params,
             'opt': keep(new_opt, opt),
             'step': number + ~frozen,
             'bad': bad,
@@ -240,11 +293,14 @@ def train_step(
 
 
 def eval_step(forward: Callable, token_bytes: jax.Array | None = None):
-    """Builds `step(params, batch) -> sums`: nll, correct, weight, and bytes where tokens stand for bytes."""
+    """Builds `step(params, batch) -> sums`: nll (or squared errors), weight; correct, but of real targets; and bytes where
+    tokens stand for bytes."""
 
     def step(params, batch):
         logits, _ = forward(params, batch, None)
         targets, weights = _targets(batch), batch['weights'].astype(jnp.float32)
+        if _real(batch):
+            return {'nll': jnp.sum(weights * squared_error(logits, targets)), 'weight': jnp.sum(weights)}
         nll, _, _ = cross_entropy(logits, targets)
         sums = {
             'nll': jnp.sum(weights * nll),
@@ -259,12 +315,15 @@ def eval_step(forward: Callable, token_bytes: jax.Array | None = None):
 
 
 def summarise(sums: list[Mapping[str, Any]]) -> dict[str, float]:
-    """Means over a whole evaluation: loss (nats per unit of weight), accuracy, nats_per_byte where bytes are known."""
+    """Means over a whole evaluation: loss (nats, or squared error, per unit of weight), accuracy where there is one,
+    nats_per_byte where bytes are known."""
     total = {name: sum(float(s[name]) for s in sums) for name in sums[0]} if sums else {}
     weight = total.get('weight', 0.0)
     if not weight:
         raise ValueError('the evaluation set is empty: no row has a positive weight')
-    found = {'loss': total['nll'] / weight, 'accuracy': total['correct'] / weight}
+    found = {'loss': total['nll'] / weight}
+    if 'correct' in total:
+        found['accuracy'] = total['correct'] / weight
     if total.get('bytes'):
         found['nats_per_byte'] = total['nll'] / total['bytes']
     return found

@@ -7,8 +7,8 @@ Two layers of softmax attention recall what followed a token at length 32; then 
 
 from ml_collections import ConfigDict
 
-OPTIM = {'kind': 'adamw', 'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup': 20, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'optim': OPTIM}
+OPTIM = {'kind': 'adamw', 'learning_rate': 5e-3, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 
 
 def get_config():
@@ -26,11 +26,13 @@ def get_config():
         name: {'model.mixers': {'a': {'kind': 'gqa', 'num_heads': 2, 'num_kv_heads': 2, **code}}}
         for name, code in codes.items()
     }
-    induction = {'data.task': {'kind': 'induction'}, 'data.length': 32, 'data.batch_size': 32, 'steps': 500, 'eval_every': 100}
+    induction = {'data.task': {'kind': 'induction'}, 'data.length': 32, 'data.batch_size': 32, 'steps': 300}
     model = {'model.num_layers': 2, 'model.width': 32, 'model.pattern': ('a',), 'model.conv_taps': 3}
+    model |= {'model.tie_embeddings': False}
     c.tasks = {'induction': {**QUIET, **model, **induction}}
     c.evals = {'twice': {'data.length': 64}, 'four times': {'data.length': 128}}
     c.metric = 'four times/accuracy'
     c.seeds = (0, 1, 2)
+    c.batch_seeds = True
     c.run_dir = 'runs/ablations/positions'
     return c

@@ -2,25 +2,28 @@
 
     python -m attnx.ablate --config=configs/ablations/where.py
 
-Six layers of gated linear attention; every arm swaps one of them for softmax attention.
+Four layers of linear attention without MLPs; every arm swaps one of them for softmax attention.
 """
 
 from ml_collections import ConfigDict
 
-OPTIM = {'kind': 'adamw', 'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup': 20, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'optim': OPTIM}
+OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 
 
 def get_config():
     c = ConfigDict(convert_dict=False)
-    c.question = 'One attention layer in a recurrent model of six: where?'
+    c.question = 'One attention layer in a recurrent model of four: where?'
+    model = {'model.pattern': ('linear_transformer',), 'model.mixers': {}, 'model.width': 32, 'model.conv_taps': 3}
+    model |= {'model.num_layers': 4, 'model.mlp.kind': 'none', 'model.tie_embeddings': False}
     c.base = 'configs/base.py'
-    c.arms = {'gla': {}}
-    c.generate = ({'swap': 'gqa'},)
-    model = {'model.pattern': ('gla',), 'model.mixers': {}, 'model.width': 64, 'model.conv_taps': 3}
-    recall = {'data.task': {'kind': 'mqar', 'num_pairs': 16}, 'data.length': 128, 'data.batch_size': 32}
-    c.tasks = {'recall': {**model, **QUIET, **recall, 'steps': 400, 'eval_every': 100}}
+    c.common = model
+    c.arms = {'linear': {}}
+    c.generate = ({'swap': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}},)
+    recall = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
+    c.tasks = {'recall': {**QUIET, **recall, 'steps': 250}}
     c.metric = 'accuracy'
     c.seeds = (0, 1, 2)
+    c.batch_seeds = True
     c.run_dir = 'runs/ablations/where'
     return c

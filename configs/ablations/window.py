@@ -7,8 +7,8 @@ Four layers of sliding-window attention on text of 256 tokens; three arms look a
 
 from ml_collections import ConfigDict
 
-OPTIM = {'kind': 'adamw', 'learning_rate': 3e-3, 'schedule': 'cosine', 'warmup': 20, 'weight_decay': 0.01}
-QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'optim': OPTIM}
+OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
+QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 
 
 def get_config():
@@ -30,9 +30,10 @@ def get_config():
         }
         for name, windows in arms.items()
     }
-    text = {'data.task': {'kind': 'text'}, 'data.length': 256, 'data.batch_size': 8, 'data.eval_batches': 8}
-    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 64, 'steps': 200, 'eval_every': 50}}
+    text = {'data.task': {'kind': 'text'}, 'data.length': 256, 'data.batch_size': 4, 'data.eval_batches': 32}
+    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 32, 'steps': 150}}
     c.metric = 'nats_per_byte'
     c.seeds = (0, 1, 2)
+    c.batch_seeds = True
     c.run_dir = 'runs/ablations/window'
     return c

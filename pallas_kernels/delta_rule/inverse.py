@@ -23,13 +23,14 @@ CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
 
 
-def inverses(k, strength, decay, *, interpret=False):
+def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, interpret=False):
     """The inverses of all chunks.
 
     Args:
       k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 s^2 far below 65504.
       strength: s, the square root of beta, float32 [B, N, chunks, 64], N a multiple of heads.
       decay: as in the gated linear sweep, or None.
+      k_low, other, other_low: L_ij = (k_i + k_low_i) . (other_j + other_low_j) where given, else k_i . k_j.
 
     Returns:
       bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is Z to 16 bits.
@@ -37,9 +38,17 @@ def inverses(k, strength, decay, *, interpret=False):
     (B, _, heads, K), (N, chunks), dtype = k.shape, strength.shape[1:3], k.dtype
     f16, f32 = jnp.float16, jnp.float32
 
-    def kernel(k_ref, strength_ref, decay_ref, out_ref, k_smem, a_smem, t_smem, o_smem, bar):
+    keys = k, k_low, other, other_low
+
+    def kernel(*refs_and_scratch):
+        key_refs, (strength_ref, decay_ref, out_ref, *scratch) = refs_and_scratch[:4], refs_and_scratch[4:]
+        *key_smem, a_smem, t_smem, o_smem, bar = scratch
         b, h, c = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('c')
-        plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], k_smem, bar)
+        for ref, smem in zip(key_refs, key_smem):
+            if ref is not None:
+                plgpu.copy_gmem_to_smem(ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // heads)], smem, bar)
+        k_smem, kl_smem, other_smem, ol_smem = key_smem
+        other_smem = k_smem if other_smem is None else other_smem
         tile = lambda dim: plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE)
         identity = lambda: jnp.where(tile(0) == tile(1), 1.0, 0.0)
 
@@ -69,7 +78,10 @@ def inverses(k, strength, decay, *, interpret=False):
             plgpu.commit_smem()
 
         def pairs(acc):
-            acc.add(k_smem, k_smem.T)
+            acc.add(k_smem, other_smem.T)
+            for left, right in ((kl_smem, other_smem), (k_smem, ol_smem)):
+                if left is not None and right is not None:
+                    acc.add(left, right.T)
             return acc.load(0)
 
         plgpu.barrier_wait(bar)
@@ -105,11 +117,11 @@ def inverses(k, strength, decay, *, interpret=False):
         kernel,
         out_type=jax.ShapeDtypeStruct((B, N, chunks, 2, CHUNK, CHUNK), dtype),
         scratch_types=(
-            common.swizzled((CHUNK, K), dtype),
+            *(None if x is None else common.swizzled((CHUNK, K), dtype) for x in keys),
             common.swizzled((CHUNK, CHUNK), f16),
             common.swizzled((1, CHUNK, CHUNK), f16),
             common.swizzled((2, CHUNK, CHUNK), dtype),
-            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=sum(x is not None for x in keys)),
         ),
         grid=(B, N, chunks),
         grid_names=('b', 'h', 'c'),
@@ -119,4 +131,4 @@ def inverses(k, strength, decay, *, interpret=False):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(k, strength, decay)
+    )(*keys, strength, decay)

@@ -1,4 +1,4 @@
-"""Delta rule on Hopper, ungated or with a scalar decay: forward and backward from three sweeps.
+"""Delta rule on Hopper, without or with any decay: forward and backward from three sweeps.
 
     S' = exp(g_t) S_{t-1}        u_t = beta_t (v_t - k_t S')        S_t = S' + k_t^T u_t        o_t = scale q_t S_t
 
@@ -30,13 +30,18 @@ def unsupported(
     width = max(key.shape[3], value.shape[3])
     if width > WIDEST and query.shape[1] > 1:
         return f'widths up to {WIDEST}, given {width}; use impl="xla"'
-    return linear.refuse(query, key, value, log_decay, scale, chunk)
+    return linear.refuse(query, key, value, scale, chunk)
 
 
 def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    if log_decay is not None and query.shape[1] > 1:
-        return 'auto leaves decays to xla: their gradient misses the gate (README); impl="mosaic_gpu" runs the kernel'
+    K, V = key.shape[3], value.shape[3]
+    if log_decay is None or query.shape[1] == 1:
+        return None
+    if log_decay.ndim == 4:
+        return f'auto leaves a decay per channel to xla: {linear.UNPROVEN} for one token'
+    if linear.padded(K) != 128 or linear.padded(V) != 128:
+        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
     return None
 
 
@@ -81,6 +86,10 @@ def delta_rule(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
+    if log_decay is not None and log_decay.ndim == 4:
+        from pallas_kernels.delta_rule.per_channel import per_channel  # it stands on this module
+
+        return per_channel((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
     return _delta_rule((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
@@ -88,7 +97,7 @@ def delta_rule(
 def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
     scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
-    state, _ = _first_states(interpret, cut, k8, v8, shared, initial_state)
+    state, _ = first_states(interpret, cut, k8, v8, shared, initial_state)
     out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
     return cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last
@@ -96,20 +105,23 @@ def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
     """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
-    B, T, N = beta.shape
-    decay = linear.cumulative(linear.steps(log_decay, segment_ids), T)
+    decay = linear.cumulative(linear.steps(log_decay, segment_ids), beta.shape[1])
     arrays = [linear.pad(x) for x in arrays]
-    length, K, V = arrays[0].shape[1], arrays[1].shape[3], arrays[2].shape[3]
-    cut = linear.Pieces(length, linear.pieces(B, T, N, K, V))
+    cut, strength, decay = schedule(beta, decay, arrays[1].shape[3], arrays[2].shape[3])
     q, k, *rest = map(cut.cut, arrays)
+    return cut, (q, k, *rest), (strength, inverses(k, strength, decay, interpret=interpret), decay, sweeps.SHARED)
+
+
+def schedule(beta, decay, K, V):
+    """How the sequence is cut; the strengths and the decays of the parts."""
+    B, T, N = beta.shape
+    cut = linear.Pieces(T + -T % CHUNK, linear.pieces(B, T, N, K, V))
     strength = jnp.sqrt(jnp.maximum(beta.astype(jnp.float32), FAINTEST))
-    strength = jnp.pad(strength, [(0, 0), (0, length - T), (0, 0)])
-    strength = cut.cut(strength).swapaxes(1, 2).reshape(-1, N, cut.size // CHUNK, CHUNK)
-    decay = cut.cut_decay(decay, B)
-    return cut, (q, k, *rest), (strength, inverses(k, strength, decay, interpret=interpret), decay)
+    strength = cut.cut(jnp.pad(strength, [(0, 0), (0, -T % CHUNK), (0, 0)]))
+    return cut, strength.swapaxes(1, 2).reshape(-1, N, cut.size // CHUNK, CHUNK), cut.cut_decay(decay, B)
 
 
-def _first_states(interpret, cut, k, v, shared, initial_state):
+def first_states(interpret, cut, k, v, shared, initial_state):
     """The state that each piece starts with, and the pieces' transitions: S -> transition S + what the piece writes."""
     state = None if initial_state is None else linear.pad_state(initial_state)
     if cut.count == 1:
@@ -118,10 +130,10 @@ def _first_states(interpret, cut, k, v, shared, initial_state):
     write = functools.partial(sweeps.write, None, k, only_states=True, interpret=interpret)
     transitions = write(None, *shared, jnp.broadcast_to(jnp.eye(K), (*shape, K, K)))[1][:, :, 0]
     written = write(v, *shared, None)[1][:, :, 0]
-    return _chain(cut, transitions, written, state), transitions
+    return chain(cut, transitions, written, state), transitions
 
 
-def _chain(cut, transitions, written, first, reverse=False):
+def chain(cut, transitions, written, first, reverse=False):
     """first, then transition S + written from piece to piece: what each of them starts with."""
     by_piece = lambda x: jnp.moveaxis(x.reshape(-1, cut.count, *x.shape[1:]), 1, 0)
     transitions, written = by_piece(transitions), by_piece(written)
@@ -150,26 +162,27 @@ def _backward(static, saved, cotangents):
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
     cut, (q8, k8, v8, do8), shared = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
-    state, transitions = _first_states(interpret, cut, k8, v8, shared, initial_state)
+    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
-        dstate = _chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+        dstate = chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': linear.GROUP, 'interpret': interpret}
     (u, low), states = sweeps.write(None, k8, v8, *shared, state, **every)
-    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
+    (w, w_low), dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
     partner = lambda x: None if wanted is None else x
     sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
     dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), k_low=low, scale=scale)
-    dk, _, erases = sweep(w, u, k8, decay, turn(state), partner(k8), k_low=low, strict=True, wide=True, scale=-scale)
-    later = functools.partial(sweep, u, reverse=True)
-    dk, _, asks = later(do8, q8, decay, turn(dstate), partner(k8), base=dk, wide=True, scale=scale)
-    dk, _, spares = later(w, k8, decay, None, partner(k8), base=dk, strict=True, scale=-scale)
+    strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
+    later = {'q_low': low, 'reverse': True}
+    dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8), q_low=w_low, k_low=low)
+    dk, _, spares = strict(u, w, k8, decay, None, partner(k8), k_low=w_low, base=dk, **later)
+    dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, **later)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
     wide = lambda x: cut.join(x)[:, :T, :, :V].astype(jnp.float32)
-    dv = wide(w) * scale
+    dv = (wide(w) + wide(w_low)) * scale
     dbeta = ((wide(u) + wide(low)) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST) ** 2
     states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
@@ -177,9 +190,8 @@ def _backward(static, saved, cotangents):
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
-        last = jnp.zeros(states.shape[:2]) if dlast is None else (states[:, :, -1] * dlast).sum((2, 3))
-        between = jnp.einsum('bngkv,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
-        anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
+        first = None if initial_state is None else linear.pad_state(initial_state)
+        anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
         each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
         step = linear.steps(log_decay, segment_ids)
         each = linear.decay_gradient(each, anchors, step)

@@ -11,7 +11,12 @@ A chunk's u (or w) solve a triangular system whose inverse, the same for both, i
 so that u / b, what a token would have written, is exact however little it writes. The inverse comes as two 16-bit terms, high
 and low. Its right side, the state that the keys read, and u (w) where it enters the state are split likewise: a key that
 repeats makes large terms cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
+
+With a decay per channel (`Channels`) the key that reads the state and the key that enters it differ, both and q come as two
+terms, and the state's rows are scaled before and after each chunk, as `pallas_kernels.gated_linear.per_channel` explains.
 """
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +33,20 @@ SQUARE = (CHUNK, CHUNK)
 RING = 2
 
 
-def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, only_states=False, interpret=False):
+class Channels(NamedTuple):
+    """What a decay per channel adds, each key as k and bfloat16 unless said otherwise."""
+
+    k_low: Any = None  # added to k, which then is the key that meets the state: reads it forward in time, is read in reverse
+    other: Any = None  # the key that enters the state
+    other_low: Any = None
+    q_low: Any = None
+    scales: Any = None  # float32 [B, N, chunks, K]
+
+
+SHARED = Channels()  # no channel decays on its own
+
+
+def write(q, k, v, strength, inverse, decay, channels, state, *, every=None, scale=1.0, only_states=False, interpret=False):
     """Forward in time.
 
     Args:
@@ -37,6 +55,7 @@ def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, on
       strength: s, float32 [B, N, chunks, 64], 0 past the end.
       inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of Z.
       decay: as in the gated linear sweep, or None.
+      channels: `Channels`; `SHARED` without a decay per channel.
       state: float32 [B, N, K, V] or None.
       every: chunks between two emitted states; None emits the last only.
       scale: multiplies out.
@@ -46,30 +65,35 @@ def write(q, k, v, strength, inverse, decay, state, *, every=None, scale=1.0, on
       With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its two 16-bit terms, each as v, and states.
     """
     results = () if only_states else ('u', 'low') if q is None else ('out',)
-    return _sweep(q, k, v, strength, inverse, decay, state, False, every, scale, results, interpret)
+    return _sweep(q, k, v, strength, inverse, decay, channels, state, False, every, scale, results, interpret)
 
 
-def reach(q, k, do, strength, inverse, decay, state, *, every=None, only_states=False, interpret=False):
-    """Backward in time: w [B, T', N, V] and the states D, before each group of chunks and decayed to its first token."""
-    results = () if only_states else ('u',)
-    return _sweep(q, k, do, strength, inverse, decay, state, True, every, 1.0, results, interpret)
+def reach(q, k, do, strength, inverse, decay, channels, state, *, every=None, only_states=False, interpret=False):
+    """Backward in time: w as its two terms, and the states D, before each group of chunks and decayed to its first token."""
+    results = () if only_states else ('u', 'low')
+    return _sweep(q, k, do, strength, inverse, decay, channels, state, True, every, 1.0, results, interpret)
 
 
-def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, results, interpret):
+def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, scale, results, interpret):
     (B, T, heads, K), N, V, dtype = k.shape, strength.shape[1], (state if v is None else v).shape[3], k.dtype
     chunks = common.cdiv(T, CHUNK)
     every = min(every or chunks, chunks)
     groups = common.cdiv(chunks, every)
-    W = 2 if V % 128 == 0 else 1
+    k_low, other, other_low, q_low, scales = channels
+    q_low = q_low if reverse else None
+    W = 2 if V % 128 == 0 and scales is None else 1  # a decay per channel has more to keep in shared memory
     width, depth = 64 * W, K // 64
-    parts, ring = V // width, min(RING, chunks)
+    parts, ring = V // width, min(RING if scales is None else 1, chunks)
     has_out = 'out' in results
-    arrivals = 3 + sum(x is not None for x in (q, v, decay))
+    arrivals = 3 + sum(x is not None for x in (q, v, decay, k_low, other, other_low, q_low, scales))
     registers = W == 2 and not interpret
 
     def kernel(*refs_and_scratch):
-        *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, full, free) = refs_and_scratch
-        q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, out_ref, u_ref, low_ref, states_ref = refs
+        *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, *extra, full, free) = refs_and_scratch
+        q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, *refs = refs
+        *extra_refs, out_ref, u_ref, low_ref, states_ref = refs
+        ql_smem, kl_smem, e_smem, el_smem, c_smem = extra
+        e_smem = k_smem if e_smem is None else e_smem  # the key that enters the state
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
@@ -108,6 +132,12 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i <= j if reverse else i >= j
 
+            def rescale(S, slot):
+                if c_smem is None:
+                    return S
+                factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
+                return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
+
             def times(x, vector):
                 return x if vector is None else x * common.row(vector, SQUARE)
 
@@ -115,14 +145,21 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                 slot, c = lax.rem(s, ring), place(s)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
+                if c_smem is not None:
+                    S = rescale(S, slot)
+                    keep_copy(S)
                 between, read, written, total = factors(slot)
                 own_strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
                 value = None if v_smem is None else v_smem.at[slot, :, mine]
                 Z_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
 
-                def weigh(a, b):
+                def weigh(a, b, a_low, b_low):
                     def run(acc):
                         acc.add(a.at[slot], b.at[slot].T)
+                        if a_low is not None:
+                            acc.add(a_low.at[slot], b.at[slot].T)
+                        if b_low is not None:
+                            acc.add(a.at[slot], b_low.at[slot].T)
                         weights = acc.load(0)
                         weights = weights if between is None else weights * between
                         return jnp.where(visible(), weights, 0.0)
@@ -135,10 +172,12 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                     def run(acc):
                         for term in range(2):
                             acc.add(k_smem.at[slot], s_smem.at[here, term])
+                        if kl_smem is not None:
+                            acc.add(kl_smem.at[slot], s_smem.at[here, 0])
                         if not reverse:
                             predicted = times(acc.load(0), read)
                             return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
-                        weights = split(weigh(k_smem, q_smem))
+                        weights = split(weigh(k_smem, q_smem, kl_smem, ql_smem))
                         if read is not None:
                             acc.set(times(acc.load(0), read))
                         for term in weights:
@@ -172,10 +211,12 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                 def output():
                     def run(out):
                         out.add(q_smem.at[slot], s_smem.at[here, 0])
-                        weights = weigh(q_smem, k_smem).astype(dtype)
+                        high, low = split(weigh(q_smem, e_smem, None, el_smem))
                         if read is not None:
                             out.set(times(out.load(0), read))
-                        out.add(weights, r_smem.at[here, 0])
+                        out.add(high, r_smem.at[here, 0])
+                        if c_smem is not None:  # q and the key were rounded once more already, by their decays
+                            out.add(low, r_smem.at[here, 0])
                         o = out.load(0)
                         return (o * scale if scale != 1 else o).astype(dtype)
 
@@ -188,23 +229,28 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                         acc.set(S[i] if total is None else S[i] * total)
                     for i, acc in enumerate(accumulators):
                         high_of_u, low_of_u = r_smem.at[here, 0], r_smem.at[here, 1]
-                        sources = [(k_smem, high_of_u, low_of_u, -1.0 if reverse else 1.0)]
-                        sources += [(q_smem, value, None, 1.0)] if reverse else []
-                        for smem, high_right, low_right, sign in sources:
-                            keys = wide(plgpu.load(smem.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE)) * sign
+                        sources = [(e_smem, el_smem, high_of_u, low_of_u, -1.0 if reverse else 1.0)]
+                        sources += [(q_smem, ql_smem, value, None, 1.0)] if reverse else []
+                        for smem, low_smem, high_right, low_right, sign in sources:
+                            part = (slot, slice(None), pl.ds(64 * i, 64))
+                            terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (smem, low_smem) if x is not None]
+                            keys = sum(map(wide, terms)) * sign
                             high, low = split(keys if written is None else keys * common.col(written, SQUARE))
                             acc.add(high, high_right)
-                            if written is not None:
+                            if written is not None or low_smem is not None:
                                 acc.add(low, high_right)
                             if low_right is not None:
                                 acc.add(high, low_right)
                     return tuple(acc.load(0) for acc in accumulators)
 
-                S = accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret)
+                S = rescale(accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret), slot)
                 plgpu.barrier_arrive(free.at[slot])
                 if o is not None:
                     r_smem.at[wg, 0][...] = o
-                keep_copy(S)
+                if c_smem is None:
+                    keep_copy(S)
+                elif o is not None:
+                    plgpu.commit_smem()
                 if o is not None:
                     plgpu.copy_smem_to_gmem(r_smem.at[wg, 0], out_ref.at[b, rows, h, cols])
                 passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
@@ -221,7 +267,8 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
             else:
                 part_of = lambda i: state_ref.at[b, h, pl.ds(64 * i, 64), cols]
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
-            keep_copy(S)
+            if c_smem is None:
+                keep_copy(S)
             lax.fori_loop(0, chunks, step, S)
             plgpu.wait_smem_to_gmem(0)
 
@@ -242,9 +289,11 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
                         rows = pl.ds(c * CHUNK, CHUNK)
                         pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
                         copy = lambda source, smem: plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
-                        copy(k_ref.at[b, rows, shared], k_smem)
-                        if q_ref is not None:
-                            copy(q_ref.at[b, rows, shared], q_smem)
+                        for ref, smem in zip((k_ref, q_ref, *extra_refs[:4]), (k_smem, q_smem, ql_smem, kl_smem, *extra[2:4])):
+                            if ref is not None:
+                                copy(ref.at[b, rows, shared], smem)
+                        if c_smem is not None:
+                            copy(extra_refs[4].at[b, h, c], c_smem)
                         if v_ref is not None:
                             copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
                         copy(strength_ref.at[b, h, c], b_smem)
@@ -269,6 +318,8 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
             None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
             common.swizzled((W, 2, K, 64), dtype),
             common.swizzled((W, 2, CHUNK, 64), dtype),
+            *(None if x is None else common.swizzled((ring, CHUNK, K), dtype) for x in (q_low, k_low, other, other_low)),
+            None if scales is None else plgpu.SMEM((ring, K), jnp.float32),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
@@ -292,6 +343,6 @@ def _sweep(q, k, v, strength, inverse, decay, state, reverse, every, scale, resu
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, strength, inverse, decay, state)
+    )(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)
     found = [x for x in found if x is not None]
     return (found[0] if len(found) == 1 else tuple(found)), states

@@ -23,23 +23,36 @@ ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
 GROUP = 8  # chunks between the states that anchor the gradient of log_decay
 PROCESSORS = 132
+UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 
 
 def unsupported(
     query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
-    return refuse(query, key, value, log_decay, scale, chunk, per_channel=True)
+    return refuse(query, key, value, scale, chunk)
 
 
 def held_back(query, key, value, log_decay=None, **_) -> str | None:
     """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    if log_decay is not None and log_decay.ndim == 4 and query.shape[1] > 1:
-        return 'auto leaves a decay per channel to xla until the kernel has passed its gate on a GPU; impl="mosaic_gpu" runs it'
+    (B, T, N, V), K = value.shape, key.shape[3]
+    if log_decay is None or log_decay.ndim < 4 or T == 1:
+        return None
+    if padded(K) != 128 or padded(V) != 128:
+        return f'auto leaves a decay per channel at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
+    if pieces(B, T, N, padded(K), padded(V)) > 1:
+        return (
+            f'auto leaves a decay per channel in pieces of the sequence to xla: {UNPROVEN} where batch and heads fill the chip'
+        )
     return None
 
 
-def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str | None:
+def padded(width: int) -> int:
+    """As wide as it is in memory."""
+    return width + -width % CHUNK
+
+
+def refuse(query, key, value, scale, chunk) -> str | None:
     """The reasons that the recurrent kernels share."""
     (_, T, heads, K), (N, V) = query.shape, value.shape[2:]
     dtypes = sorted({str(jnp.result_type(x)) for x in (query, key, value)})
@@ -52,13 +65,11 @@ def refuse(query, key, value, log_decay, scale, chunk, per_channel=False) -> str
         return f'{N} heads of value are no multiple of the {heads} heads of query and key'
     if max(K, V) > WIDEST:
         return f'widths up to {WIDEST}, given {max(K, V)}; use impl="xla"'
-    if log_decay is not None and log_decay.ndim == 4 and not per_channel and T > 1:
-        return 'a decay per channel has no kernel yet; give one per token [B, T, N], or use impl="xla"'
     if chunk not in (None, CHUNK):
         return f'it works in chunks of {CHUNK}, given chunk={chunk}; leave it out, or use impl="xla"'
     if scale is not None and (isinstance(scale, jax.Array) or not float(scale)):
         return 'scale must be a Python number other than 0; multiply the query instead'
-    return _hardware()
+    return hardware()
 
 
 def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
@@ -66,14 +77,13 @@ def schedule_of(query, key, value, log_decay=None, *_, **__) -> str:
     (B, T, N, V), K = value.shape, key.shape[3]
     if T == 1:
         return 'one token: each state is read and written once'
-    per_channel = log_decay is not None and log_decay.ndim == 4
-    count = 1 if per_channel else Pieces(T, pieces(B, T, N, K + -K % CHUNK, V + -V % CHUNK)).count
+    count = Pieces(T, pieces(B, T, N, padded(K), padded(V))).count
     return (
         f'{count} pieces of the sequence side by side, in chunks of {CHUNK}' if count > 1 else f'chunk after chunk of {CHUNK}'
     )
 
 
-def _hardware() -> str | None:
+def hardware() -> str | None:
     try:
         device = jax.devices('cuda')[0]
     except RuntimeError:
@@ -169,12 +179,8 @@ def _backward(static, saved, cotangents):
     if log_decay is not None:
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
-        last = None if dstate is None else (states[:, :, -1], dstate.swapaxes(2, 3))
-        between = jnp.einsum('bngvk,bngkv->bng', states[:, :, :-1], dstates[:, :, 1:], precision='highest')
-        last = jnp.zeros_like(reads[:, :, 0, 0]) if last is None else (last[0] * last[1]).sum((2, 3))
-        anchors = jnp.concatenate([between, last[:, :, None]], axis=-1) * scale
         each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decay_gradient(each[..., :T], anchors, step)
+        each = decay_gradient(each[..., :T], anchors('bngvk,bngkv->bng', state, states, dstate, dstates) * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -210,20 +216,32 @@ def cumulative(step, T: int):
     return jnp.cumsum(step.reshape(*step.shape[:2], -1, CHUNK), axis=-1)
 
 
+def anchors(spec: str, state, states, dstate, dstates):
+    """<S, dS> where groups of chunks meet, both ends included, by einsum's `spec`: the gradient of the log-decay there.
+
+    state, dstate: [B, N, x, y], before the first group and after the last, or None for zero. states, dstates: [B, N, groups,
+    x, y], after each group and before it.
+    """
+    whole = lambda x, like: jnp.zeros_like(like[:, :, :1]) if x is None else x[:, :, None]
+    states = jnp.concatenate([whole(state, states), states], axis=2)
+    dstates = jnp.concatenate([dstates, whole(dstate, dstates)], axis=2)
+    return jnp.einsum(spec, states, dstates, precision='highest')
+
+
 def decay_gradient(each, anchors, step):
     """Gradient of the log-decay of every step.
 
     With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
     d_t = d_{t+1} + a_t - b_t. Summed from the end that would carry rounding errors over the whole sequence, and into steps
     that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
-    such step, from 0.
+    such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
 
     Args:
       each: a_t - b_t, float32 [B, N, T].
-      anchors: d of the token after each group, [B, N, groups].
+      anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
       step: `steps`.
     """
-    (B, N, T), groups = each.shape, anchors.shape[-1]
+    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
     silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
     idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
     cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
@@ -232,11 +250,25 @@ def decay_gradient(each, anchors, step):
     count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
     heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
     within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
-    silence, following, chunks = count[..., -1:] - count + silent, anchors, []
+    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
     for c in reversed(range(GROUP)):
         chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
         following = chunks[-1][..., 0]
-    return jnp.stack(chunks[::-1], axis=3).reshape(B, N, -1)[..., :T]
+    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
+    heard = jnp.cumsum(silent.reshape(*silent.shape[:2], *each.shape[2:]), axis=-1) == 0
+    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
+    return each.reshape(B, N, -1)[..., :T]
+
+
+def bridge(heard, T: int):
+    """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
+
+    heard: [.., groups, tokens], whether no step from the first up to this one is silent.
+    """
+    groups, size = heard.shape[-2:]
+    place = np.arange(groups * size).reshape(groups, size)
+    length = (heard & (place < T)).sum(-1, keepdims=True)
+    return jnp.where(heard, jnp.maximum(length - place[0], 0) / jnp.maximum(length, 1), 0.0)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------------
@@ -256,14 +288,14 @@ class Pieces:
         self.count = common.cdiv(T, size)
         self.size = size if self.count > 1 else T
 
-    def cut(self, x, axis=1, unit=1):
-        """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]."""
+    def cut(self, x, axis=1, unit=1, fill=0):
+        """[B, .., T / unit, ..] -> [B * count, .., size / unit, ..]; what is added holds `fill`."""
         if x is None:
             return None
         B, size = x.shape[0], self.size // unit
         idle = [(0, 0)] * x.ndim
         idle[axis] = (0, self.count * size - x.shape[axis])
-        x = jnp.pad(x, idle).reshape(*x.shape[:axis], self.count, size, *x.shape[axis + 1 :])
+        x = jnp.pad(x, idle, constant_values=fill).reshape(*x.shape[:axis], self.count, size, *x.shape[axis + 1 :])
         return jnp.moveaxis(x, axis, 1).reshape(B * self.count, *x.shape[1:axis], *x.shape[axis + 1 :])
 
     def cut_decay(self, decay, B: int):
@@ -287,8 +319,10 @@ def run(
     state,
     partner=None,
     *,
+    scales=None,
     k_low=None,
-    base=None,
+    v_low=None,
+    by_columns=False,
     reverse=False,
     grouped=False,
     interpret=False,
@@ -305,19 +339,27 @@ def run(
     cut = Pieces(T, parts or pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
     options |= shared | {'every': GROUP if grouped else None}
+    terms = {'k_low': k_low, 'v_low': v_low}
     if cut.count == 1:
-        return sweep(q, k, v, decay, state, partner, k_low=k_low, base=base, **options)
+        return sweep(q, k, v, decay, state, partner, scales, by_columns=by_columns, **terms, **options)
     local_decay = cut.cut_decay(decay, B)
-    q, k, v, partner, k_low, base = map(cut.cut, (q, k, v, partner, k_low, base))
-    _, local, _ = sweep(None, k, v, local_decay, None, k_low=k_low, heads=N, **shared)
-    total = None
+    q, k, v, partner = map(cut.cut, (q, k, v, partner))
+    terms = {name: cut.cut(x) for name, x in terms.items()} | {'by_columns': by_columns}
+    scales = cut.cut(scales, 2, CHUNK, fill=1)
+    _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **terms, **shared)
+    total = None  # [B or 1, N or 1, channels or 1, parts]
     if decay is not None:
         total = jnp.broadcast_to(local_decay[..., -1], (*local_decay.shape[:2], cut.size // CHUNK)).sum(-1)
         total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
-        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))
-    starts = _starts(local.reshape(B, cut.count, N, K, V), total, state, reverse)
-    starts = starts.reshape(-1, N, K, V)
-    out, states, dots = sweep(q, k, v, local_decay, starts, partner, k_low=k_low, base=base, **options)
+        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))[:, :, None]
+    if scales is not None:
+        by_channel = 2 * jnp.log2(scales).sum(2)
+        by_channel = jnp.moveaxis(by_channel.reshape(B, cut.count, N, -1), 1, 3)
+        total = by_channel if total is None else by_channel + total
+    turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
+    starts = _starts(turn(local.reshape(B, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
+    starts = turn(starts).reshape(-1, N, K, V)
+    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, **terms, **options)
     states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]
@@ -325,21 +367,24 @@ def run(
 
 
 def _starts(local, total, state, reverse):
-    """The state that each piece starts with, [B, parts, N, K, V], from the pieces' own last states."""
-    parts = local.shape[1]
+    """The state that each piece starts with, [B, parts, N, K, V], from the pieces' own last states and decays in base 2."""
+    (B, parts, N), shape = local.shape[:3], local.shape
+    channels = 1 if total is None else total.shape[2]
+    local = local.reshape(B, parts, N, channels, -1)
+    state = None if state is None else state.reshape(B, N, channels, -1)
     if reverse:
-        local, total = jnp.flip(local, 1), None if total is None else jnp.flip(total, 2)
+        local, total = jnp.flip(local, 1), None if total is None else jnp.flip(total, 3)
     first = jnp.zeros_like(local[:, :1]) if state is None else state[:, None]
     own = jnp.concatenate([first, local[:, :-1]], axis=1)  # own[j] is complete before piece j
     lower = jnp.tril(jnp.ones((parts, parts), bool))
     if total is None:
-        weights = lower[None, None].astype(jnp.float32)
+        weights = lower[None, None, None].astype(jnp.float32)
     else:  # between[i, j] = sum of total over pieces j <= r < i, summed and not subtracted
-        terms = jnp.where(jnp.tril(lower, -1), jnp.pad(total, [(0, 0), (0, 0), (1, 0)])[:, :, :-1, None], 0.0)
-        weights = jnp.where(lower, jnp.exp2(jnp.cumsum(terms, axis=2)), 0.0)
-    weights = jnp.broadcast_to(weights, (local.shape[0], local.shape[2], parts, parts))
-    starts = jnp.einsum('bnij,bjnkv->binkv', weights, own, precision='highest')
-    return jnp.flip(starts, 1) if reverse else starts
+        terms = jnp.where(jnp.tril(lower, -1), jnp.pad(total, [(0, 0)] * 3 + [(1, 0)])[..., :-1, None], 0.0)
+        weights = jnp.where(lower, jnp.exp2(jnp.cumsum(terms, axis=3)), 0.0)
+    weights = jnp.broadcast_to(weights, (B, N, channels, parts, parts))
+    starts = jnp.einsum('bnkij,bjnkv->binkv', weights, own, precision='highest')
+    return (jnp.flip(starts, 1) if reverse else starts).reshape(shape)
 
 
 # Layout ------------------------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear import mosaic_gpu as shared
-from pallas_kernels.gated_linear.sweep import CHUNK, sweep
+from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
 choose = jax.lax.cond  # on the device
@@ -29,9 +29,8 @@ PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
     """(out, last state); static: (scale, interpret)."""
-    fits = _fits(log_decay)
     arrays = q, k, v, log_decay, initial_state, segment_ids
-    return choose(fits, lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+    return choose(fits(log_decay), lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
 
 
 def _steps(log_decay):
@@ -50,12 +49,12 @@ def _sums(x, mask):
     return jnp.einsum(spec, mask.astype(jnp.float32), x, precision='highest')
 
 
-def _fits(log_decay):
+def fits(log_decay):
     step = _steps(log_decay)
     return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > shared.NEGLIGIBLE)
 
 
-def _factors(log_decay):
+def factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
     G = _sums(_chunked(_steps(log_decay)), np.tri(CHUNK))
     half = G[:, :, -1:] / 2
@@ -64,9 +63,9 @@ def _factors(log_decay):
     return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
 
 
-def _decay_gradient(each, anchors, segment_ids):
-    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups, N, H], where only resets are silent."""
-    (B, T, N, H), groups = each.shape, anchors.shape[1]
+def decay_gradient(each, anchors, segment_ids):
+    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
+    (B, T, N, H), groups = each.shape, anchors.shape[1] - 1
     later = np.triu(np.ones((CHUNK, CHUNK)))
     silence = None
     if segment_ids is not None:
@@ -77,34 +76,42 @@ def _decay_gradient(each, anchors, segment_ids):
         silence = (count[..., -1:] - count + reset).reshape(B, groups, shared.GROUP, CHUNK, 1, 1)
     each = jnp.pad(each, [(0, 0), (0, groups * shared.GROUP * CHUNK - T), (0, 0), (0, 0)])
     within = _sums(each.reshape(B, -1, CHUNK, N, H), later).reshape(B, groups, shared.GROUP, CHUNK, N, H)
-    following, chunks = anchors, []
+    following, chunks = anchors[:, 1:], []
     for c in reversed(range(shared.GROUP)):
         felt = following[:, :, None]
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
-    each = jnp.stack(chunks[::-1], axis=2).reshape(B, -1, N, H)[:, :T]
+    each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
+    heard = jnp.ones((B, groups, shared.GROUP * CHUNK), bool)
+    if silence is not None:
+        heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
+    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * shared.bridge(heard, T)[..., None, None]
+    each = each.reshape(B, -1, N, H)[:, :T]
     return each if silence is None else jnp.where(reset.reshape(B, -1)[:, :T, None, None] > 0, 0.0, each)
 
 
 def _prepare(q, k, v, log_decay, segment_ids):
     groups = v.shape[2] // k.shape[2]
     wide = lambda x: jnp.repeat(x, groups, 2).astype(jnp.float32)
-    factor, between = _factors(log_decay)
-
-    def split(x):  # in two 16-bit terms: states are to be good to float32
-        info = jnp.finfo(q.dtype)
-        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
-        return shared.pad(high.astype(q.dtype)), shared.pad((x - high).astype(q.dtype))
+    factor, between = factors(log_decay)
 
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
-    return split(wide(q) * factor), split(wide(k) / factor), shared.pad(v), resets, factor, between
+    terms = functools.partial(split, dtype=q.dtype)
+    return terms(wide(q) * factor), terms(wide(k) / factor), shared.pad(v), resets, factor, between
+
+
+def split(x, dtype):
+    """Two 16-bit terms, padded for the sweeps: states are to be good to float32."""
+    info = jnp.finfo(dtype)
+    high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
+    return shared.pad(high.astype(dtype)), shared.pad((x - high).astype(dtype))
 
 
 def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
     (qd, _), (kd, low), v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = sweep(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
+    out, states, _ = shared.run(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
@@ -127,42 +134,41 @@ def _backward(static, args, cotangents):
         return pull((do, dlast))
 
     fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *choose(_fits(log_decay), fast, slow, args, do, dlast), None
+    return *choose(fits(log_decay), fast, slow, args, do, dlast), None
 
 
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
-    (qd, low), (kd, _), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    (qd, q_low), (kd, k_low), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
-    run = functools.partial(sweep, scales=between, scale=scale, every=shared.GROUP, interpret=interpret)
-    dqd, states, _ = run(do8, v8, kd, resets, turn(state), by_columns=True, strict=True)
-    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=low, reverse=True)
-    dkd, _, _ = run(v8, do8, qd, resets, turn(dstate), by_columns=True, reverse=True, strict=True)
-    wide = lambda x: x[:, :T, :, :K].astype(jnp.float32)
-    qd, kd, dqd, dkd = map(wide, (qd, kd, dqd, dkd))
+    run = functools.partial(shared.run, scales=between, scale=scale, grouped=True, interpret=interpret)
+    of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
+    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), v_low=k_low)
+    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=q_low, reverse=True)
+    dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), v_low=q_low, reverse=True)
+    dq, dk = factor * dqd[:, :T, :, :K], dkd[:, :T, :, :K] / factor
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
     own = scale * (v.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1, keepdims=True)
-    repeat = lambda x: jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32)
-    dq = (factor * dqd + own * repeat(k)).astype(q.dtype)
-    dk = (dkd / factor + own * repeat(q)).astype(k.dtype)
-    dq, dk = (shared.over_groups(x, heads) for x in (dq, dk))
+    q_wide, k_wide = (jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32) for x in (q, k))
+    each = q_wide * dq - k_wide * dk
+    dq = shared.over_groups(dq + own * k_wide, heads).astype(q.dtype)
+    dk = shared.over_groups(dk + own * q_wide, heads).astype(k.dtype)
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
-    following = jnp.concatenate([dstates[:, :, 1:], dstate[:, :, None]], axis=2)
-    anchors = jnp.einsum('bngvk,bngkv->bgnk', states, following, precision='highest')[..., :K] * scale
-    dlog_decay = _decay_gradient(qd * dqd - kd * dkd, anchors, segment_ids).astype(log_decay.dtype)
+    anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
+    dlog_decay = decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 
 per_channel.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
-    """The same for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
+def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
+    """The same, with `beta` the delta rule's, for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
     (B, T, N, V), K = v.shape, k.shape[3]
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
     step = _steps(log_decay)
@@ -174,13 +180,18 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
         return jnp.moveaxis(x.reshape(B, -1, KEPT, PAIRS, N, x.shape[3]), (1, 2, 4), (0, 1, 3))
 
     lower = jnp.tril(jnp.ones((PAIRS, PAIRS), bool))[..., None]
+    strict = jnp.tril(jnp.ones((PAIRS, PAIRS)), -1)[..., None]
     einsum = functools.partial(jnp.einsum, precision='highest')
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state, xs):
-        q, k, v, step = xs
+        q, k, v, step, *strength = xs
         G = jnp.cumsum(step, axis=2)
         pairs = jnp.exp2(jnp.where(lower, G[:, :, :, None] - G[:, :, None], 0.0)) * lower
+        for beta in strength:
+            coupling = beta * einsum('bnik,bnjk,bnijk->bnij', k, k, pairs * strict)
+            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp2(G), state))
+            v = jax.lax.linalg.triangular_solve(coupling, v, left_side=True, lower=True, unit_diagonal=True)
         weights = einsum('bnik,bnjk,bnijk->bnij', q, k, pairs)
         out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp2(G), state)
         end = G[:, :, -1:]
@@ -193,5 +204,6 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids):
         return state, out.astype(v.dtype)
 
     state = jnp.zeros((B, N, K, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    state, out = jax.lax.scan(several, state, tuple(map(cut, (wide(q), wide(k), wide(v), step))))
+    arrays = wide(q), wide(k), wide(v), step, *(() if beta is None else (beta.astype(jnp.float32)[..., None],))
+    state, out = jax.lax.scan(several, state, tuple(map(cut, arrays)))
     return jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(B, -1, N, V)[:, :T], state

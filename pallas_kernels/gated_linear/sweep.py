@@ -27,11 +27,11 @@ def columns(K: int, V: int) -> int:
     return 128 if K <= 128 and V % 128 == 0 else 64
 
 
-def stages(K: int, V: int, keys: int, copies: int) -> int:
-    """How many chunks fit in the ring: of `keys` arrays as wide as the key, and of v, beside `copies` of the state."""
+def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) -> int:
+    """Chunks that fit in the ring: of arrays as wide as the key, as wide as the value; beside copies of the state and out."""
     width = columns(K, V)
-    fixed = 2 * K * width * copies + 2 * CHUNK * width
-    return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width)))
+    fixed = 2 * K * width * copies + 2 * CHUNK * width * outputs
+    return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
 def sweep(
@@ -44,6 +44,8 @@ def sweep(
     scales=None,
     k_low=None,
     base=None,
+    q_low=None,
+    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -68,7 +70,7 @@ def sweep(
       partner: [B, T', Np, V], bfloat16, or None. With it, with `base` and with `wide`, T' is a multiple of 64.
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
         and again after each chunk. None: not.
-      k_low: as k, added to it: a second 16-bit term of keys that are known better than that.
+      k_low, q_low, v_low: as k, q and v, added to them: second 16-bit terms of what is known better than that.
       base: float32 [B, T', N, V] that is added to out, after the scale, or None.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
@@ -90,16 +92,20 @@ def sweep(
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
     copies = 0 if q is None else 1 + precise
-    ring = min(stages(K, V, 1 + (q is not None) + (k_low is not None), copies), max(chunks, 1))
-    arrivals = 2 + sum(x is not None for x in (q, decay, scales, k_low))
+    given = lambda *arrays: sum(x is not None for x in arrays)
+    outputs = int(q is not None and not wide)
+    ring = min(stages(K, V, given(q, k, q_low, k_low), given(v, v_low), copies, outputs), max(chunks, 1))
+    arrivals = given(q, k, v, decay, scales, k_low, q_low, v_low)
     channels = width if by_columns else K
     registers = W == 2 and not interpret
     simple = partner is None and base is None and not precise
     early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
     def kernel(*refs_and_scratch):
-        *refs, (q_smem, k_smem, kl_smem, v_smem, g_smem, c_smem, s_smem, o_smem, full, free) = refs_and_scratch
-        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, kl_ref, base_ref, *refs = refs
+        *refs, (q_smem, k_smem, kl_smem, v_smem, ql_smem, vl_smem, g_smem, c_smem, s_smem, o_smem, full, free) = (
+            refs_and_scratch
+        )
+        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, kl_ref, base_ref, ql_ref, vl_ref, *refs = refs
         out_ref, states_ref, dots_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
@@ -165,6 +171,7 @@ def sweep(
                     S = rescale(S, slot)
                     keep_copy(S)
                 value = v_smem.at[slot, :, mine]
+                value_low = None if vl_smem is None else vl_smem.at[slot, :, mine]
 
                 def write_to(S, first):
                     """The state's rows from `first` on after the chunk; the products are issued, `load` waits for them."""
@@ -179,6 +186,8 @@ def sweep(
                                 terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE))
                             for term in terms:
                                 acc.add(term, value)
+                            if value_low is not None:
+                                acc.add(terms[0], value_low)
                         return tuple(acc.load(0) for acc in accumulators)
 
                     return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
@@ -191,6 +200,8 @@ def sweep(
                         acc.add(q_smem.at[slot], k_smem.at[slot].T)
                         if kl_smem is not None:
                             acc.add(q_smem.at[slot], kl_smem.at[slot].T)
+                        if ql_smem is not None:
+                            acc.add(ql_smem.at[slot], k_smem.at[slot].T)
                         weights = acc.load(0)
                         weights = weights if between is None else weights * between
                         return jnp.where(visible(), weights, 0.0)
@@ -200,6 +211,8 @@ def sweep(
                 def read_state(out):
                     for term in range(copies):
                         out.add(q_smem.at[slot], s_smem.at[here, term])
+                    if ql_smem is not None:
+                        out.add(ql_smem.at[slot], s_smem.at[here, 0])
                     place_of = lambda ref, head: ref.at[b, rows, head, cols]
                     early_load = lambda ref, head: plgpu.load(place_of(ref, head), layout=TILE, optimized=False)
                     other = None if partner_ref is None else early_load(partner_ref, h // (N // partner_ref.shape[2]))
@@ -212,13 +225,16 @@ def sweep(
                     out.add(weights[0], value)
                     if c_smem is not None or precise:  # with c, q and k were rounded once more already, by their decays
                         out.add(weights[1], value)
+                    if value_low is not None:
+                        out.add(weights[0], value_low)
                     new = write_state(S) if early else None  # while the last product runs
                     o, dots = out.load(0), None
                     if other is not None:
                         other = other.astype(jnp.float32)
                         dots = (o * other).sum(axis=1)
                     if itself is not None:
-                        own = plgpu.load(value, layout=TILE).astype(jnp.float32)
+                        terms = [x for x in (value, value_low) if x is not None]
+                        own = sum(plgpu.load(x, layout=TILE).astype(jnp.float32) for x in terms)
                         dots -= itself * (own * other).sum(axis=1)
                     o = o * scale if scale != 1 else o
                     o = o if added is None else o + added
@@ -281,10 +297,12 @@ def sweep(
                         slot, c = lax.rem(s, ring), place(s)
                         rows = pl.ds(c * CHUNK, CHUNK)
                         pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem), (kl_ref, kl_smem)):
+                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem), (kl_ref, kl_smem), (ql_ref, ql_smem)):
                             if ref is not None:
                                 plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
-                        plgpu.copy_gmem_to_smem(v_ref.at[b, rows, head(v_ref), first], v_smem.at[slot], full.at[slot])
+                        for ref, smem in ((v_ref, v_smem), (vl_ref, vl_smem)):
+                            if ref is not None:
+                                plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref), first], smem.at[slot], full.at[slot])
                         if decay_ref is not None:
                             batch = b if decay_ref.shape[0] > 1 else 0
                             head_of = h if decay_ref.shape[1] > 1 else 0
@@ -306,10 +324,12 @@ def sweep(
             common.swizzled((ring, CHUNK, K), dtype),
             None if k_low is None else common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, width), dtype),
+            None if q_low is None else common.swizzled((ring, CHUNK, K), dtype),
+            None if v_low is None else common.swizzled((ring, CHUNK, width), dtype),
             None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
             None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
             None if q is None else common.swizzled((W, copies, K, 64), dtype),
-            None if q is None or wide else common.swizzled((W, CHUNK, 64), dtype),
+            common.swizzled((W, CHUNK, 64), dtype) if outputs else None,
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
@@ -333,4 +353,4 @@ def sweep(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner, scales, k_low, base)
+    )(q, k, v, decay, state, partner, scales, k_low, base, q_low, v_low)

@@ -1,6 +1,7 @@
 """Backward kernel of softmax attention for Hopper: dq, dk and dv in one sweep, bit-reproducible.
 
-One block owns 128 keys of one query head, 64 per consumer warpgroup, and visits the query tiles of its list. Tiles
+A block owns 128 keys of one query head, 64 per consumer warpgroup, and visits the query tiles of its list; keys that many
+more queries see than others are shared by several blocks. Tiles
 are transposed, [keys, queries]: S^T = K Q^T and dP^T = V dO^T stay in registers, where P^T and dS^T are the left
 operands of dV += P^T dO and dK += dS^T Q; dS^T also goes to shared memory for dQ = dS K. Two warps take turns to
 add dQ tiles to global memory in float32. The additions to one tile happen in an order fixed outside (`ranks`), kept by a
@@ -27,20 +28,23 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, ordered=True):
+def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0, ordered=True):
     """Gradients of the logits' inputs.
 
     Args:
       q, k, v, do: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], [B, T', N, Hv]; padded as in the forward kernel.
       lse, delta: float32 [B, N, padded T]; lse in base 2, HIDDEN for rows that add nothing, NaN for rows that turn all
         they see into NaN, PADDING beyond T; delta = sum(o * do) - dlse, finite.
-      lists: int32 [B or 1, N or 1, key tiles, 1 + n]: per key tile the count and then 2 * query tile + partial.
-      ranks: int32 [B or 1, N or 1, key tiles, n]: when this contribution is added to its dQ tile.
+      lists: int32 [B or 1, N or 1, blocks, 3 + n]: per block the count, the key tile, -1 or, where several blocks share
+        that tile, the part that this one gives, and then 2 * query tile + partial.
+      ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
+      parts: how many blocks share a key tile with others.
 
     Returns:
       dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
-      and dv [B, S', N, Hv], per query head.
+      and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks share; and where there are `parts`, theirs,
+      [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
@@ -53,15 +57,14 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     half = (64, H) if by_rows else (64, H // 2)
 
     def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, ranks_ref, operand_refs, *rest):
-        dq_ref, dk_ref, dv_ref, scratch = rest
+        dq_ref, dk_ref, dv_ref, dk_part_ref, dv_part_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
-        b, h, ki = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('k')
-        wg = lax.axis_index('wg')
-        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, ki)
-        count = lists_ref[(*at, 0)]
-        entry = lambda j: lists_ref[(*at, j + 1)]
+        b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
+        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, lax.axis_index('block'))
+        count, ki, part = (lists_ref[(*at, n)] for n in range(3))
+        entry = lambda j: lists_ref[(*at, j + 3)]
 
         @pl.when(wg < 2)
         def _consume():
@@ -72,11 +75,15 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             plgpu.barrier_wait(kv_bar)
             common.clean([k_smem.at[0, mine], v_smem.at[0, mine]])
 
-            def weights(s, e, slot):
+            def addend(place):
+                """What the accumulator of the logits may start with, beside the log-sum-exp: see `Place.addend`."""
+                nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
+                return place.addend(nothing, scale) if spec.score else {}
+
+            def weights(s, place, e, slot, started):
                 """P^T from the logits' products; and the score's slope."""
-                place = inputs.at((e // 2) * bq, k0, shape)
                 slope = None
-                if spec.score:
+                if not started:
                     s, factor, slope = place.score(s, scale, derivative=True)
                     lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
                     p = jnp.exp2(s * (factor * LOG2E) - common.col(lse_col, shape))
@@ -89,7 +96,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         return tuple(x if x is None else jnp.where(seen, x, 0.0) for x in tiles)
 
                     p, slope = lax.cond(lax.rem(e, 2) == 1, hide, lambda *tiles: tiles, p, slope)
-                return p, slope, place
+                return p, slope
 
             def scrub(ref, lse_ref):
                 """Sets rows without a finite weight to 0."""
@@ -120,15 +127,21 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         plgpu.barrier_wait(scrubbed)
 
                     def logits(s_acc, dp_acc):
-                        if not spec.score:
-                            s_acc[...] = common.col(lse_col * (-1 / c), shape)
+                        place = inputs.at((e // 2) * bq, k0, shape)
+                        start = addend(place)
+                        if start is not None:
+                            column = lse_col * (-1 / c)
+                            if start:
+                                column += start['c'] * (1 / scale)
+                            initial = common.col(column, shape)
+                            s_acc[...] = initial + common.row(start['r'] * (1 / scale), shape) if start else initial
                         if not spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
                             dp_acc[...] = common.col(-delta_col, shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope, place = weights(s, e, slot)
+                        p, slope = weights(s, place, e, slot, start is not None)
                         if spec.dropout:
                             keep = place.kept()
                             inverse = spec.dropout.inverse_keep
@@ -180,9 +193,17 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             v_smem.at[0, mine][...] = dv.astype(dtype)
             k_smem.at[0, mine][...] = (dk * scale).astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(k0, 64)
-            plgpu.copy_smem_to_gmem(v_smem.at[0, mine], dv_ref.at[b, rows, h])
-            plgpu.copy_smem_to_gmem(k_smem.at[0, mine], dk_ref.at[b, rows, h])
+
+            def store(dk_ref, dv_ref, tile):
+                rows = pl.ds(tile * KEYS + wg * 64, 64)
+                plgpu.copy_smem_to_gmem(v_smem.at[0, mine], dv_ref.at[b, rows, h])
+                plgpu.copy_smem_to_gmem(k_smem.at[0, mine], dk_ref.at[b, rows, h])
+
+            if parts:
+                pl.when(part < 0)(lambda: store(dk_ref, dv_ref, ki))
+                pl.when(part >= 0)(lambda: store(dk_part_ref, dv_part_ref, part))
+            else:
+                store(dk_ref, dv_ref, ki)
 
             @pl.loop(jnp.maximum(count - outs, 0), count)
             def _drain(j):
@@ -263,15 +284,12 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             collective_axes='wg',
         )
 
-    return plgpu.kernel(
+    keys = lambda rows: [jax.ShapeDtypeStruct((B, rows, N, width), dtype) if rows else None for width in (H, Hv)]
+    found = plgpu.kernel(
         entry_point,
-        out_type=(
-            jax.ShapeDtypeStruct((B, T, N, H), jnp.float32),
-            jax.ShapeDtypeStruct((B, S, N, H), dtype),
-            jax.ShapeDtypeStruct((B, S, N, Hv), dtype),
-        ),
-        grid=(B, N, nk),
-        grid_names=('b', 'h', 'k'),
+        out_type=(jax.ShapeDtypeStruct((B, T, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
+        grid=(B, N, lists.shape[2]),
+        grid_names=('b', 'h', 'block'),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(
@@ -281,3 +299,4 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(q, k, v, do, lse, delta, lists, ranks, operands)
+    return tuple(x for x in found if x is not None)

@@ -25,6 +25,8 @@ from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
 
 FACTOR = 2.0
+FEW, DRAWS = 16, 8  # results of so few numbers are drawn so many times
+ROUNDING = 1e-3  # relative, in the 2-norm: less than one rounding to bfloat16 everywhere
 FLOOR = 1e-4  # relative; an error below is that of fast exp and tanh and is not compared
 
 
@@ -347,11 +349,12 @@ def grid() -> list[Case]:
 
 
 def errors(case: Case, attention, seed=0, repeat=True) -> dict:
-    """{name: (error of `attention`, of the oracle in its precision, second run equal)}, relative in the 2-norm."""
-    inputs = case.inputs(seed)
-    poisoned = case.poisoned(inputs)
-    spoilt = case.spoilt(poisoned) if case.poison else {}
-    diff, mask, do, dlse = case.poisoned(inputs, clean=True)
+    """{name: (error of `attention`, of the oracle in its precision, second run equal)}, relative in the 2-norm.
+
+    The error of a few numbers is mostly luck (8 sink gradients: 0.3 to 1.4 times the reference's), so results of at
+    most `FEW` numbers are drawn `DRAWS` times, and both errors are root mean squares over the draws.
+    """
+    mask = case.inputs(seed)[1]
 
     def compiled(f):
         def call(diff, do, dlse):
@@ -361,46 +364,51 @@ def errors(case: Case, attention, seed=0, repeat=True) -> dict:
 
         return jax.jit(call)
 
-    kernel = lambda q, k, v, score, sinks: attention(
-        q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, return_lse=True
-    )
-    same = lambda precision: (
-        lambda q, k, v, score, sinks: oracle(
-            q, k, v, mask=mask, score=score, sinks=sinks, dropout=case.dropout, precision=precision
-        )
-    )
-    run = compiled(kernel)
-    given = (poisoned[0], *poisoned[2:]) if case.poison else (diff, do, dlse)
-    ours = jax.device_get(run(*given))
-    again = jax.device_get(run(*given)) if repeat else ours
-    theirs = jax.device_get(compiled(same(case.dtype))(diff, do, dlse))
-    with jax.enable_x64(True):
-        widen = lambda x: x.astype(jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
-        wide = jax.tree.map(widen, diff)
+    options = lambda score, sinks: {'mask': mask, 'score': score, 'sinks': sinks, 'dropout': case.dropout}
+    kernel = lambda q, k, v, score, sinks: attention(q, k, v, **options(score, sinks), return_lse=True)
+    same = lambda precision: lambda q, k, v, score, sinks: oracle(q, k, v, **options(score, sinks), precision=precision)
+    run, reference, exact = compiled(kernel), compiled(same(case.dtype)), compiled(same(jnp.float64))
 
-        def exact(diff, do, dlse):
-            out, pull = jax.vjp(lambda *a: same(jnp.float64)(*a), *diff)
-            return out, pull((do, dlse))
+    def draw(seed):
+        inputs = case.inputs(seed)
+        poisoned = case.poisoned(inputs)
+        spoilt = case.spoilt(poisoned) if case.poison else {}
+        diff, _, do, dlse = case.poisoned(inputs, clean=True)
+        given = (poisoned[0], *poisoned[2:]) if case.poison else (diff, do, dlse)
+        ours = jax.device_get(run(*given))
+        again = jax.device_get(run(*given)) if repeat else ours
+        theirs = jax.device_get(reference(diff, do, dlse))
+        with jax.enable_x64(True):
+            widen = lambda x: x.astype(jnp.float64) if jnp.issubdtype(jnp.result_type(x), jnp.floating) else x
+            truth = jax.device_get(exact(jax.tree.map(widen, diff), widen(do), widen(dlse)))
+        names = ['out', 'lse', 'dq', 'dk', 'dv', 'dscore', 'dsinks']
+        grads = {'dq': 0, 'dk': 1, 'dv': 2}
+        flat = lambda r: [*r[0], *r[1]]
+        result, sizes = {}, {}
+        for name, a, a2, b, c in zip(names, flat(ours), flat(again), flat(theirs), flat(truth)):
+            for x, x2, y, z in zip(*(jax.tree.leaves(t) for t in (a, a2, b, c))):
+                if not np.issubdtype(np.asarray(z).dtype, np.floating):
+                    continue
+                equal = np.array_equal(np.asarray(x).view(np.uint8), np.asarray(x2).view(np.uint8))
+                if name in spoilt:
+                    where = np.broadcast_to(spoilt[name], np.shape(z))
+                    own = np.array(False)
+                    if name in grads:
+                        own = ~np.isfinite(np.asarray(given[0][grads[name]], np.float32))
+                    equal &= bool(np.isnan(np.asarray(x, np.float32)[where & ~own]).all())
+                    where = where | own  # the gradient of an element that is not finite itself may be anything
+                    x, y, z = (np.where(where, 0, np.asarray(a, np.float64)) for a in (x, y, z))
+                result[name], sizes[name] = (_error(x, z), _error(y, z), equal), np.size(z)
+        return result, sizes
 
-        truth = jax.device_get(jax.jit(exact)(wide, widen(do), widen(dlse)))
-    names = ['out', 'lse', 'dq', 'dk', 'dv', 'dscore', 'dsinks']
-    grads = {'dq': 0, 'dk': 1, 'dv': 2}
-    flat = lambda r: [*r[0], *r[1]]
-    result = {}
-    for name, a, a2, b, c in zip(names, flat(ours), flat(again), flat(theirs), flat(truth)):
-        for x, x2, y, z in zip(*(jax.tree.leaves(t) for t in (a, a2, b, c))):
-            if not np.issubdtype(np.asarray(z).dtype, np.floating):
-                continue
-            equal = np.array_equal(np.asarray(x).view(np.uint8), np.asarray(x2).view(np.uint8))
-            if name in spoilt:
-                where = np.broadcast_to(spoilt[name], np.shape(z))
-                own = np.array(False)
-                if name in grads:
-                    own = ~np.isfinite(np.asarray(given[0][grads[name]], np.float32))
-                equal &= bool(np.isnan(np.asarray(x, np.float32)[where & ~own]).all())
-                where = where | own  # the gradient of an element that is not finite itself may be anything
-                x, y, z = (np.where(where, 0, np.asarray(a, np.float64)) for a in (x, y, z))
-            result[name] = (_error(x, z), _error(y, z), equal)
+    result, sizes = draw(seed)
+    few = [name for name in ('dscore', 'dsinks') if 0 < sizes.get(name, 0) <= FEW and not case.poison]
+    if few:
+        drawn = [result, *(draw(seed + n)[0] for n in range(1, DRAWS))]
+        for name in few:
+            ours, theirs, equal = zip(*(r[name] for r in drawn))
+            mean = lambda x: float(np.sqrt(np.mean(np.square(x))))
+            result[name] = mean(ours), mean(theirs), all(equal)
     return result
 
 
@@ -427,17 +435,34 @@ def verdict(result: dict) -> str | None:
     return '; '.join(bad) or None
 
 
-def batched(attention) -> str | None:
-    """What is wrong with the kernel under `jax.vmap`, forward and backward: each member equals a run of its own."""
-    case = Case('vmap', B=1, T=300, H=64, N=4, K=2, mask=ew.as_mask(causal))
+def repeated(attention, how: str) -> str | None:
+    """What is wrong with the kernel under `jax.vmap` or in `jax.lax.scan`: each member equals a run of its own.
+
+    Members differ in their documents and their seed of dropout too. Equal to rounding: XLA sums out * dout in another order
+    where there are more rows (16 threads a row in place of 32), so the kernel is not given the same bits. An addition to dq
+    that is lost or overwrites another is off by far more.
+    """
+    case = Case(how, B=2, T=300, H=64, N=4, K=2)
     members = [case.inputs(seed) for seed in range(3)]
-    loss = lambda q, k, v, do: (attention(q, k, v, mask=case.mask).astype(jnp.float32) * do).sum()
-    run = jax.value_and_grad(loss, (0, 1, 2))
-    arrays = [(*diff[:3], do.astype(jnp.float32)) for diff, _, do, _ in members]
+
+    def loss(q, k, v, do, ids, seed):
+        mask = ew.as_mask(causal) & segments(ids)
+        out = attention(q, k, v, mask=mask, dropout=dropout_lib.Dropout(0.1, seed))
+        return (out.astype(jnp.float32) * do).sum()
+
+    run = lambda *args: jax.grad(loss, (0, 1, 2))(*args)
+    arrays = [
+        (*diff[:3], do.astype(jnp.float32), jnp.asarray(documents(case.B, case.T, 150, n)), jnp.uint32(n))
+        for n, (diff, _, do, _) in enumerate(members)
+    ]
     apart = [jax.jit(run)(*a) for a in arrays]
-    together = jax.jit(jax.vmap(run))(*map(jnp.stack, zip(*arrays)))
-    same = jax.tree.map(lambda x, *each: np.array_equal(x, np.stack(each)), together[1], *(g for _, g in apart))
-    return None if all(jax.tree.leaves(same)) else f'vmap differs from a run of each member: {same}'
+    stacked = tuple(map(jnp.stack, zip(*arrays)))
+    if how == 'vmap':
+        together = jax.jit(jax.vmap(run))(*stacked)
+    else:
+        together = jax.jit(lambda stacked: jax.lax.scan(lambda _, a: (None, run(*a)), None, stacked)[1])(stacked)
+    off = {name: _error(x, np.stack(each)) for name, x, *each in zip(('dq', 'dk', 'dv'), together, *apart)}
+    return f'{how} differs from a run of each member by {off}' if max(off.values()) > ROUNDING else None
 
 
 def statistics_agree(attention) -> str | None:
@@ -493,7 +518,8 @@ def main(words):
         print(f'{"FAIL" if reason else "ok  "} {case.name:24} {ratios} {reason or ""}', flush=True)
         if reason:
             failed.append(case.name)
-    for name, extra in (('vmap', batched), ('statistics', statistics_agree)):
+    repeats = [(how, functools.partial(repeated, how=how)) for how in ('vmap', 'scan')]
+    for name, extra in (*repeats, ('statistics', statistics_agree)):
         if not part and (not words or name in words):
             reason = extra(mosaic_gpu.softmax_attention)
             print(f'{"FAIL" if reason else "ok  "} {name} {reason or ""}', flush=True)

@@ -99,23 +99,28 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
             def softmax(s, place, sums, masked):
                 """Weights relative to the new running maximum; maximum, total and (weight . logit); the old ones' factor."""
                 m, l, e = sums
-                factor = c
+                factor, shift = c, None
                 if score:
-                    s, factor = place.score(s, scale)
+                    s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
                 if mask:
                     s = place.masked(s) if masked is True else lax.cond(masked, place.masked, lambda s: s, s)
-                m_new = jnp.maximum(m, s.max(axis=1) * factor)
+                top, base = s.max(axis=1) * factor, lambda m: m
+                if shift is not None:  # of the row: it goes to the maximum, not to each logit
+                    top, base = top + shift * LOG2E, lambda m: m - shift * LOG2E
+                m_new = jnp.maximum(m, top)
                 alpha = jnp.exp2(m - m_new)
                 if stats:  # by halves, so that logits and weights are not all held at once
                     parts, e = [], e * alpha
                     for at in range(0, s.shape[1], 32):
                         x = s[:, at : at + 32] * factor
-                        parts.append(jnp.exp2(x - common.row(m_new, x.shape)))
+                        parts.append(jnp.exp2(x - common.row(base(m_new), x.shape)))
+                        x = x if shift is None else x + common.row(shift * LOG2E, x.shape)
                         e += (parts[-1] * jnp.maximum(x, FLOOR)).sum(axis=1)
                     p = jnp.concatenate(parts, axis=1)
                 else:
-                    p = jnp.exp2(s * factor - common.row(m_new, s.shape))
+                    columns = min(tiles.polynomial, s.shape[1] // 2)
+                    p = common.exp2(s * factor - common.row(base(m_new), s.shape), columns)
                 return p, (m_new, l * alpha + p.sum(axis=1), e), alpha
 
             def used(p, place):

@@ -7,6 +7,7 @@ rectangle.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -33,20 +34,32 @@ class Function:
 
 @dataclasses.dataclass(frozen=True)
 class Spec:
-    """What a kernel evaluates, over one flat list of operands: first the mask's, then the score's, then the seed."""
+    """What a kernel evaluates, over one flat list of operands: first the mask's, then the score's, then the seed.
+
+    A kernel's batch may be several batches of `batch` rows, one after the other: functions see a row's number in its own.
+    """
 
     mask: Function | None
     score: Function | None
     dropout: dropout_lib.Dropout | None
+    seed: ew.Operand | None
     T: int
     S: int
+    batch: int | None = None
 
     @property
     def operands(self) -> list[ew.Operand]:
         found = [o for f in (self.mask, self.score) if f for o in f.operands]
-        if self.dropout:
-            found.append(ew.Operand(jnp.asarray(self.dropout.seed).astype(jnp.uint32), ''))
-        return found
+        return [*found, self.seed] if self.dropout else found
+
+    def folded(self, operands, batch: int) -> 'Spec':
+        """With these operands, of batches of `batch` rows."""
+        first = len(self.mask.operands) if self.mask else 0
+        last = first + (len(self.score.operands) if self.score else 0)
+        mask = self.mask and dataclasses.replace(self.mask, operands=tuple(operands[:first]))
+        score = self.score and dataclasses.replace(self.score, operands=tuple(operands[first:last]))
+        seed = operands[last] if self.dropout else None
+        return dataclasses.replace(self, mask=mask, score=score, seed=seed, batch=self.batch or batch)
 
 
 def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
@@ -66,7 +79,45 @@ def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
             pieces[0] = Function(lambda i, values: i.k < i.k_len, ())
     if dropout is not None and dropout.threshold == 0:
         dropout = None
-    return Spec(pieces[0], pieces[1], dropout, T, S)
+    seed = None if dropout is None else ew.Operand(jnp.asarray(dropout.seed).astype(jnp.uint32), '')
+    return Spec(pieces[0], pieces[1], dropout, seed, T, S)
+
+
+def fold(spec: Spec, arrays, batched, size: int, batch: int):
+    """`vmap` as a larger batch: a spec and `prepare`d arrays for `size` batches, of those of one, `batched` or shared."""
+    operands, found = [], []
+    for o, x, own in zip(spec.operands, arrays, batched):
+        if 'b' in o.index:
+            x = fold_rows(x, own, size, batch)
+            rest = [n for c, n in zip(o.index, o.array.shape) if c != 'b']
+            o = ew.Operand(jax.ShapeDtypeStruct((x.shape[0], *rest), o.array.dtype), 'b' + o.index.replace('b', ''))
+        elif own:
+            x = x.reshape(size, 1) if o.index == '' else x[:, None]
+            x = fold_rows(x, True, size, batch)
+            o = ew.Operand(jax.ShapeDtypeStruct((size * batch, *o.array.shape), o.array.dtype), 'b' + o.index)
+        operands.append(o)
+        found.append(x)
+    return spec.folded(operands, batch), found
+
+
+def fold_rows(x, batched: bool, size: int, batch: int):
+    """[size, batch or 1, ...], or [batch or 1, ...] shared by all, as [size * batch, ...]; one row for all stays one."""
+    if not batched:
+        if x.shape[0] == 1:
+            return x
+        x = x[None]
+    return jnp.broadcast_to(x, (size, batch, *x.shape[2:])).reshape(size * batch, *x.shape[2:])
+
+
+def special(score) -> bool:
+    """Whether `score` takes results of the special function unit for each element."""
+    if score is None:
+        return False
+    operands, call = ew.flatten(score)
+    scalars = [jax.ShapeDtypeStruct((), jnp.result_type(o.array)) for o in operands]
+    index = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    f = lambda s, i, v: call(s, ew.Index(*i, 1, 1), v)
+    return tile_eval.special(jax.make_jaxpr(f)(jax.ShapeDtypeStruct((), jnp.float32), index, scalars))
 
 
 def kind(index: str, transposed: bool) -> str:
@@ -120,8 +171,9 @@ class Place:
         M, N = self.shape
         kq, kk = ('c', 'r') if self.inputs.transposed else ('r', 'c')
         vector = lambda k: common.iota(M, ROW) if k == 'r' else common.iota(N, COL)
+        b, batch = self.inputs.b, self.inputs.spec.batch
         return [
-            (self.inputs.b, jnp.int32, ''),
+            (b if batch is None else jax.lax.rem(b, batch), jnp.int32, ''),
             (self.inputs.h, jnp.int32, ''),
             (lambda: vector(kq) + self.q0, jnp.int32, kq),
             (lambda: vector(kk) + self.k0, jnp.int32, kk),
@@ -155,7 +207,7 @@ class Place:
         """`first`: where the positions b, h, q, k stand among the operands."""
         cast = lambda x: plgpu.layout_cast(x, TILE)
         small = range(first, first + 4) if max(*self.inputs.padded) < 2**22 else ()
-        return tile_eval.tile_eval(fun, operands, self.shape, cast, small)
+        return tile_eval.tile_eval(fun, operands, self.shape, cast, small, center=self.k0)
 
     def _booleans(self, operands, values):
         return [v != 0 if jnp.result_type(o.array) == jnp.bool_ else v for o, v in zip(operands, values)]
@@ -179,9 +231,40 @@ class Place:
 
         With `derivative`, also the score's derivative by the scaled logits, None where it is 1.
         """
+        value, slope = self._scored(s, scale, derivative)
+        return (*self._factored(value), slope) if derivative else self._factored(value)
+
+    def score_by_rows(self, s, scale):
+        """As `score`, and last a vector over rows to add to tile * number, or None."""
+        held = (value := self._scored(s, scale, False)[0]).value
+        if isinstance(held, tile_eval.Shifted):
+            return held('r'), 1.0, held.parts['r']
+        return *self._factored(value), None
+
+    def addend(self, s, scale):
+        """{kind: vector} where all that the score does is to add these to the logits scale * s, whatever s; else None."""
+        value, slope = self._scored(s, scale, True)
+        held = value.value
+        if slope is not None or not isinstance(held, tile_eval.Shifted) or not isinstance(held.value, tile_eval.Scaled):
+            return None
+        plain = held.value.value is s and math.isclose(held.value.factor, scale, rel_tol=1e-6)
+        return held.parts if plain else None
+
+    def _scored(self, s, scale, derivative):
         if not derivative:
-            return self._scored(s, scale, lambda call, s, values: (call(s, values),))[:2]
-        return self._scored(s, scale, lambda call, s, values: jax.jvp(lambda s: call(s, values), (s,), (_ONE,)))
+            return self._evaluated(s, scale, lambda call, s, values: (call(s, values),))[0], None
+        run = lambda call, s, values: jax.jvp(lambda s: call(s, values), (s,), (_ONE,))
+        value, slope = self._evaluated(s, scale, run)
+        return value, self._slope(slope)
+
+    def _factored(self, value):
+        held = value.value
+        if isinstance(held, tile_eval.Scaled) and held.factor > 0:
+            return held.value, held.factor
+        return value.to('rc'), 1.0
+
+    def _slope(self, slope):
+        return None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
 
     def score_by_operand(self, s, scale, which: int):
         """As `score`, with the derivative by the value of operand `which`."""
@@ -191,9 +274,10 @@ class Place:
             put = lambda x: [x if n == which else v for n, v in enumerate(values)]
             return jax.jvp(lambda x: call(s, put(x)), (value,), (_ONE,))
 
-        return self._scored(s, scale, run)
+        value, slope = self._evaluated(s, scale, run)
+        return *self._factored(value), self._slope(slope)
 
-    def _scored(self, s, scale, run):
+    def _evaluated(self, s, scale, run):
         spec = self.inputs.spec
         operands = spec.score.operands
         first = len(spec.mask.operands) if spec.mask else 0
@@ -203,20 +287,13 @@ class Place:
             call = lambda s, values: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
             return run(call, s * jnp.float32(scale), values)
 
-        outs = self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
-        value, factor = outs[0].value, 1.0
-        if isinstance(value, tile_eval.Scaled) and value.factor > 0:
-            value, factor = value.value, value.factor
-        else:
-            value = outs[0].to('rc')
-        slope = outs[-1]
-        return value, factor, None if slope.literal is not None and slope.literal == 1 else slope.to('rc')
+        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
 
     def kept(self):
         """Whether dropout keeps each weight: a boolean tile."""
         spec, refs = self.inputs.spec, self.inputs.refs
         rate = spec.dropout.rate
         fun = lambda b, h, q, k, seed: dropout_lib.keep(seed, b, h, q, k, rate)
-        seed = (lambda: refs[-1][0], jnp.uint32, '')
+        seed = self._values(len(refs) - 1, [spec.seed])[0][0], jnp.uint32, ''
         (v,) = self._eval(fun, [*self._positions(), seed])
         return v.to('rc')

@@ -18,6 +18,7 @@ from jax import lax
 
 from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
+from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
 from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
@@ -169,21 +170,23 @@ def _attention(scale, stats, q, k, v, mask, score, sinks, dropout):
 def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     (B, T, N, H), (S, K), Hv = q.shape, k.shape[1:3], v.shape[3]
     q8, k8, v8 = _pad(q), _pad(k), _pad(v)
-    shape = tiles.forward(q8.shape[3], v8.shape[3])
+    widths = q8.shape[3], v8.shape[3]
+    shape = tiles.forward(tiles.Call(B, T, S, N, K, *widths, mask is not None, functions.special(score)))
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists, cost = None, np.full((1, 1, nq), nk)
+    lists, cost, reach = None, np.full((1, 1, nq), nk), nk
     if spec.mask:
         lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
         cost = lists[..., 0] + MASK_COST * lists[..., 1]
-    # Keys and values of the heads at work: 16 MiB, so that they stay in the L2 cache.
-    together = max(1, 2**24 // (2 * S * (H + Hv))) * (N // K)
+        reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
+    # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
+    together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
     todo = agenda(B, N, nq, cost + ITEM_COST, together, _processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
-    out, (lse2, *rows) = out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]
+    out, (lse2, *rows) = kept_once((out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]))
     rows = [x * common.LN2 for x in rows] if stats else None
     return (out, lse2 * common.LN2, rows), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
@@ -226,23 +229,43 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
-    lists, ranks, touched = schedule(blocks.classify(mask, B, N, T, S, bq, bk))
+    classes = blocks.classify(mask, B, N, T, S, bq, bk)
+    owners = divided(classes)
+    lists, ranks, touched = schedule(classes, owners)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    kernel = functools.partial(backward_kernel.backward, spec=spec, tiles=shape, scale=scale)
-
-    def run(*args):
-        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
-        # is to find at 0 are another buffer than the one that was set to 0.
-        return lax.optimization_barrier(kernel(*lax.optimization_barrier(args)))
-
-    # One at a time under vmap: members of a batch would share the counters that order the additions to dq.
-    run = jax.custom_batching.sequential_vmap(run)
-    dq, dk, dv = run(q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0), lists, ranks, operands)
+    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=int(owners[:, 3].max()) + 1)
+    arrays = q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0)
+    dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks), operands)
+    if parts:
+        dk, dv = (_joined(x, part, owners) for x, part in zip((dk, dv), parts))
     dq = dq[:, :T, :, :H] * scale
     if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
         rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
         dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
     return dq, dk, dv
+
+
+def _over_batches(kernel, spec):
+    """The backward kernel, under `jax.vmap` with a larger batch: members would share the counters that order dq."""
+
+    @jax.custom_batching.custom_vmap
+    def run(arrays, metadata, operands):
+        # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
+        # is to find at 0 are another buffer than the one that was set to 0.
+        args = lax.optimization_barrier((*arrays, *metadata, operands))
+        return lax.optimization_barrier(kernel(*args, spec=spec))
+
+    @run.def_vmap
+    def rule(size, batched, arrays, metadata, operands):
+        B = arrays[0].shape[1 if batched[0][0] else 0]
+        rows = lambda x, own: functions.fold_rows(x if own else x[None], True, size, B)
+        arrays = tuple(map(rows, arrays, batched[0]))
+        metadata = tuple(functions.fold_rows(x, own, size, B) for x, own in zip(metadata, batched[1]))
+        larger, operands = functions.fold(spec, operands, batched[2], size, B)
+        found = _over_batches(kernel, larger)(arrays, metadata, operands)
+        return tuple(x.reshape(size, B, *x.shape[1:]) for x in found), (True,) * len(found)
+
+    return run
 
 
 def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
@@ -343,8 +366,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
 
     An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
     while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
-    items of `together` heads at a time before short ones. Where they depend on data, each block gets a run of items, cut
-    so that all have about the same work.
+    items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
 
     Returns:
       bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
@@ -352,12 +374,12 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
     if not isinstance(cost, np.ndarray):
-        return _cuts(jnp.broadcast_to(cost, (B, cost.shape[1], nq)), N // cost.shape[1], P), items.ravel()
+        return _dealt(jnp.broadcast_to(cost, (B, N, nq)).ravel(), P)
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
     else:
-        heads = [items[b, h : h + together] for b in range(B) for h in range(0, N, together)]
+        heads = np.array_split(items.reshape(-1, nq), common.cdiv(B * N, together))
         order = np.concatenate([x.T[::-1].ravel() for x in heads])  # causal masks: the last query tiles see most
     rows = [[] for _ in range(P)]
     free = [(0.0, p) for p in range(P)]
@@ -368,21 +390,25 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
-def _cuts(cost, heads: int, P: int):
-    """Where to cut the items, in ascending order, into P runs of about the same cost, [B, N / heads, nq] of each."""
-    B, L, nq = cost.shape
-    n = cost.size
-    if n <= 4096:
-        before = (cost.reshape(-1) * np.tri(n + 1, n, -1, np.float32)).sum(-1)  # one small kernel
-    else:
-        before = jnp.concatenate([jnp.zeros(1), jnp.cumsum(cost.reshape(-1))])
-    start = before[:-1].reshape(B, L, 1, nq)
-    row = before[::nq]
-    first, whole = row[:-1].reshape(B, L, 1, 1), (row[1:] - row[:-1]).reshape(B, L, 1, 1)
-    middle = first * heads + np.arange(heads)[:, None] * whole + (start - first) + cost[:, :, None] / 2
-    target = before[-1] * heads * (np.arange(P + 1, dtype=np.float32)[:, None] / P)
-    last = np.arange(P + 1)[:, None] == P  # all of them, whatever rounding says
-    return ((middle.reshape(-1) < target) | last).sum(-1, dtype=jnp.int32)
+def _dealt(cost, P: int):
+    """An agenda by costs that depend on data.
+
+    Of 2 P neighbouring items at a time each block gets two, the n-th longest and the n-th shortest: they add up to about
+    the same for all, and the blocks are at work on the same few heads, whose keys and values stay in the L2 cache.
+    """
+    n, size = cost.size, 2 * P
+    groups = common.cdiv(n, size)
+    cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
+    mine, other = cost[:, :, None], cost[:, None, :]
+    longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
+    items = np.arange(groups * size).reshape(groups, size)
+    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
+    x = np.arange(P)[:, None, None]
+    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
+    places = places.reshape(P, -1)
+    real = places < n  # in the last group too: what fills it up is shortest
+    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
+    return bounds, sorted_items.reshape(-1)[places[real]]
 
 
 def _processors() -> int:
@@ -392,26 +418,74 @@ def _processors() -> int:
         return 132
 
 
-def schedule(classes, together: int | None = None):
-    """Which query tiles each key tile visits in the backward kernel, and when it may add to their dq.
+def divided(classes):
+    """The blocks of the backward kernel for one head, in launch order.
 
-    A key tile starts at its diagonal and wraps around, so that at any time the blocks of a head work on different
-    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
-    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
-    are resident together: `together` key tiles (the number of multiprocessors) form a group, and groups follow one
-    another in launch order.
+    One for each key tile; but several for one that more than twice as many queries see as see the average key tile
+    (sinks and global tokens before a window), where that is known while tracing.
 
     Args:
       classes: int8 [.., nq, nk].
 
     Returns:
-      lists int32 [.., nk, 1 + nq], ranks int32 [.., nk, nq] aligned with it, touched bool [.., nq].
+      int32 [blocks, 4]: key tile, the query tiles first <= i < last that the block may visit, and the number of its part,
+      -1 where the key tile is not shared.
+    """
+    nq, nk = classes.shape[-2:]
+    if not isinstance(classes, np.ndarray):
+        return np.array([(tile, 0, nq, -1) for tile in range(nk)], np.int32)
+    seen = (classes != blocks.EMPTY).any(tuple(range(classes.ndim - 2)))
+    count, part, rows = seen.sum(0), 0, []
+    mean = max(1, math.ceil(count.mean()))
+    for tile in range(nk):
+        if count[tile] <= 2 * mean:
+            rows.append((tile * nq // nk, tile, 0, nq, -1))
+            continue
+        for chunk in np.array_split(np.flatnonzero(seen[:, tile]), common.cdiv(count[tile], mean)):
+            rows.append((chunk[0], tile, chunk[0], chunk[-1] + 1, part))  # launched with its neighbours
+            part += 1
+    return np.array(sorted(rows), np.int32)[:, 1:]
+
+
+def _joined(x, parts, owners):
+    """The gradient of all keys, [B, S, N, H], of which `parts` [B, 128 parts, N, H] holds the sums of shared key tiles."""
+    B, S, *rest = x.shape
+    size = backward_kernel.KEYS
+    for tile in np.unique(owners[owners[:, 3] >= 0, 0]):
+        mine = owners[(owners[:, 0] == tile) & (owners[:, 3] >= 0), 3]  # consecutive
+        own = parts[:, mine[0] * size : (mine[-1] + 1) * size].reshape(B, len(mine), size, *rest)
+        rows = slice(tile * size, min((tile + 1) * size, S))
+        x = x.at[:, rows].set(own.sum(1, dtype=jnp.float32)[:, : rows.stop - rows.start].astype(x.dtype))
+    return x
+
+
+def schedule(classes, owners, together: int | None = None):
+    """Which query tiles each block visits in the backward kernel, and when it may add to their dq.
+
+    A block starts at its key tile's diagonal and wraps around, so that at any time the blocks of a head work on different
+    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
+    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
+    are resident together: `together` blocks (the number of multiprocessors) form a group, and groups follow one
+    another in launch order.
+
+    Args:
+      classes: int8 [.., nq, nk].
+      owners: as of `divided`.
+
+    Returns:
+      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, touched bool [.., nq].
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or _processors()
-    seen = (classes != blocks.EMPTY).swapaxes(-1, -2)
-    nk, nq = seen.shape[-2:]
-    start = (np.arange(nk) * nq) // nk
+    tile, first, last, part = owners.T
+    nq, nk = classes.shape[-2:]
+    classes = classes.swapaxes(-1, -2)
+    if len(owners) > nk:
+        inside = (first[:, None] <= np.arange(nq)) & (np.arange(nq) < last[:, None])
+        classes = xp.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
+    seen = classes != blocks.EMPTY
+    start = tile * nq // nk
+    nk = len(owners)
     before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
     passed = xp.cumsum(seen, -1)
     skipped = (seen & before).sum(-1)[..., None]
@@ -423,11 +497,12 @@ def schedule(classes, together: int | None = None):
     else:
         mine, other = time[..., :, None, :], time[..., None, :, :]
         tie = np.arange(nk)[None, :, None] < np.arange(nk)[:, None, None]
-        first = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
-        rank = first.sum(-2, dtype=jnp.int32)
-    partial = (classes == blocks.PARTIAL).swapaxes(-1, -2)
-    entries = _placed(position, 2 * np.arange(nq) + partial, seen, nq)
-    lists = xp.concatenate([seen.sum(-1)[..., None], entries], -1).astype(np.int32)
+        earlier = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
+        rank = earlier.sum(-2, dtype=jnp.int32)
+    entries = _placed(position, 2 * np.arange(nq) + (classes == blocks.PARTIAL), seen, nq)
+    count = seen.sum(-1)[..., None]
+    block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
+    lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
     return lists, _placed(position, rank, seen, nq), seen.any(-2)
 
 

@@ -4,8 +4,10 @@ The figures behind the table are in README.md. `tune` writes the file; `pin` mak
 `jax.jit` has traced before keep the tiles that they were traced with, so pin first.
 """
 
+import contextlib
 import dataclasses
 import json
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,6 +18,7 @@ class Forward:
     registers: tuple[int, int]  # consumer, producer
     turns: bool = True  # consumers issue in turns
     buffers: int = 2  # query tiles in flight
+    polynomial: int = 0  # of the keys, whose exponentials leave the special function unit alone (`common.exp2`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,23 +28,53 @@ class Backward:
     registers: tuple[int, int]
 
 
+class Call(NamedTuple):
+    """What the choice of forward tiles may depend on, of one call; widths padded as the kernel pads them."""
+
+    B: int
+    T: int
+    S: int
+    N: int
+    K: int
+    H: int
+    Hv: int
+    masked: bool = True
+    special: bool = False  # the score needs the special function unit too
+
+    @property
+    def name(self) -> str:
+        return name(Forward, self.H, self.Hv, self.special)
+
+
 _pinned: dict = {}
+_asked: list[list] = []
 
 
-def name(kind: type, H: int, Hv: int) -> str:
-    return f'{kind.__name__} H={H} Hv={Hv}'
+def name(kind: type, H: int, Hv: int, special: bool = False) -> str:
+    return f'{kind.__name__} H={H} Hv={Hv}' + ' special' * special
 
 
-def forward(H: int, Hv: int) -> Forward:
-    """Tiles for head widths H and Hv (multiples of 64)."""
-    wide = max(H, Hv)
+def forward(call: Call) -> Forward:
+    for asked in _asked:
+        asked.append(call)
+    wide = max(call.H, call.Hv)
     if wide <= 64:
         default = Forward(3, 128, 2, (160, 32))
     elif wide <= 128:
-        default = Forward(2, 128, 2, (240, 24))
+        default = Forward(2, 128, 2, (240, 24), polynomial=24 if call.special else 0)
     else:
         default = Forward(2, 64, 2, (240, 24), buffers=1)
-    return _pinned.get(name(Forward, H, Hv), default)
+    return _pinned.get(call.name, default)
+
+
+@contextlib.contextmanager
+def asked():
+    """Within: a list that gets every `Call` that is traced."""
+    _asked.append([])
+    try:
+        yield _asked[-1]
+    finally:
+        _asked.pop()
 
 
 def backward(H: int, Hv: int) -> Backward:
@@ -49,30 +82,32 @@ def backward(H: int, Hv: int) -> Backward:
     return _pinned.get(name(Backward, H, Hv), default)
 
 
-def save(path: str, choices: dict) -> None:
-    """Writes {name: `Forward` or `Backward`} as JSON."""
-    with open(path, 'w') as file:
-        json.dump({key: dataclasses.asdict(value) for key, value in sorted(choices.items())}, file, indent=1)
+def to_json(choices: dict) -> str:
+    """{name: `Forward` or `Backward`} as text."""
+    return json.dumps({key: dataclasses.asdict(value) for key, value in sorted(choices.items())}, indent=1)
 
 
-def load(path: str) -> dict:
-    """Reads what `save` wrote.
+def from_json(text: str, source: str = 'tiles') -> dict:
+    """Reads what `to_json` wrote.
 
     Raises:
-      ValueError: an entry that is none of these classes, or has other fields.
+      ValueError: no JSON; an entry that is none of these classes, or has other fields. `source` names it.
     """
-    with open(path) as file:
-        found = json.load(file)
     choices = {}
-    for key, fields in found.items():
+    for key, fields in json.loads(text).items():
         kind = {'Forward': Forward, 'Backward': Backward}.get(key.split()[0])
         try:
             if kind is None:
                 raise TypeError('expected "Forward H=.. Hv=.." or "Backward H=.. Hv=.."')
             choices[key] = kind(**{**fields, 'registers': tuple(fields['registers'])})
         except (TypeError, KeyError) as error:
-            raise ValueError(f'{path}: {key!r}: {error}') from error
+            raise ValueError(f'{source}: {key!r}: {error}') from error
     return choices
+
+
+def pinned() -> dict:
+    """What `pin` was last given."""
+    return dict(_pinned)
 
 
 def pin(choices: dict | None) -> None:

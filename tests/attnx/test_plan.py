@@ -13,7 +13,7 @@ import attnx
 from attnx import config as config_lib
 from attnx import dispatch, plan
 from attnx.models import ModelConfig, build
-from attnx.nn import to_flat
+from attnx.nn import flat_axes, to_flat
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
@@ -37,6 +37,19 @@ def test_counts_are_those_of_the_model():
     assert found.memory['optimizer'] == 2 * found.memory['parameters'] + 4 == 8 * found.parameters + 4  # and a count
     more = plan.plan(config_of(remat='full'), length=128, batch=2).memory['activations']
     assert 0 < more < found.memory['activations']
+
+
+def test_a_token_pays_for_the_experts_that_it_visits():
+    """Of attention and of the MLP: four fewer take off the products of four, and of their heads, and nothing else."""
+
+    def flops(top_k):
+        mixer = {'kind': 'moa', 'num_experts': 6, 'top_k': top_k, 'num_kv_heads': 2, 'head_dim': 8}
+        config = config_of(pattern=('a',), mixers={'a': mixer}, mlp={'kind': 'moe', 'experts': 6, 'top_k': top_k, 'hidden': 16})
+        made = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+        return plan.flops_per_token(config, flat_axes(made), to_flat(made), 32)
+
+    matrices, pairs = 2 * 64 * 16 + 3 * 64 * 16, 4 * 2 * 8 * 32 / 2  # of an expert of each kind, of its heads
+    assert flops(6) - flops(2) == 3 * 4 * (6 * matrices + 3 * pairs)
 
 
 def test_everything_refused_is_listed():

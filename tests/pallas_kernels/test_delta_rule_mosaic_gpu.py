@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels.delta_rule import check, inverse, mosaic_gpu, sweep
 from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
+from pallas_kernels.gated_linear import per_channel as channel
 from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
 
 
@@ -20,6 +21,7 @@ def plain_delta(
     strength,
     inverses,
     decay,
+    channels,
     state,
     *,
     every=None,
@@ -34,7 +36,12 @@ def plain_delta(
     v = jnp.zeros((B, T, N, V)) if v is None else v
     has_q, q = q is not None, k if q is None else q
     wide = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
-    q, k, v = wide(q), wide(k), wide(v)
+    low = lambda x: 0 if x is None else wide(x)
+    e = k if channels.other is None else channels.other  # enters the state
+    q, k, v, e = wide(q) + low(channels.q_low), wide(k) + low(channels.k_low), wide(v), wide(e) + low(channels.other_low)
+    rescale = lambda S, t: S if channels.scales is None else S * np.asarray(channels.scales, np.float64)[:, :, t // 64, :, None]
+    first, last = (lambda t: t % 64 == 0), (lambda t: t % 64 == 63 or t == T - 1)
+    begins, ends = (last, first) if reverse else (first, last)
     chunks = strength.shape[2]
     beta = np.square(np.asarray(strength, np.float64)).reshape(B, N, -1)
     step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
@@ -47,21 +54,22 @@ def plain_delta(
     read = lambda x, S: np.einsum('bnk,bnkv->bnv', x, S)
     for t in reversed(range(T)) if reverse else range(T):
         a, b = step[:, :, t, None, None], beta[:, :, t, None]
+        S = rescale(S, t) if begins(t) else S
         if reverse:
             S = S + outer(q[:, t], v[:, t])
             u[:, t] = b * read(k[:, t], S)
-            S = a * (S - outer(k[:, t], u[:, t]))
+            S = a * (S - outer(e[:, t], u[:, t]))
         else:
             u[:, t] = b * (v[:, t] - read(k[:, t], a * S))
-            S = a * S + outer(k[:, t], u[:, t])
+            S = a * S + outer(e[:, t], u[:, t])
             out[:, t] = scale * read(q[:, t], S)
+        S = rescale(S, t) if ends(t) else S
         states[:, :, t // 64 // every] = S
     as_input = lambda x: jnp.asarray(x, jnp.float32)
     if only_states:
         return (), as_input(states)
-    if reverse:
-        return as_input(u), as_input(states)
-    return as_input(out) if has_q else (as_input(u), jnp.zeros_like(as_input(u))), as_input(states)
+    terms = as_input(u), jnp.zeros_like(as_input(u))
+    return as_input(out) if has_q and not reverse else terms, as_input(states)
 
 
 @pytest.mark.parametrize(
@@ -71,6 +79,9 @@ def plain_delta(
         check.Case('none', T=30, N=1, K=64, V=40, decay='none', state=False),
         check.Case('constant', T=70, N=2, K=64, V=64, decay='head', beta=(0.0, 2.0)),
         check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
+        check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+        check.Case('channel, none', T=70, N=1, K=40, V=64, decay='channel', state=False),
+        check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head', strength=(0.01, 0.05)),
     ],
     ids=lambda c: c.name,
@@ -78,6 +89,7 @@ def plain_delta(
 def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(linear, 'sweep', plain_sweep)
     monkeypatch.setattr(linear, 'refuse', lambda *_: None)
+    monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(linear, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)
     monkeypatch.setattr(sweep, 'write', plain_delta)
@@ -120,12 +132,22 @@ def test_interpreted_with_race_detection():
     assert error(last, want_last) < check.FLOORS['state']
 
 
-def test_lowers_for_hopper():
+@pytest.mark.slow
+def test_interpreted_per_channel_in_pieces(monkeypatch):
+    monkeypatch.setattr(linear, 'GROUP', 1)
+    case = check.Case('pieces', T=128, N=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
+    good, errors = check.check(case, interpret=True)
+    assert good, errors
+
+
+@pytest.mark.parametrize('channels', [(), (128,)])
+def test_lowers_for_hopper(channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     f32 = x(1, 1000, 4, dtype=jnp.float32)
     loss = lambda *a: mosaic_gpu.delta_rule(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
-    arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, f32
+    decay = x(1, 1000, 4, *channels, dtype=jnp.float32)
+    arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, decay
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))), platforms=['cuda'], disabled_checks=allowed)(*arguments)
 
 
@@ -134,10 +156,19 @@ def test_refusals():
     beta = jnp.zeros((1, 64, 2))
     assert mosaic_gpu.unsupported(x, x, x, beta) is None
     assert 'widths up to 128, given 192' in mosaic_gpu.unsupported(x, x, jnp.zeros((1, 64, 2, 192), x.dtype), beta)
-    assert 'a decay per channel' in mosaic_gpu.unsupported(x, x, x, beta, jnp.zeros((1, 64, 2, 64)))
+    assert mosaic_gpu.unsupported(x, x, x, beta, jnp.zeros((1, 64, 2, 64))) is None
     f32 = x.astype(jnp.float32)
     with pytest.raises(ValueError, match=r'delta_rule on mosaic_gpu: .*must be bfloat16'):
         mosaic_gpu.delta_rule(f32, f32, f32, beta)
+
+
+def test_held_back():
+    """`auto` takes what has passed the gate on a GPU."""
+    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    call = lambda T, H, *decay: mosaic_gpu.held_back(*[x(8, T, 16, H)] * 3, x(8, T, 16), x(8, T, 16, *decay))
+    assert call(2048, 128) is None and call(1, 64, 64) is None
+    assert 'per channel' in call(2048, 128, 128)
+    assert 'at widths 64 and 64' in call(2048, 64)
 
 
 @pytest.mark.gpu

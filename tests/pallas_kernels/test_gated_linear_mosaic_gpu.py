@@ -20,6 +20,8 @@ def plain_sweep(
     scales=None,
     k_low=None,
     base=None,
+    q_low=None,
+    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -33,7 +35,7 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    k = k if k_low is None else k + k_low
+    q, k, v = (x if low is None else x + low for x, low in ((q, q_low), (k, k_low), (v, v_low)))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -77,7 +79,6 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
-    monkeypatch.setattr(per_channel, 'sweep', plain_sweep)
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
@@ -96,6 +97,7 @@ def gradients(function, case):
         check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
         check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+        check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
         check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
     ],
     ids=lambda c: c.name,
@@ -134,10 +136,19 @@ def test_interpreted_with_race_detection():
     assert good, errors
 
 
-@pytest.mark.parametrize('K, V', [(128, 128), (256, 64)])
-def test_lowers_for_hopper(K, V):
+@pytest.mark.slow
+def test_interpreted_per_channel_in_pieces(monkeypatch):
+    monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
+    case = check.Case('pieces', T=128, N=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
+    assert mosaic_gpu.pieces(1, case.T, 1, 64, 64) == 2
+    good, errors = check.check(case, interpret=True)
+    assert good, errors
+
+
+@pytest.mark.parametrize('K, V, channels', [(128, 128, ()), (256, 64, ()), (256, 128, (256,))])
+def test_lowers_for_hopper(K, V, channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
-    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, dtype=jnp.float32)
+    ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, *channels, dtype=jnp.float32)
     loss = lambda *a: mosaic_gpu.gated_linear(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['cuda'], disabled_checks=allowed)(*ones)
@@ -160,6 +171,15 @@ def test_refusals(change, words):
     assert words in reason
     with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
+
+
+def test_held_back():
+    """`auto` takes what has passed the gate on a GPU."""
+    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+    call = lambda B, T, H, *decay: mosaic_gpu.held_back(x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, *decay))
+    assert call(8, 2048, 128, 128) is None and call(1, 65536, 64) is None and call(1, 1, 64, 64) is None
+    assert 'at widths 64 and 64' in call(8, 2048, 64, 64)
+    assert 'in pieces' in call(1, 65536, 128, 128)
 
 
 @pytest.mark.gpu

@@ -13,12 +13,12 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from attnx import dispatch
-from attnx.ops import delta_rule, gated_linear, masks, scores, softmax_attention
+from attnx.ops import delta_rule, gated_linear, masks, paged_attention, scores, softmax_attention
 from pallas_kernels import aot_tpu, blocks
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
-from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles, paged_tpu
+from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles
 from tests.attnx.ops import recurrences
 from tests.tolerances import FLOAT32, FLOAT32_GRAD
 
@@ -177,6 +177,12 @@ def test_recurrences(interpreted, name, decay, nats, chunk):
     close(got[1], want[1], FLOAT32_GRAD)
 
 
+@pytest.mark.parametrize(('name', 'decay'), [('gated_linear', 'channel'), ('delta_rule', 'token')])
+def test_documents_keep_their_poison(interpreted, name, decay):
+    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
+    recurrences.assert_documents_keep_their_poison(name, decay, functools.partial(op, chunk=16), FLOAT32_GRAD)
+
+
 @pytest.mark.parametrize('T', [1, 3])
 def test_paged_attention(interpreted, T):
     """Ragged lengths down to 0, pages in any order, NaN in unused slots and pages, window, softcap, sinks, grouped heads."""
@@ -189,12 +195,13 @@ def test_paged_attention(interpreted, T):
     for b, t in np.argwhere(np.arange(count * size) < lengths[:, None]):
         k[:, pages[b, t // size], t % size], v[:, pages[b, t // size], t % size] = dense[0, b, t], dense[1, b, t]
     q, sinks = draw(B, T, N, H), jnp.array([0.5, -1.0, 0.0, 2.0])
-    out, lse = paged_tpu.paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks)
     queries = lengths[:, None] - T + np.arange(T)
     mask = masks.causal(queries, np.tile(np.arange(count * size), (B, 1)))
     mask = mask & masks.window(50, queries, np.tile(np.arange(count * size), (B, 1)))
     options = {'mask': mask, 'score': scores.softcap(2.0), 'sinks': sinks, 'impl': 'reference', 'return_lse': True}
-    close((out, lse), softmax_attention(q, *dense, **options), FLOAT32)
+    want = softmax_attention(q, *dense, **options)
+    for impl in ('mosaic_tpu', 'xla', 'reference'):
+        close(paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks, impl=impl), want, FLOAT32)
 
 
 @pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
@@ -222,6 +229,23 @@ LONG = [jax.ShapeDtypeStruct((1, 2**21, 1, 8), jnp.bfloat16)] * 3
 )  # fmt: skip
 def test_refusals(message, reason):
     assert message in reason()
+
+
+@pytest.mark.parametrize(
+    ('message', 'changes'),
+    [
+        ('expected query', {'lengths': np.zeros((3,), np.int32)}),
+        ('2 key heads do not divide 3 query heads', {'query': jnp.zeros((2, 1, 3, 8))}),
+        ('must be integers', {'pages': jnp.zeros((2, 3))}),
+        ('window must be at least 1, given 0', {'window': 0}),
+        ("mosaic_tpu' refuses this call: a page holds a multiple of 16", {'impl': 'mosaic_tpu'}),
+    ],
+)
+def test_paged_attention_refuses(message, changes):
+    given = {'query': jnp.zeros((2, 1, 4, 8)), 'key_pages': jnp.zeros((2, 9, 8, 8)), 'value_pages': jnp.zeros((2, 9, 8, 4))}
+    given |= {'pages': np.zeros((2, 3), np.int32), 'lengths': np.ones((2,), np.int32)}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(**{**given, **changes})
 
 
 def test_a_mesh_is_refused():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnx.ops.softmax_attention import reference, xla
-from pallas_kernels import blocks, tile_eval
+from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, tiles, tune
@@ -42,29 +42,50 @@ def test_forward_lists(c):
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
     """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
-    lists, ranks, touched = mosaic_gpu.schedule(c, together)
+    owners = mosaic_gpu.divided(c)
+    lists, ranks, touched = mosaic_gpu.schedule(c, owners, together)
     np.testing.assert_array_equal(touched, (c != 0).any(-1))
-    for x, y in zip((lists, ranks, touched), jax.jit(lambda c: mosaic_gpu.schedule(c, together))(c)):
+    for x, y in zip((lists, ranks, touched), jax.jit(lambda c: mosaic_gpu.schedule(c, owners, together))(c)):
         np.testing.assert_array_equal(x, y)
     nq, nk = c.shape[2:]
     for at in np.ndindex(c.shape[:2]):
-        todo = []
-        for i in range(nk):
-            count, *entries = lists[(*at, i)]
+        todo, visited = [], [[] for _ in range(nk)]
+        for i in range(len(owners)):
+            count, tile, part, *entries = lists[(*at, i)]
+            assert (tile, part) == (owners[i, 0], owners[i, 3])
             visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
-            assert sorted(x for x, _, _ in visits) == list(np.flatnonzero(c[at][:, i]))
-            assert all(p == (c[at][x, i] == blocks.PARTIAL) for x, p, _ in visits)
+            assert all(p == (c[at][x, tile] == blocks.PARTIAL) for x, p, _ in visits)
+            visited[tile] += [x for x, _, _ in visits]
             todo.append(visits)
+        for tile, found in enumerate(visited):
+            assert sorted(found) == list(np.flatnonzero(c[at][:, tile]))
         done = [0] * nq
         while any(todo):
             moved = False
-            for i in [i for i in range(nk) if todo[i]][:together]:
+            for i in [i for i in range(len(owners)) if todo[i]][:together]:
                 x, _, rank = todo[i][0]
                 if done[x] == rank:
                     done[x], moved = done[x] + 1, True
                     todo[i].pop(0)
             assert moved, 'the blocks wait for each other'
         assert done == list((c[at] != 0).sum(-1))
+
+
+def test_tiles_that_many_see_are_shared():
+    """Global tokens before a window: blocks of about equal length, each key tile once or in parts that join."""
+    T = 4096
+    c = blocks.classify(ew.as_mask(check.global_window(512, 64)), 1, 1, T, T, 64, 128)
+    owners = mosaic_gpu.divided(c)
+    lists = mosaic_gpu.schedule(c, owners)[0][0, 0]
+    assert c.shape[3] < len(owners) and set(owners[owners[:, 3] >= 0, 0]) == {0}
+    assert lists[:, 0].max() <= 2 * lists[:, 0].mean() < (c[0, 0, :, 0] != 0).sum()
+    assert len(mosaic_gpu.divided(blocks.classify(ew.as_mask(check.causal), 1, 1, T, T, 64, 128))) == T // 128
+    rng = np.random.default_rng(0)
+    parts = rng.standard_normal((2, 128 * (owners[:, 3].max() + 1), 3, 8)).astype(np.float32)
+    x = rng.standard_normal((2, 200, 3, 8)).astype(np.float32)
+    joined = mosaic_gpu._joined(jnp.asarray(x), jnp.asarray(parts), owners)
+    np.testing.assert_array_equal(joined[:, 128:], x[:, 128:])
+    np.testing.assert_allclose(joined[:, :128], parts.reshape(2, -1, 128, 3, 8).sum(1), rtol=1e-5, atol=1e-5)
 
 
 @settings(max_examples=10, deadline=None)
@@ -98,12 +119,20 @@ def test_agenda_is_balanced():
     assert work.max() < 1.02 * work.mean()
 
 
-@pytest.mark.parametrize('heads', [1, 16])
-def test_agenda_by_data_is_balanced(heads):
-    """No block has more than its share and about one item."""
-    cost = np.random.default_rng(0).integers(1, 14, (2, heads, 64))
-    work = shares(mosaic_gpu.agenda(2, 16, 64, jnp.asarray(cost), 4, 132), np.broadcast_to(cost, (2, 16, 64)))
-    assert work.max() <= work.mean() + 13
+@pytest.mark.parametrize('kind', ['random', 'documents', 'random by head'])
+def test_agenda_by_data_is_balanced(kind):
+    """No block has more than its share and half an item; at any time they work on a few heads."""
+    rng = np.random.default_rng(0)
+    if kind == 'documents':
+        cost = np.broadcast_to(np.arange(64) % 12 + 1, (2, 1, 64))
+    else:
+        cost = rng.integers(1, 14, (2, 16 if 'head' in kind else 1, 64))
+    bounds, order = jax.jit(lambda cost: mosaic_gpu.agenda(2, 16, 64, cost, 4, 132))(cost)
+    work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
+    assert work.max() <= work.mean() + 7
+    for n in range(13):
+        heads = {int(order[start + n]) // 64 for start in bounds[:-1]}
+        assert len(heads) <= 6
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
@@ -156,6 +185,7 @@ def test_diagonal_lists():
 SCORES = {
     'softcap': lambda s, q, k, a: 5 * jnp.tanh(s / 5),
     'alibi': lambda s, q, k, a: s - a * (q + 7 - k).astype(jnp.float32),
+    'alibi ahead': lambda s, q, k, a: s + a * (k - q).astype(s.dtype),
     'gelu': lambda s, q, k, a: jax.nn.gelu(s),
     'twice used': lambda s, q, k, a: s * jax.nn.sigmoid(s) + jnp.abs(s),
     'where': lambda s, q, k, a: jnp.where((q - k) % 3 == 0, s * 2, s - jnp.log1p(abs(a))),
@@ -163,6 +193,26 @@ SCORES = {
     'powers': lambda s, q, k, a: s**3 - s**-1 + jnp.power(s, 2.0) + jnp.floor(s) + jnp.expm1(a),
     'scaled': lambda s, q, k, a: -2.0 * (s * 0.5) / 4.0,
 }
+
+
+CHEAP = 'alibi', 'alibi ahead', 'scaled', 'cond'  # without the special function unit
+
+
+def test_positions_far_out_keep_their_precision():
+    """A slope times positions of 10^6 rounds as their difference does."""
+    q, k = jnp.arange(64, dtype=jnp.int32) + 1_000_000, jnp.arange(128, dtype=jnp.int32) + 1_000_000
+    s, a = jnp.zeros((64, 128), jnp.float32), jnp.float32(0.7)
+    operands = [(s, jnp.float32, 'rc'), (q, jnp.int32, 'r'), (k, jnp.int32, 'c'), (a, jnp.float32, '')]
+    (out,) = tile_eval.tile_eval(SCORES['alibi ahead'], operands, (64, 128), lambda x: x, (1, 2), center=k[0])
+    np.testing.assert_allclose(out.to('rc'), 0.7 * (k - q[:, None]), rtol=1e-5, atol=1e-5)
+
+
+def test_exponentials_by_polynomial():
+    x = jnp.concatenate([jnp.linspace(-126, 0, 5000), jnp.array([-jnp.inf, -1e30, -200.0, jnp.nan])])[None]
+    y = common.exp2(x, x.shape[1])[0]
+    np.testing.assert_allclose(y[:5000], jnp.exp2(x[0, :5000]), rtol=9e-5)
+    assert (y[5000:5003] == 0).all() and jnp.isnan(y[5003])
+    np.testing.assert_array_equal(common.exp2(x, 8)[0, 8:], jnp.exp2(x[0, 8:]))
 
 
 @pytest.mark.parametrize('name', SCORES)
@@ -176,10 +226,17 @@ def test_tile_eval_agrees(name):
     f = SCORES[name]
     both = lambda s, q, k, a: jax.jvp(lambda s: f(s, q, k, a), (s,), (jnp.float32(1),))
     operands = [(s, jnp.float32, 'rc'), (lambda: q, jnp.int32, 'r'), (lambda: k, jnp.int32, 'c'), (a, jnp.float32, '')]
-    outs = tile_eval.tile_eval(both, operands, (M, N), lambda x: x, (1, 2))
     each = jax.vmap(jax.vmap(both, (0, None, 0, None)), (0, 0, None, None))(s, q, k, a)
-    for x, y in zip(outs, each):
-        np.testing.assert_allclose(x.to('rc'), y, rtol=2e-5, atol=2e-5)
+    for center in (None, jnp.int32(3)):
+        outs = tile_eval.tile_eval(both, operands, (M, N), lambda x: x, (1, 2), center=center)
+        for x, y in zip(outs, each):
+            np.testing.assert_allclose(x.to('rc'), y, rtol=2e-5, atol=2e-5)
+    held = outs[0].value
+    assert isinstance(held, tile_eval.Shifted) == (name in ('alibi', 'alibi ahead'))
+    if isinstance(held, tile_eval.Shifted):  # what a kernel adds elsewhere
+        np.testing.assert_allclose(held('r') + held.parts['r'][:, None], each[0], rtol=2e-5, atol=2e-5)
+        np.testing.assert_allclose(held('c') + held.parts['c'], each[0], rtol=2e-5, atol=2e-5)
+    assert tile_eval.special(jax.make_jaxpr(both)(s[0, 0], q[0], k[0], a)) == (name not in CHEAP)
     assert tile_eval.refusal(jax.make_jaxpr(both)(*(jax.ShapeDtypeStruct((), x.dtype) for x in (s, q, k, a)))) is None
 
 
@@ -249,7 +306,7 @@ def test_lowers_for_cuda(name, H):
 
 
 def test_lowers_under_vmap():
-    """The backward kernel, whose blocks wait for each other through counters, runs one batch member at a time."""
+    """One kernel a pass, with a larger batch, and no loop over members."""
     loss = lambda q, k, v: mosaic_gpu.softmax_attention(q, k, v, mask=check.causal).astype(jnp.float32).sum()
     stacked = [jnp.stack([x] * 3) for x in arrays()]
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
@@ -257,27 +314,108 @@ def test_lowers_under_vmap():
     exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*stacked)
     assert [x.shape for x in exported.out_avals] == [x.shape for x in stacked]
     module = exported.mlir_module()
-    assert 'stablehlo.while' in module
-    # XLA must not fuse the loop's slices with the kernel: the counters would not be those that it set to 0.
-    assert module.count('optimization_barrier') >= 2
+    assert module.count('@mosaic_gpu_v2') == 2 and 'stablehlo.while' not in module
+    assert module.count('optimization_barrier') >= 2  # see `_over_batches`
+
+
+@pytest.mark.parametrize('B', [1, 2])
+@pytest.mark.parametrize('shared', ['lists', 'seed row', 'dense strip', ''])
+def test_vmap_is_a_larger_batch(B, shared):
+    """Each member sees its own rows, lists, operands, seed and batch numbers, also under two `vmap`s."""
+    rng = np.random.default_rng(0)
+    T = S = 4
+    number = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    def spec_of(row, strip, dense, seed):
+        mask = ew.Mask(lambda i, x: x > 0, (ew.Operand(row, 'bq'),))
+        score = check.added(strip, 'd') >> check.added(dense, 'bhqk')
+        return functions.make_spec(mask, score, Dropout(0.5, seed), T, S, False)
+
+    def kernel(*args, spec):  # all that a kernel reads, by the letters that it reads it by
+        x, lists, operands = args[0], args[1], args[2]
+        at = jnp.arange(x.shape[0])
+        total = x + lists[at if lists.shape[0] > 1 else 0 * at].sum(1) + at % (spec.batch or x.shape[0])
+        for o, value in zip(spec.operands, operands):
+            rows = 'b' in o.index and o.array.shape[o.index.index('b')] > 1
+            assert value.shape[0] == x.shape[0] or not rows
+            total += value[at].reshape(len(at), -1).sum(1) if rows else value.sum()
+        return (total,)
+
+    def call(x, lists, row, strip, dense, seed):
+        spec = spec_of(row, strip, dense, seed)
+        operands = [functions.prepare(o, T, S, T, S, True) for o in spec.operands]
+        return mosaic_gpu._over_batches(kernel, spec)((x,), (lists,), operands)[0]
+
+    names = 'x', 'lists', 'row', 'strip', 'dense', 'seed'
+    shapes = (B,), (1, 3), (B, T), (T + S - 1,), (1, 2, T, S)
+    axes = [None if name in shared.split() else 0 for name in names]
+    args = [number(*(n for n in (3, 2) if axis == 0), *shape) for shape, axis in zip(shapes, axes)]
+    seeds = jnp.arange(6, dtype=jnp.uint32).reshape(3, 2)
+    args.append(seeds if axes[-1] == 0 else jnp.uint32(9))
+    found = jax.vmap(jax.vmap(call, axes), axes)(*args)
+    for i, j in np.ndindex(3, 2):
+        one = call(*(x[i, j] if axis == 0 else x for x, axis in zip(args, axes)))
+        np.testing.assert_allclose(found[i, j], one, rtol=1e-5)
 
 
 def test_tuned_tiles_are_pinned_and_replayed(tmp_path, monkeypatch):
-    path = str(tmp_path / 'tiles.json')
+    path = tmp_path / 'tiles.json'
+    call = tiles.Call(2, 64, 64, 2, 2, 128, 128)
     choice = tiles.Forward(2, 64, 3, (240, 24), turns=False)
-    monkeypatch.setattr(tune, 'tune', lambda shapes, causal: {tiles.name(tiles.Forward, 128, 128): choice})
+    monkeypatch.setattr(tune, 'tune', lambda calls: {one.name: choice for one in calls})
     try:
-        tune.replay_or_tune(path, [(2, 64, 2, 2, 128)])
-        assert tiles.forward(128, 128) == choice and tiles.forward(64, 64).consumers == 3
+        tune.replay_or_tune(path, lambda: [call])
+        assert tiles.forward(call) == choice and tiles.forward(call._replace(H=64, Hv=64)).consumers == 3
+        assert tiles.forward(call._replace(special=True)) != choice
         monkeypatch.setattr(tune, 'tune', None)  # the file is replayed, not made again
         tiles.pin(None)
-        tune.replay_or_tune(path, [])
-        assert tiles.forward(128, 128) == choice
+        tune.replay_or_tune(path, None)
+        assert tiles.forward(call) == choice and tiles.pinned() == {call.name: choice}
     finally:
         tiles.pin(None)
-    (tmp_path / 'bad.json').write_text('{"Forward H=64 Hv=64": {"consumers": 3}}')
-    with pytest.raises(ValueError, match='Forward H=64'):
-        tiles.load(str(tmp_path / 'bad.json'))
+    with pytest.raises(ValueError, match="tiles: 'Forward H=64 Hv=64'"):
+        tiles.from_json('{"Forward H=64 Hv=64": {"consumers": 3}}')
+
+
+def test_calls_are_asked_for_as_they_are_traced():
+    q, k, v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays(H=40))
+    score = check.softcap(30.0)
+    with tiles.asked() as found:
+        jax.eval_shape(functools.partial(mosaic_gpu.softmax_attention, mask=check.causal), q, k, v)
+        jax.eval_shape(functools.partial(mosaic_gpu.softmax_attention, score=score), q, k, v)
+    assert found == [
+        tiles.Call(2, 100, 100, 4, 2, 64, 64, masked=True, special=False),
+        tiles.Call(2, 100, 100, 4, 2, 64, 64, masked=False, special=True),
+    ]
+
+
+def test_tuner_times_the_largest_call_of_each_class(monkeypatch):
+    """By a timer that likes 64 keys; every candidate lowers to a program of its own."""
+    made = []
+
+    class Lowered:
+        def __init__(self, call):
+            made.append(call)
+
+        def compile(self):
+            return made[-1]
+
+    class Jitted:
+        def __init__(self, f):
+            self.f = f
+
+        def lower(self, *args):
+            with tiles.asked() as found:
+                jax.eval_shape(self.f, *args)
+            return Lowered((found[-1], tiles.forward(found[-1])))
+
+    monkeypatch.setattr(tune.jax, 'jit', Jitted)
+    small, large = tiles.Call(1, 64, 64, 1, 1, 64, 64), tiles.Call(1, 128, 128, 2, 1, 64, 64)
+    special = tiles.Call(1, 64, 64, 1, 1, 128, 64, masked=False, special=True)
+    best = tune.tune([large, small, special], timer=lambda program, args: program[1].keys)
+    assert {call for call, _ in made} == {large, special}
+    assert set(best) == {large.name, special.name} and {x.keys for x in best.values()} == {64}
+    assert len({choice for call, choice in made if call == large}) == len(tune.candidates(large)) > 8
 
 
 def test_gate_tells_right_from_wrong():

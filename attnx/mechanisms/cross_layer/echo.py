@@ -5,7 +5,8 @@ Equation: o_t = sum_s w_ts v_s, w = softmax(scale q k^T) of the nearest earlier 
 Paper: EchoAtt: attend, copy, then adjust for more efficient LLMs, 2024, arXiv 2409.14595.
 Differs: what is shared are queries, keys, masks and scores, from which the fused op makes the same weights again, so that
     no [T, S] array exists: W_q and W_k are saved, the products of scores are not. Dropout is each layer's own. Which layers
-    copy is the pattern's choice (`('own', 'copy')` are blocks of two); the paper finds them by similarity.
+    copy is the pattern's choice (`('own', 'copy')` are blocks of two); the paper finds them by
+    similarity, which `attnx.interop.prune.map_similarity` measures.
 Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer that computes, K H in one that copies.
 """
 

@@ -5,10 +5,13 @@ Equation: features f_l [P_l, C] of degree l, points x_i, r and u length and dire
     q, k, v, y by matrices on channels, each degree by itself; a, b are sums of bells of r, 0 at r = 0. Turning by phi:
     SE(2): f_m is complex, m = 0 … F - 1, f_m -> exp(-i m phi) f_m, Y_m = exp(-i m angle), size = C / heads.
     SE(3): l = 0 … F - 1 has 2 l + 1 real components, Y_1 = u, Y_2 = u u' - I / 3, size = C F² / heads.
-    norm: f / sqrt(sum |f|²), over all m of a channel or the components of l;  gate: f gelu(|f| + b) / |f| at the end.
+    norm: f / sqrt(sum |f|²), over all m of a channel or the components of l;  at the end, product: y_l = sum of w times the
+    parts of degree l of products of two degrees (Clebsch-Gordan; SE(2): f_m1 f_m2, m1 + m2 = m), a number w a channel and
+    product;  gate: f gelu(|f| + b) / |f|.
 Paper: Steerable transformers for volumetric data, 2024, arXiv 2405.15932.
-Differs: bells of the distance stand for a table of distances of a grid; weights are scaled by C^-1/2. Products of features
-    (Clebsch-Gordan), the front end from images and class tokens are left out. The width of the model holds
+Differs: bells of the distance stand for a table of distances of a grid; weights are scaled by C^-1/2. Frequencies of
+    products do not wrap, as the release's do, which holds for some angles only. The front end from images and class tokens are
+    left out. The width of the model holds
     [degree, component, channel], complex parts as two components; norms and MLPs of the blocks around are not equivariant.
 Cost: O(T²) time, O(T) memory: the geometry of some rows of pairs at a time (XLA); it needs the whole set, and can not decode.
 """
@@ -33,6 +36,7 @@ class Config:
     reach: float = 4.0  # distance of the last bell
     weigh: str = 'modulus'  # what of A is weighed: modulus, real
     norm: bool = True  # normalise the features first
+    product: bool = False  # products of degrees at the end
     gate: bool = False  # the gated non-linearity at the end
 
     def __post_init__(self):
@@ -56,6 +60,35 @@ def harmonics(u, degree: int, group: str):
     return jnp.stack(parts, axis=-1)
 
 
+def products(parts: list, group: str) -> list:
+    """Of each degree the parts of products of two degrees, channel by channel: [terms, B, T, P, C]."""
+    if group == 'se2':
+        return [jnp.stack([parts[a] * parts[m - a] for a in range(m // 2 + 1)]) for m in range(len(parts))]
+    scalar, vector = parts[0], parts[1] if len(parts) > 1 else None
+    if vector is None:
+        return [scalar[None] ** 2]
+    scalars, vectors = [scalar**2, jnp.sum(vector**2, axis=2, keepdims=True)], [scalar * vector]
+    if len(parts) == 2:
+        return [jnp.stack(scalars), jnp.stack(vectors)]
+    # Degree 2 as symmetric traceless matrices; of a channel with itself, cross products are 0.
+    basis = jnp.stack([_components(a, b) for a in jnp.eye(3) for b in jnp.eye(3)]).reshape(3, 3, 5)
+    matrix = jnp.einsum('ijp,btpc->btijc', basis, parts[2])
+    down = lambda m: jnp.einsum('ijp,btijc->btpc', basis, m)
+    scalars.append(jnp.sum(parts[2] ** 2, axis=2, keepdims=True))
+    vectors.append(jnp.einsum('btijc,btjc->btic', matrix, vector))
+    square = jnp.einsum('btijc,btjkc->btikc', matrix, matrix)
+    tensors = [scalar * parts[2], down(jnp.einsum('btic,btjc->btijc', vector, vector)), down(square)]
+    return [jnp.stack(scalars), jnp.stack(vectors), jnp.stack(tensors)]
+
+
+def _components(a, b):
+    """The symmetric traceless part of a b' in the basis of `harmonics`, [5]."""
+    (p, q, r), (x, y, z) = a, b
+    two, six = 2**0.5, 6**0.5
+    parts = [(p * y + q * x) / two, (q * z + r * y) / two, (p * z + r * x) / two, (p * x - q * y) / two]
+    return jnp.stack([*parts, (2 * r * z - p * x - q * y) / six])
+
+
 class SteerableAttention(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config, self.dtype, f = config, dims.dtype, config.frequencies
@@ -74,6 +107,11 @@ class SteerableAttention(Mixer):
         self.query, self.key, self.value = (draw(c, c, scale=c**-0.5, axes=('embed', 'heads')) for _ in range(3))
         self.out = draw(c, c, scale=(2 * c * dims.num_layers) ** -0.5, axes=('heads', 'embed'))
         self.near_key, self.near_value = (draw(config.bells, c, scale=config.bells**-0.5) for _ in range(2))
+        like = [jnp.zeros((1, 1, 1 if self.complex else 2 * i + 1, 1)) for i in range(f)]
+        terms = [len(found) for found in products(like, config.group)]
+        weights = lambda: normal(rngs, (sum(terms), parts, c), parts**-0.5, dims.param_dtype)
+        self.product = param(weights(), (None, None, 'embed')) if config.product else None
+        self.ends = [sum(terms[: n + 1]) for n in range(f)]
         self.shift = param(normal(rngs, (f, c), 1.0, dims.param_dtype), (None, 'embed')) if config.gate else None
 
     def split(self, x):
@@ -141,6 +179,10 @@ class SteerableAttention(Mixer):
         rows = num_rows(batch * length * config.bells * config.frequencies**2, length)
         _, read = by_rows(step, (), (query, where), rows)
         parts = [p @ w for p, w in zip(read, self.cast(self.out))]
+        if self.product is not None:
+            w = self.product[...].astype(jnp.float32)
+            w = jnp.split(jax.lax.complex(w[:, 0], w[:, 1]) if self.complex else w[:, 0], self.ends[:-1])
+            parts = [jnp.einsum('nbtpc,nc->btpc', found, mix) for found, mix in zip(products(parts, config.group), w)]
         if self.shift is not None:
             sizes = [jnp.sqrt(s) for s in self.size(parts)]
             parts = [p * jax.nn.gelu(s + b) / s for p, s, b in zip(parts, sizes, self.shift[...].astype(jnp.float32))]
@@ -157,6 +199,6 @@ SPEC = Spec(
         'decode': 'attends to the whole set of points at once',
         'state': 'attends to the whole set of points at once',
     },
-    example=(Config(gate=True), Config(group='se3', num_heads=2, bells=3)),
+    example=(Config(gate=True), Config(group='se3', num_heads=2, bells=3, product=True)),
     flops=lambda config, dims, length: 4 * dims.width * length * (1 + config.bells / config.num_heads),
 )

@@ -3,14 +3,16 @@
 Equation: sensory head: o_i = sum_j a_ij W_v x_j;  relational head h: o_i = W_r,h sum_j a_ij r_ij + sum_j a_ij W_s,h s_j,
     a = softmax(H^-1/2 q k^T) with projections of its own, relations r_ij,l = D^-1/2 (W_q,l x_i) . (W_k,l x_j) shared by the
     heads, l = 1 … R, R D = Nr H.  y = [W_o sensory ; W_o' relational].
-    Symbols: s_j = sum_n softmax_n(D^-1/2 (W x_j + b) . template_n) symbol_n in a few heads, or a table row of the position.
+    Symbols: s_j = sum_n softmax_n(D^-1/2 (W x_j + b) . template_n) symbol_n in a few heads, or a table row of the position,
+    or of the distance: s_ij, row clip(j - i, -L, L).
     Computed as sum_j a_ij r_ij,l = D^-1/2 (W_q,l x_i) . sum_j a_ij W_k,l x_j: no [T, T, R] array.
 Paper: Disentangling and integrating relational and sensory information in transformer architectures, 2024,
     arXiv 2405.16727.
 Differs: each layer has its own symbols and reads its normed input, where the paper shares one retriever; relations have no
-    activation (only then can the sum be taken first); symbols of relative positions are left out.
-Cost: train O(T²) time, O(T) memory through the fused op, relational values being (Nr + 1) H wide; decode keeps 2 H numbers
-    a token and sensory head, 3 H a relational one.
+    activation (only then can the sum be taken first).
+Cost: train O(T²) time, O(T) memory through the fused op, relational values being (Nr + 1) H wide; with symbols of distances
+    relational heads run in XLA, some rows at a time, masked pairs too. Decode keeps 2 H numbers a token and sensory head, 3 H a
+    relational one.
 """
 
 import dataclasses
@@ -19,7 +21,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from attnx.nn import Linear, merge_heads, normal, param, positions, softmax, split_heads
+from attnx.nn import Linear, merge_heads, normal, param, positions, relative, softmax, split_heads
+from attnx.ops.weighted_attention import by_rows, evaluate, index_of, num_rows, products, read, thinned
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
 
@@ -29,19 +32,21 @@ class Config(softmax.Options):
     relational_heads: int = 2  # Nr; H = width / (Ns + Nr)
     num_relations: int = 0  # R, which divides Nr H; 0: Nr
     symmetric: bool = False  # relations of i to j and of j to i are one: W_q,l = W_k,l
-    symbols: str = 'symbolic'  # symbolic: retrieved by content; positional: one for each position below max_length
-    num_symbols: int = 16  # size of the library of symbols, if symbolic
+    symbols: str = 'symbolic'  # symbolic: retrieved by content; positional: one a position; relative: one a distance
+    num_symbols: int = 16  # symbolic: size of the library; relative: L, distances told apart on each side
     symbol_heads: int = 2  # heads that retrieve symbols; divides the width
 
     def __post_init__(self):
         super().__post_init__()
-        softmax.check_choice('symbols', self.symbols, ('symbolic', 'positional'))
+        softmax.check_choice('symbols', self.symbols, ('symbolic', 'positional', 'relative'))
         if min(self.sensory_heads, self.relational_heads) < 0 or self.sensory_heads + self.relational_heads < 1:
             raise ValueError('sensory_heads and relational_heads must not be negative, nor both 0')
         if min(self.num_symbols, self.symbol_heads) < 1 or self.num_relations < 0:
             raise ValueError('num_symbols and symbol_heads must be at least 1, num_relations at least 0')
+        if self.symbols != 'symbolic':
+            softmax.refuse(self, 'symbols of positions are looked up, not retrieved', 'symbol_heads')
         if self.symbols == 'positional':
-            softmax.refuse(self, 'symbols of positions are looked up, not retrieved', 'num_symbols', 'symbol_heads')
+            softmax.refuse(self, 'there is one symbol for each position', 'num_symbols')
         if not self.relational_heads:
             of_relations = 'num_relations', 'symmetric', 'symbols', 'num_symbols', 'symbol_heads'
             softmax.refuse(self, 'there are no relational heads', *of_relations)
@@ -57,7 +62,8 @@ class Symbols(nnx.Module):
         content = config.symbols == 'symbolic'
         self.query = Linear(width, width, ('embed', 'heads'), dims, rngs=rngs, bias=True) if content else None
         self.templates = table(config.num_symbols) if content else None
-        self.library = table(config.num_symbols if content else dims.max_length)
+        sizes = {'symbolic': config.num_symbols, 'positional': dims.max_length, 'relative': 2 * config.num_symbols + 1}
+        self.library = table(sizes[config.symbols])
 
     def __call__(self, x, where):
         library = self.library[...].astype(x.dtype)
@@ -97,7 +103,8 @@ class DualAttention(Mixer):
     def init_state(self, batch, capacity, dtype=None):
         n, r, h, dtype = self.config.sensory_heads, self.config.relational_heads, self.head_dim, dtype or self.dtype
         sensory = self.core.init_state(batch, capacity, ((n, h),) * 2, dtype) if n else ()
-        shapes = ((r, h), (self.relations, r * h // self.relations), (r, h))
+        shapes = (r, h), (self.relations, r * h // self.relations)
+        shapes += ((r, h),) if self.config.symbols != 'relative' else ()
         return sensory, self.relation_core.init_state(batch, capacity, shapes, dtype) if r else ()
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
@@ -120,16 +127,39 @@ class DualAttention(Mixer):
         sender = split_heads(self.relation_query(x), self.relations)
         receiver = sender if self.relation_key is None else split_heads(self.relation_key(x), self.relations)
         where = positions(ctx, x.shape[1], 0 if state is None else state.index)
-        symbol = split_heads(self.sender(self.symbols(x.astype(self.dtype), where)), r)
-        query, keys, state = core.extend(query, key, (receiver, symbol), ctx, state)
-        key, receiver, symbol = keys.arrays
-        shared = jnp.broadcast_to(merge_heads(receiver)[:, :, None], (*symbol.shape[:3], r * self.head_dim))
-        value = jnp.concatenate([shared, symbol], axis=-1)
-        out = core.attend(query, key, value, ctx, core.mask(keys), core.score(keys))
-        met, carried = jnp.split(out, [r * self.head_dim], axis=-1)
+        far = self.config.symbols == 'relative'
+        symbol = () if far else (split_heads(self.sender(self.symbols(x.astype(self.dtype), where)), r),)
+        query, keys, state = core.extend(query, key, (receiver, *symbol), ctx, state)
+        key, receiver, *symbol = keys.arrays
+        shared = jnp.broadcast_to(merge_heads(receiver)[:, :, None], (*key.shape[:3], r * self.head_dim))
+        if far:
+            met, carried = self.read_by_distance(query, key, shared, keys, ctx)
+        else:
+            value = jnp.concatenate([shared, *symbol], axis=-1)
+            out = core.attend(query, key, value, ctx, core.mask(keys), core.score(keys))
+            met, carried = jnp.split(out, [r * self.head_dim], axis=-1)
         met = split_heads(met, self.relations)  # [B, T, Nr, R, D]
         relation = jnp.einsum('btnrd,btrd->btnr', met, sender) * met.shape[-1] ** -0.5
         return carried + jnp.einsum('btnr,nrh->btnh', relation, self.read[...].astype(relation.dtype)), state
+
+
+    def read_by_distance(self, query, key, value, keys, ctx):
+        """(weighted values, weighted symbols of distances), [B, T, Nr, …], some rows of pairs at a time."""
+        (batch, length, n, _), size, core, reach = query.shape, keys.length, self.relation_core, self.config.num_symbols
+        table = split_heads(self.sender(self.symbols.library[...].astype(self.dtype)), n)  # [2 L + 1, Nr, H]
+        mask, score, weights, dropout = core.mask(keys), core.score(keys), core.weights(), core.dropout(ctx)
+        key, value = key.astype(query.dtype), value.astype(query.dtype)
+
+        def step(carry, first, query):
+            i = index_of(batch, query.shape[1], length, size, n, first)
+            s = evaluate(score, i, products(query, key, core.options.scale or None))
+            w = thinned(weights(s, evaluate(mask, i), i), i, dropout)
+            bucket = jnp.clip(relative.distances(keys, i), -reach, reach)[0, 0] + reach
+            hot = (bucket[..., None] == jnp.arange(2 * reach + 1)).astype(query.dtype)
+            summed = jnp.einsum('bnts,tsl->bntl', w.astype(query.dtype), hot)
+            return carry, (read(w, value), jnp.einsum('bntl,lnh->btnh', summed, table))
+
+        return by_rows(step, (), query, num_rows(size * (batch * n + 2 * reach + 1), length))[1]
 
 
 def _flops(config, dims, length):

@@ -6,8 +6,8 @@ Equation: s_ij = (q_i . k_j + q_i . P_d(i,j) + k_j . R_d(j,i) + m_j q_i . A + m_
 Paper: Cross-domain aspect extraction using transformers augmented with knowledge graphs, 2022, arXiv 2210.10144;
     DeBERTa: decoding-enhanced BERT with disentangled attention, 2020, arXiv 2006.03654.
 Differs: the marker terms A and B (0 at the start) are ours, as the paper does not give its equation; so is learning P, R, A
-    and B themselves, not projections of shared tables. Inserting pivot tokens after known phrases is work on the data.
-    Causal models too.
+    and B themselves, not projections of shared tables. Finding known phrases, and its other
+    way, pivot tokens after them, are work on the data: `attnx.tasks.knowledge`. Causal models too.
 Cost: train O(T²) time, masked pairs too, O(T span) memory a head, and some rows of pairs at a time (`weighted_attention`,
     XLA; no fused kernel, which can not gather by distance); decode keeps 2 K H + 1 numbers a token.
 """

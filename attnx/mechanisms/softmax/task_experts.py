@@ -5,8 +5,9 @@ Equation: p = softmax(W_r,task x) + 1e-4;  y = sum over the K experts of largest
     p_e in the batch: it makes each task use few experts and all tasks together all of them.
 Paper: An efficient general-purpose modular vision model via multi-task heterogeneous training, 2023, arXiv 2306.17165;
     Mod-Squad, 2022, arXiv 2212.08066.
-Differs: the layer is Mod-Squad's, which the paper scales up; its MLP experts are not here. P is a batch's, which must mix
-    tasks: over a batch of one task the loss is 0. The task is given token by token, so that a packed row may hold several.
+Differs: the layer is Mod-Squad's, which the paper scales up; its MLP experts are `model.mlp` of kind 'moe' with `tasks`. P is a
+    batch's, which must mix tasks: over a batch of one task the loss is 0. The task is given token by token, so that a packed
+    row may hold several.
 Cost: train O(T²) time with K heads, O(T) memory, through the fused op; projections of chosen experts alone where the platform
     has a ragged product (XLA on CPU computes all and drops); logits of all tasks' routers. Decode keeps 2 H numbers a token.
 """
@@ -72,7 +73,8 @@ class TaskExperts(Mixer):
         query = routing.expert_product(x, self.query[...], chosen)
         out, state = self.core(query, self.key(x)[:, :, None], self.value(x)[:, :, None], ctx, state)
         y = jnp.einsum('btk,btkm->btm', gates.astype(out.dtype), routing.expert_product(out, self.out[...], chosen))
-        return Output(y, state, {'task_loss': self.config.task_weight * self.loss(probs, task, ctx)})
+        told = routing.mutual_information(task, probs, self.config.num_tasks, ctx.segment_ids)
+        return Output(y, state, {'task_loss': -self.config.task_weight * told})
 
     def probabilities(self, x, task):
         """float32 [B, T, E]; 0 for experts that the task does not see, NaN for a task that does not exist."""
@@ -92,16 +94,6 @@ class TaskExperts(Mixer):
         rest = jnp.where(taken, -jnp.inf, jnp.log(jax.lax.stop_gradient(probs)))
         noise = jax.random.gumbel(jax.random.fold_in(key, 1), probs.shape)
         return jnp.concatenate([best, routing.top_k(rest + noise, drawn)[0]], axis=-1)
-
-    def loss(self, probs, task, ctx):
-        """Minus the mutual information of task and expert, nats."""
-        member = jax.nn.one_hot(task, self.config.num_tasks)
-        joint = routing.mean_over_tokens(member[..., None] * probs[:, :, None], ctx)
-        joint = joint / jnp.maximum(joint.sum(), 1e-9)
-        independent = joint.sum(0, keepdims=True) * joint.sum(1, keepdims=True)
-        some = joint > 0
-        ratio = jnp.where(some, joint, 1) / jnp.where(some, independent, 1)
-        return -jnp.sum(joint * jnp.log(ratio))
 
 
 def expand(parameters: Mapping[str, jax.Array], experts: int, tasks: int, key: jax.Array) -> dict[str, jax.Array]:

@@ -4,7 +4,8 @@ Equation: p_t = softmax(W_g x_t + b), token t goes to the K heads of largest p; 
     o_th = sum_s softmax_s(H^-1/2 q_th . k_sh) v_sh, RoPE counting those tokens;  y_t = sum_{h of t} W_o,h o_th.
 Paper: Union of experts: adapting hierarchical routing to equivalently decomposed transformer, 2025, arXiv 2503.02495.
 Differs: the released gate only selects and so is not trained; here a chosen head's output carries p's gradient at factor 1
-    (straight-through). Unselected tokens are masked, not attended as padding. The MLP experts of the paper are not here.
+    (straight-through). Unselected tokens are masked, not attended as padding. The MLP experts of the paper
+    are `model.mlp` of kind 'moe' with `gates` = 'select'.
 Cost: train in packed rows: a head's share of the T² pairs is (K / N)² where tokens spread evenly, the fullest head and row
     deciding; O(T) memory through the fused op, whose empty tiles are skipped. Decode keeps 2 N H numbers a token, as if
     each went to all heads, and masks.

@@ -1,12 +1,15 @@
 """Studies: arms and matching, statistics, the runner under kills, the report."""
 
+import contextlib
 import csv
 import json
 import math
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -16,8 +19,10 @@ from flax import nnx
 from attnx import config as config_lib
 from attnx import models
 from attnx.ablate import Halving, Match, Study, match, runner, statistics
+from attnx.ablate.report import results_table, summary
 from attnx.ablate.results import results
 from attnx.nn import to_flat
+from attnx.train import checkpoint, metrics
 
 
 def base(**change):
@@ -62,6 +67,11 @@ def done(tmp_path_factory):
 def test_generators():
     arms = Study(question='?', base=base(), arms={}, generate=({'swap': 'gqa'}, {'swap': 'gla'})).named_arms()
     assert arms == {'layer 0: gqa': {'model.overrides': {0: 'gqa'}}, 'layer 1: gla': {'model.overrides': {1: 'gla'}}}
+    one = {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1}
+    arms = Study(question='?', base=base(), arms={'base': {}}, generate=({'swap': one},)).named_arms()
+    assert list(arms) == ['base', 'layer 0: gqa', 'layer 1: gqa']
+    put = {'model.mixers': {'gqa swapped in': one}}
+    assert arms['layer 1: gqa'] == {'model.overrides': {1: 'gqa swapped in'}, **put}
     six = base(model={**base()['model'], 'num_layers': 4})
     entry = {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}
     assert len(Study(question='?', base=six, arms={}, generate=(entry,)).named_arms()) == math.comb(4, 2)
@@ -85,6 +95,8 @@ def test_generators():
         ({'baseline': 'bas'}, "unknown arm 'bas'; did you mean 'base'"),
         ({'metric': 'acuracy'}, "unknown metric 'acuracy'; did you mean 'accuracy'"),
         ({'metric': 'nats_per_byte'}, "'induction' has no metric 'nats_per_byte'"),
+        ({'base': base(data={'task': {'kind': 'regression'}, 'batch_size': 8})}, "'regression' has no metric 'accuracy'"),
+        ({'batch_seeds': True, 'halving': Halving(rungs=(0.5,))}, 'with batch_seeds they are trained to their end'),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
@@ -213,6 +225,23 @@ def test_report(done):
     assert 'Best accuracy on near' in summary and 'layer 0: retnet' in summary
 
 
+@pytest.mark.skipif(shutil.which('chromium') is None, reason='needs a chromium')
+def test_the_page_draws_all_figures_in_a_browser_without_a_network(done):
+    page = done.report()
+    browser = ['chromium', '--headless', '--no-sandbox', '--disable-gpu']
+    browser += ['--proxy-server=127.0.0.1:9', '--enable-logging=stderr']
+    shown = subprocess.run(
+        [*browser, '--virtual-time-budget=20000', '--dump-dom', page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert shown.returncode == 0 and 'CONSOLE' not in shown.stderr, shown.stderr[-2000:]
+    drawn = re.findall(r'<svg class="main-svg"', shown.stdout)
+    figures = [p.stem for p in (page.parent / 'figures').iterdir()]
+    assert len(re.findall('plotly-graph-div js-plotly-plot', shown.stdout)) == len(figures) > 4 and len(drawn) >= len(figures)
+    titles = re.findall(r'class="gtitle"[^>]*>(?:<tspan[^>]*>)?([^<]+)', shown.stdout)
+    assert len(titles) == len(figures) and any('bootstrap' in title for title in titles)
+    assert 'Which &lt;b&gt;mixer&lt;/b&gt;?' in shown.stdout  # as text, after a browser has read it
+
+
 def test_a_failing_arm_is_a_result(tmp_path):
     arms = {'base': {}, 'wild': {'optim.learning_rate': 1e30, 'optim.clip_norm': None}}
     made = study(tmp_path, arms=arms, seeds=(0,)).run()
@@ -236,38 +265,133 @@ def test_sweep_takes_each_arms_best_rate(tmp_path):
     assert len(made.results['arm']) == 4
 
 
+def test_batched_seeds_find_what_separate_runs_do(done, tmp_path):
+    """Equal parameters and rows; after four updates the numbers agree to rounding, and each run can be evaluated alone."""
+    given = {**fields(done), 'generate': (), 'tasks': {'near': {}}, 'run_dir': str(tmp_path / 'batched'), 'batch_seeds': True}
+    made = Study(**given).run()
+    assert set(made.results['status']) == {'finished'} and len(made.results['arm']) == 4
+    separate = {(e['arm'], e['seed']): e['values'] for e in runner.finished(done) if e['task'] == 'near'}
+    for entry in runner.finished(made):
+        wanted = separate[entry['arm'], entry['seed']]
+        assert entry['values'].keys() == wanted.keys()
+        for name in ('loss', 'long/loss'):
+            assert entry['values'][name] == pytest.approx(wanted[name], rel=1e-5)
+    cells = {c.name: c for c in done.cells()}
+    for cell in made.cells():
+        mine, other = metrics.read(cell.config.run_dir), metrics.read(cells[cell.name].config.run_dir)
+        assert [(e['step'], e['split']) for e in mine] == [(e['step'], e['split']) for e in other]
+        assert mine[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-6)  # before the first update
+    assert len({e['values']['loss'] for e in runner.finished(made)}) == 4
+
+
+def test_a_batch_cut_short_begins_again_and_finds_the_same(tmp_path, monkeypatch):
+    made = study(tmp_path, batch_seeds=True, arms={'base': {}, 'gqa': {'model.pattern': ('gqa',)}})
+    whole = {e['arm'] + str(e['seed']): e['values'] for e in runner.finished(made.run())}
+    other = Study(**{**fields(made), 'run_dir': str(tmp_path / 'other')})
+    written = runner._write_outcome
+
+    def killed(study, cell, entry):
+        if cell.name == 'gqa-seed1':
+            raise KeyboardInterrupt
+        return written(study, cell, entry)
+
+    monkeypatch.setattr(runner, '_write_outcome', killed)
+    with pytest.raises(KeyboardInterrupt):
+        other.run()
+    assert len(runner.finished(other)) == 3
+    monkeypatch.setattr(runner, '_write_outcome', written)
+    shutil.rmtree(next(c for c in other.cells() if c.name == 'gqa-seed1').config.run_dir)  # lost: its batch is run again
+    assert {e['arm'] + str(e['seed']): e['values'] for e in runner.finished(other.run())} == whole
+
+
+def test_a_batch_with_a_nan_says_which_run_it_was(tmp_path):
+    arms = {'base': {}, 'wild': {'optim.learning_rate': 1e30, 'optim.clip_norm': None}}
+    made = study(tmp_path, arms=arms, batch_seeds=True).run()
+    status = list(zip(made.results['arm'], made.results['status']))
+    assert all(s == 'finished' if a == 'base' else s.startswith('failed') for a, s in status) and len(status) == 4
+
+
 STUDY = """
 from ml_collections import ConfigDict
 def get_config():
     c = ConfigDict(convert_dict=False)
-    c.question, c.base, c.arms = 'q', {base!r}, {{'base': {{}}, 'gqa': {{'model.pattern': ('gqa',)}}}}
-    c.seeds, c.metric, c.run_dir = (0, 1), 'accuracy', {run_dir!r}
+    c.question, c.base = 'q', {base!r}
+    c.arms = {{'base': {{}}, 'gqa': {{'model.pattern': ('gqa',)}}, 'gla': {{'model.pattern': ('gla',)}}}}
+    c.seeds, c.metric, c.run_dir = (0, 1, 2, 3), 'accuracy', {run_dir!r}
     return c
 """
 
 
+def numbers(made):
+    """What a report says, less times and places."""
+    tables = results_table(made, results(made))
+    speed = tables[0].index('tokens/s')
+    values = {p.name: json.loads(p.read_text())['values'] for p in (runner.folder(made) / 'results').iterdir()}
+    return [row[:speed] + row[speed + 1 :] for row in tables], summary(made, results(made), made.cells()), values
+
+
+def test_a_study_cut_anywhere_finds_the_same_numbers(tmp_path, monkeypatch):
+    """Cut at random writes: of a log line, a checkpoint, an outcome. The slow test kills processes."""
+    made = study(tmp_path, arms={'base': {}, 'gqa': {'model.pattern': ('gqa',)}}, seeds=(0,))
+    places = [(metrics.Log, 'write'), (runner, '_write'), (checkpoint.Checkpoints, 'save')]
+    written = {place: getattr(*place) for place in places}
+    left = [math.inf]
+
+    def counted(place):
+        def call(*given, **named):
+            left[0] -= 1
+            if not left[0]:
+                raise KeyboardInterrupt
+            return written[place](*given, **named)
+
+        return call
+
+    for place in places:
+        monkeypatch.setattr(*place, counted(place))
+    left[0] = calls = 10**6
+    made.run()
+    calls -= left[0]
+    other = Study(**{**fields(made), 'run_dir': str(tmp_path / 'other')})
+    rng, cuts = np.random.default_rng(0), 0
+    for _ in range(4):
+        left[0] = int(rng.integers(1, calls // 3))
+        try:
+            other.run()
+        except KeyboardInterrupt:
+            cuts += 1
+    left[0] = math.inf
+    assert cuts > 2 and numbers(other.run()) == numbers(made)
+
+
 @pytest.mark.slow
 def test_killed_and_parallel_studies_find_the_same_numbers(tmp_path):
-    def command(folder, *flags, **options):
+    """Twenty kills at random times; then two workers finish it. The times are drawn from how long the whole takes."""
+    root = pathlib.Path(__file__).parents[3]
+
+    def start(folder, *flags):
         file = tmp_path / f'{folder}.py'
         file.write_text(STUDY.format(base=base(), run_dir=str(tmp_path / folder)))
-        return subprocess.Popen([sys.executable, '-m', 'attnx.ablate', f'--config={file}', *flags], **options)
+        return subprocess.Popen([sys.executable, '-m', 'attnx.ablate', f'--config={file}', *flags], cwd=root)
 
-    root = pathlib.Path(__file__).parents[3]
-    assert command('whole', cwd=root).wait() == 0
-    parts = tmp_path / 'parts' / 'results'
-    for _ in range(8):  # killed as soon as it has finished one more run
-        before = len(list(parts.glob('*.json')))
-        process = command('parts', cwd=root)
-        while process.poll() is None and len(list(parts.glob('*.json'))) == before:
-            pass
+    began = time.monotonic()
+    assert start('whole').wait() == 0
+    whole, kills, rng = time.monotonic() - began, 0, np.random.default_rng(0)
+    for _ in range(60):
+        process = start('parts', '--noreport')
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(whole * rng.uniform(0.1, 0.6))
+        kills += process.poll() is None
         process.kill()
         process.wait()
-        if len(list(parts.glob('*.json'))) == 4:
+        if kills == 20:
             break
-    assert command('parts', '--workers=2', cwd=root).wait() == 0
-    values = lambda name: {p.name: json.loads(p.read_text())['values'] for p in (tmp_path / name / 'results').iterdir()}
-    assert values('whole') == values('parts') and len(values('whole')) == 4
+        if process.returncode == 0:  # finished: another such study begins
+            shutil.rmtree(tmp_path / 'parts')
+    finished = len(list((tmp_path / 'parts' / 'results').glob('*.json')))
+    print(f'{kills} kills; the last left {finished} of 12 runs finished')
+    assert kills == 20 and start('parts', '--workers=2').wait() == 0
+    made = {n: config_lib.build(Study, config_lib.as_dict(_load(tmp_path / f'{n}.py'), 'study')) for n in ('whole', 'parts')}
+    assert numbers(made['whole']) == numbers(made['parts']) and len(numbers(made['whole'])[2]) == 12
 
 
 def test_studies_of_the_repository_are_valid():
@@ -296,3 +420,19 @@ def test_costs_count_what_the_model_has():
     built = jax.eval_shape(lambda: models.build(config, rngs=nnx.Rngs(0)))
     assert found.parameters == sum(v.size for v in to_flat(built).values())
     assert found.state > match.costs(config, 16).state > 0
+
+
+def test_the_gallery_shows_studies_of_the_repository():
+    """Every report belongs to a study as it stands: its question, its arms, its seeds; a study that changed is run again."""
+    root = pathlib.Path(__file__).parents[3]
+    folders = sorted(path.parent for path in (root / 'gallery').glob('*/report.md'))
+    assert folders
+    for folder in folders:
+        made = config_lib.build(Study, config_lib.as_dict(_load(root / 'configs' / 'ablations' / f'{folder.name}.py'), 'study'))
+        rows = [json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines()]
+        text = (folder / 'report.md').read_text()
+        assert text.startswith(f'# {made.question}\n'), folder
+        assert {r['arm'] for r in rows} == set(made.named_arms()) and {r['task'] for r in rows} == set(made.on_tasks), folder
+        assert {r['seed'] for r in rows} == set(made.seeds) and all(made.metric in r['values'] for r in rows), folder
+        assert all((folder / link).exists() for link in re.findall(r'\((figures/[^)]+)\)', text)), folder
+        assert f'({folder.name}/report.md)' in (root / 'gallery' / 'README.md').read_text()

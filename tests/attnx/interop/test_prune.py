@@ -68,3 +68,42 @@ def test_pruning_mute_neurons_changes_nothing(source):
     smaller, target = prune.prune(mute, config, TOKENS, neurons=0.375)
     assert target.mlp.hidden == 10
     close(run(smaller), run(mute), tolerances.FLOAT32)
+
+
+def test_similarity_of_maps(source):
+    """1 with itself; of layers with equal queries and keys on equal inputs; in [0, 1]."""
+    model = source[1]
+    found = np.asarray(jax.jit(lambda m: prune.map_similarity(m, TOKENS))(model))
+    assert np.allclose(np.diag(found), 1, atol=1e-6) and np.allclose(found, found.T) and (abs(found - 0.5) < 0.501).all()
+    mute = edit(model, lambda v: 0 * v)  # every layer reads the embedding
+    names = {k: v.at[1].set(v[0]) if '/mixer/' in k else v for k, v in to_flat(mute).items()}
+    names = {k: 0 * v if k.endswith('mlp/down/kernel') else v for k, v in names.items()}
+    same = np.asarray(jax.jit(lambda m: prune.map_similarity(m, TOKENS))(from_flat(model, names)))
+    assert np.isclose(same[0, 1], 1, atol=1e-6) and same[0, 2] < 0.999
+
+
+def test_alike_inner_layers_copy():
+    alike = np.array([[1.0 if abs(i - j) < 2 else 0.5 for j in range(7)] for i in range(7)])
+    assert prune.copying(alike, least=0.9) == ('own', 'own', 'own', 'copy', 'own', 'own', 'own')
+    assert prune.copying(alike, least=0.5) == ('own', 'own', 'own', 'copy', 'copy', 'own', 'own')
+    assert prune.copying(alike, least=1.1) == ('own',) * 7
+
+
+def test_a_model_becomes_one_whose_layers_copy(source):
+    import dataclasses
+
+    from attnx.interop.convert import convert
+
+    config, model = source
+    who = prune.copying(prune.map_similarity(model, TOKENS), least=0.0, ends=1)
+    assert who == ('own', 'own', 'own')
+    deep = dataclasses.replace(config, num_layers=5)
+    larger = jax.jit(lambda: build(deep, rngs=nnx.Rngs(0)))()
+    who = prune.copying(prune.map_similarity(larger, TOKENS), least=0.0, ends=1)
+    assert who == ('own', 'own', 'copy', 'copy', 'own')
+    given = {k: v for k, v in config.mixers['a'].items() if k != 'kind'}
+    mixers = {'own': {'kind': 'echo', **given}, 'copy': {'kind': 'echo', 'source': 'shared', **given}}
+    if 'sinks' in given:
+        mixers['copy'] = {k: v for k, v in mixers['copy'].items() if k not in ('sinks',)}
+    target = dataclasses.replace(deep, pattern=who, mixers=mixers)
+    assert run(convert(larger, deep, target)).shape == (2, 10, 31)

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.spec import Context
 from tests import tolerances
 from tests.attnx.mechanisms import oracle
 from tests.laws import close
@@ -31,14 +32,31 @@ def relational(mixer, x):
     relation = np.einsum('bild,bjld->bijl', sender, receiver) * sender.shape[-1] ** -0.5
     if mixer.relation_key is None:
         close(relation, np.swapaxes(relation, 1, 2), tolerances.FLOAT64)
-    carried = np.einsum('bnij,bjnh->binh', weights, oracle.heads(symbols(mixer, x), mixer.sender, r))
+    if mixer.config.symbols == 'relative':
+        reach, far = mixer.config.num_symbols, np.arange(x.shape[1]) - np.arange(x.shape[1])[:, None]
+        library = oracle.heads(np.asarray(mixer.symbols.library[...], np.float64)[None], mixer.sender, r)[0]
+        carried = np.einsum('bnij,ijnh->binh', weights, library[np.clip(far, -reach, reach) + reach])
+    else:
+        carried = np.einsum('bnij,bjnh->binh', weights, oracle.heads(symbols(mixer, x), mixer.sender, r))
     read = np.asarray(mixer.read[...], np.float64)
     out = carried + np.einsum('bnij,bijl,nlh->binh', weights, relation, read)
     return oracle.project(out, mixer.relation_out)
 
 
+RELATIVE = {'symbols': 'relative', 'num_symbols': 3}
+
+
+def test_symbols_of_distances_decode():
+    mixer, x = oracle.build('dual', **RELATIVE), oracle.inputs()
+    state, found = mixer.init_state(x.shape[0], x.shape[1]), []
+    for part in (slice(0, 5), slice(5, 6), slice(6, x.shape[1])):
+        y, state = tuple(mixer(jnp.asarray(x[:, part], jnp.float32), Context(), state))[:2]
+        found.append(y)
+    close(jnp.concatenate(found, axis=1), oracle.run(mixer, x), tolerances.FLOAT32)
+
+
 @pytest.mark.parametrize(
-    'fields', [{}, {'symmetric': True, 'num_relations': 4}, {'symbols': 'positional'}], ids=lambda f: ','.join(f)
+    'fields', [{}, {'symmetric': True, 'num_relations': 4}, {'symbols': 'positional'}, RELATIVE], ids=lambda f: ','.join(f)
 )
 def test_is_its_definition(fields):
     fields = fields if 'symbols' in fields else {'num_symbols': 5, **fields}

@@ -135,3 +135,29 @@ def test_layout_alone_decides_whom_skimming_sees():
     y = second(jnp.asarray(X), dataclasses.replace(same, shared=shared)).y
     mean = np.cumsum(np.asarray(second.value(jnp.asarray(X))), axis=1) / np.arange(1, T + 1)[:, None]
     close(y, mean @ np.asarray(second.out.kernel[...]), tolerances.FLOAT32)
+
+
+def test_a_map_of_the_layout_chooses_keys():
+    """Of one key a token reads the value where the map is largest; of as many as there are it attends as ever."""
+    spec = attnx.get('skim')
+    build = lambda seed, **fields: spec.build(spec.config(num_heads=4, **fields), DIMS, rngs=nnx.Rngs(seed))
+    first, box = build(0, num_places=99), jnp.asarray(np.random.default_rng(4).integers(0, 99, (B, T, 4)), jnp.int32)
+    ctx = Context(inputs={'box': box})
+    ctx = dataclasses.replace(ctx, shared=first(jnp.asarray(X), ctx).shared)
+    every = build(1, source='mask', top_k=T)
+    close(every(jnp.asarray(X), ctx).y, run(like(every, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
+    one = like(every, build(1, source='mask', top_k=1))
+    query, key = ctx.shared['skim']
+    s = np.asarray(jnp.einsum('btnh,bsnh->bnts', query, key))
+    best = np.where(np.tril(np.ones((T, T), bool)), s, -np.inf).argmax(-1)
+    value = np.asarray(one.value(jnp.asarray(X))).reshape(B, T, 4, -1)
+    read = np.stack([value[b, best[b, n], n] for b in range(B) for n in range(4)]).reshape(B, 4, T, -1)
+    read = np.moveaxis(read, 1, 2).reshape(B, T, M)
+    close(one(jnp.asarray(X), ctx).y, read @ np.asarray(one.out.kernel[...]), tolerances.FLOAT32)
+    state, found = one.init_state(B, T), []
+    for part in (slice(0, 4), slice(4, 5), slice(5, T)):
+        seen = jnp.where(jnp.arange(T)[:, None, None] < part.stop, key, 0)
+        here = dataclasses.replace(ctx, shared={'skim': (query[:, part], seen)})
+        y, state = tuple(one(jnp.asarray(X[:, part]), here, state))[:2]
+        found.append(y)
+    close(jnp.concatenate(found, axis=1), one(jnp.asarray(X), ctx).y, tolerances.FLOAT32)

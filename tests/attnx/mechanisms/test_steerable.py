@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.mechanisms.encoder import steerable
 from attnx.spec import Context
 from tests.attnx.mechanisms import oracle
 from tests.laws import close
@@ -35,10 +36,10 @@ def act(mixer, x, r, group):
     return mixer.join([jnp.einsum('pq,btqc->btpc', d.astype(np.float32), p) for d, p in zip(matrices, parts)])
 
 
-@pytest.mark.parametrize('weigh', ['modulus', 'real'])
+@pytest.mark.parametrize('fields', [{'gate': True}, {'weigh': 'real'}, {'product': True, 'gate': True}], ids=str)
 @pytest.mark.parametrize('group', ['se2', 'se3'])
-def test_equivariance(group, weigh):
-    options = {'group': group, 'num_heads': 2, 'frequencies': 3, 'bells': 4, 'gate': True, 'weigh': weigh}
+def test_equivariance(group, fields):
+    options = {'group': group, 'num_heads': 2, 'frequencies': 3, 'bells': 4, **fields}
     mixer = oracle.build('steerable', width=steerable_width[group], causal=False, **options)
     x, r = oracle.inputs(width=steerable_width[group], length=7), turn(group)
     points = np.random.default_rng(1).standard_normal((2, 7, 3))
@@ -47,3 +48,17 @@ def test_equivariance(group, weigh):
     moved = run(act(mixer, x, r, group), points @ r.T + np.array([0.3, -2.0, 0.0 if group == 'se2' else 1.0]))
     close(moved, act(mixer, y, r, group), 1e-4)
     assert np.abs(np.asarray(moved) - np.asarray(y)).max() > 0.01  # the rotation is not the identity
+
+
+def test_products_are_those_of_harmonics():
+    """Products of harmonics of one direction are harmonics of it, up to a number: frequencies add, l = 1 and 2 make 0, 1, 2."""
+    u = np.random.default_rng(2).standard_normal((1, 5, 3))
+    u = jnp.asarray(u / np.linalg.norm(u, axis=-1, keepdims=True), jnp.float32)
+    flat = u.at[..., 2].set(0)
+    flat = flat / jnp.linalg.norm(flat, axis=-1, keepdims=True)
+    for group, where in (('se2', flat), ('se3', u)):
+        parts = [steerable.harmonics(where, degree, group)[..., None] for degree in range(3)]
+        for part, found in zip(parts, steerable.products(parts, group)):
+            for term in found:
+                ratio = np.sum(np.conj(part) * term, axis=2) / np.sum(np.abs(part) ** 2, axis=2)
+                assert np.allclose(term, ratio[:, :, None] * part, atol=1e-6) and np.ptp(np.abs(ratio)) < 1e-5

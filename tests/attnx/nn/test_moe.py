@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from attnx import models, plan, sharding
-from attnx.nn import flat_axes, mlp, moe, to_flat
+from attnx.nn import flat_axes, mlp, moe, routing, to_flat
 from attnx.spec import Dims
 from tests import tolerances
 from tests.laws import close, flat
@@ -164,3 +164,59 @@ def test_overrides_of_another_kind_begin_with_their_own_defaults():
     given = models.ModelConfig(vocab_size=3, mlp=config(), mlp_overrides={0: {'kind': 'gelu'}, 1: {'experts': 8}})
     assert given.layers()[0].mlp == mlp.Config(kind='gelu')
     assert given.layers()[1].mlp == dataclasses.replace(config(), experts=8)
+
+
+def test_experts_that_count_once_are_parts_of_one_mlp(x):
+    """Union of experts: all of them chosen are the MLP that they were cut from; gates learn all the same."""
+    module = made(config(experts=3, top_k=3, gates='select'))
+    whole = mlp.build(mlp.Config(hidden=36), DIMS, rngs=nnx.Rngs(0))
+    for name in ('up', 'gate', 'down'):
+        parts = getattr(module, name)[...]
+        joined = parts.reshape(36, M) if name == 'down' else jnp.moveaxis(parts, 0, 1).reshape(M, 36)
+        getattr(whole, name).kernel = nnx.Param(joined)
+    close(module(x)[0], whole(x)[0], tolerances.FLOAT32)
+    grads = jax.grad(lambda m: (m(x)[0] ** 2).sum())(made(config(experts=3, gates='select')))
+    assert np.abs(np.asarray(grads.router[...])).max() > 0
+
+
+def test_each_task_has_its_router(x):
+    given = config(tasks=3, gates='plain', task_weight=0.1)
+    module, one = made(given), made(config(gates='plain'))
+    task = jnp.asarray(np.random.default_rng(2).integers(0, 3, (B, T)), jnp.int32)
+    y, aux = module(x, inputs={'task': task})
+    for number in range(3):
+        for name in ('up', 'gate', 'down'):
+            setattr(one, name, getattr(module, name))
+        one.router = nnx.Param(module.router[...][number])
+        mine = np.asarray(task == number)
+        close(np.asarray(y)[mine], np.asarray(one(x)[0])[mine], tolerances.FLOAT32)
+    assert -0.1 * np.log(3) < float(aux['task_loss']) < 0
+    with pytest.raises(ValueError, match="no side input 'task'"):
+        module(x)
+
+
+def test_information_of_tasks_and_experts():
+    task = jnp.asarray([[0, 1, 2]])
+    assert np.isclose(routing.mutual_information(task, jnp.eye(3)[None], 3), np.log(3))
+    assert np.isclose(routing.mutual_information(task, jnp.full((1, 3, 4), 0.25), 3), 0, atol=1e-6)
+
+
+def test_a_model_asks_for_the_task():
+    fields = {'vocab_size': 8, 'width': 16, 'num_layers': 2, 'pattern': ('gqa',)}
+    given = models.ModelConfig(**fields, mlp_overrides={1: {'kind': 'moe', 'tasks': 2, 'experts': 4}})
+    with pytest.raises(ValueError, match=r"layer 1 \(gqa\) needs the side input 'task'"):
+        given.check_inputs(())
+    given.check_inputs({'task'})
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        ({'gates': 'norm'}, "unknown mlp gates 'norm'"),
+        ({'gates': 'plain', 'top_k': 1}, 'plain as they are'),
+        ({'task_weight': 0.1}, 'mlp tasks 1 must be'),
+    ],
+)
+def test_gates_and_tasks_that_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        config(**change)

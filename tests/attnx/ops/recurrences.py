@@ -119,3 +119,30 @@ def assert_close(given, expected, tolerance):
         assert np.isfinite(x).all(), path
         error = np.abs(x - y).max(initial=0) / max(np.abs(y).max(initial=0), 1e-30)
         assert error <= tolerance, f'{jax.tree_util.keystr(path)}: error {error:.2e}, tolerance {tolerance:.0e}'
+
+
+def assert_documents_keep_their_poison(name, decay, op, tolerance):
+    """NaN and Inf in the middle document, and in a query, change nothing of the other rows: outputs, state, gradients."""
+    arrays = inputs(name, B=1, T=40, N=2, K=1, H=16, Hv=8, decay=decay, dtype=np.float32)
+    ids = jnp.repeat(jnp.array([[1, 2, 3]]), jnp.array([11, 13, 16]), axis=1, total_repeat_length=40)
+    bad = dict(arrays)
+    bad['key'] = bad['key'].at[0, 13, 0, 2].set(jnp.nan)
+    bad['value'] = bad['value'].at[0, 17, 1, 3].set(jnp.inf)
+    bad['query'] = bad['query'].at[0, 30].set(jnp.nan)
+    for gate in {'beta', 'log_decay'} & {*bad}:
+        if bad[gate].ndim > 1:
+            bad[gate] = bad[gate].at[0, 15].set(jnp.nan)
+    rows = jnp.array([*range(13), *range(24, 30), *range(31, 40)])
+
+    def outputs(arrays):
+        out, state = op(**arrays, segment_ids=ids)
+        return out[:, rows], state
+
+    run = jax.jit(lambda a: (outputs(a), jax.grad(lambda a: total(*outputs(a)))(a)))
+    got, want = run(bad), run(arrays)
+    # The poisoned query has no cotangent; the middle document's own gradients before its poison are whatever they are.
+    keep = lambda grads: {n: g[:, [*range(11), *range(24, 40)]] if n in ids_of else g for n, g in grads.items()}
+    ids_of = {n for n, a in arrays.items() if a.ndim > 2 and a.shape[1] == 40}
+    assert_close((got[0], keep(got[1])), (want[0], keep(want[1])), tolerance)
+    out = op(**bad, segment_ids=ids)[0]
+    assert np.isnan(out[0, 13:24, 0]).all() and np.isnan(out[0, 30]).all()

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,7 @@ from tests import tolerances
 from tests.attnx.ops.recurrences import (
     DECAYS,
     assert_close,
+    assert_documents_keep_their_poison,
     assert_finite_differences,
     compare,
     forward,
@@ -204,3 +207,8 @@ def test_bad_input(change, message):
     good = {'query': np.ones((2, 6, 2, 3)), 'key': np.ones((2, 6, 2, 3)), 'value': np.ones((2, 6, 4, 5))}
     with pytest.raises(ValueError, match=message):
         gated_linear(**(good | change))
+
+
+@pytest.mark.parametrize('decay', ['token', 'channel'])
+def test_documents_keep_their_poison(decay):
+    assert_documents_keep_their_poison(NAME, decay, functools.partial(op(NAME), impl='xla'), tolerances.FLOAT32_GRAD)

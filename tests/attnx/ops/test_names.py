@@ -8,7 +8,9 @@ import pytest
 from attnx import ops
 
 
-@pytest.mark.parametrize('name', ['softmax_attention', 'gated_linear', 'delta_rule', 'short_conv', 'weighted_attention'])
+@pytest.mark.parametrize('name', [
+    'softmax_attention', 'gated_linear', 'delta_rule', 'paged_attention', 'short_conv', 'weighted_attention',
+])  # fmt: skip
 def test_op(name):
     module = importlib.import_module(f'attnx.ops.{name}')
     assert isinstance(module, types.ModuleType) and getattr(ops, name) is getattr(module, name)

@@ -10,7 +10,8 @@ from flax import nnx
 
 from attnx import dispatch, models, ops, sharding
 from attnx.ops import masks, scores
-from attnx.ops.context_attention import _arc
+from attnx.ops.context_attention import _legs, _needed
+from pallas_kernels import blocks
 from tests import tolerances
 from tests.laws import close
 
@@ -131,11 +132,27 @@ def test_a_way_that_can_not_serve_is_refused():
         jax.eval_shape(lambda *given: run(*given), *given)
 
 
-def test_shortest_arc():
-    assert _arc([0, 1], 8) == (0, 2)
-    assert _arc([0, 1, 7], 8) == (7, 3)
-    assert _arc([0, 4], 8) == (0, 5)
-    assert _arc(list(range(4)), 4) == (0, 4)
+def test_keys_go_no_further_than_needed():
+    legs = lambda steps, size: _legs(np.isin(np.arange(size), steps))
+    assert legs([0, 1], 8) == (1, 0)
+    assert legs([0, 1, 7], 8) == (1, 1)
+    assert legs([0, 4], 8) == (0, 4) or legs([0, 4], 8) == (4, 0)
+    assert legs(range(4), 4) == (3, 0)
+
+
+@pytest.mark.parametrize(('zigzag', 'longest', 'expected'), [(False, 8, 1), (True, 8, 2), (False, 64, 7), (True, 64, 7)])
+def test_keys_of_documents_go_no_further_than_documents_reach(zigzag, longest, expected):
+    """128 tokens on 8 devices, documents of at most `longest` tokens: steps of the ring beside the device's own."""
+    ids = np.arange(128)[None] // longest
+    count = 16 if zigzag else 8
+
+    @jax.jit
+    def steps(ids):
+        mask = masks.causal() & masks.segments(ids + 1)
+        return _legs(_needed(blocks.union(blocks.classify(mask, 1, 1, 128, 128, 128 // count, 128 // count)), 8, zigzag))
+
+    on, back = steps(jnp.asarray(ids + (np.arange(128) >= 4)))  # documents that parts cut
+    assert on + back <= expected
 
 
 def test_dropout_on_parts():

@@ -59,6 +59,16 @@ def test_any_segments(flat):
         assert_close(run('xla')(arrays, ids), run('reference')(arrays, ids), tolerances.FLOAT64)
 
 
+@pytest.mark.parametrize('packed', [False, True])
+def test_activation(packed):
+    """As the activation of what the convolution gives."""
+    arrays, ids = inputs(), segments(1, T=17) if packed else None
+    y, state = run('xla', grad=False)(arrays, ids)
+    for impl in ('xla', 'reference'):
+        found = short_conv(**arrays, segment_ids=ids, activation='silu', impl=impl)
+        assert_close(found, (jax.nn.silu(y), state), tolerances.FLOAT64)
+
+
 def test_equals_numpy_convolution():
     a = inputs(B=1, D=1) | {'initial_state': None}
     y, state = run('xla', grad=False)(a, None)
@@ -144,6 +154,7 @@ def test_dtypes():
         ({'segment_ids': np.ones((2, 16), int)}, r'segment_ids has shape \(2, 16\)'),
         ({'x': np.ones((2, 17, 3), int)}, 'x has dtype int64, expected a floating one'),
         ({'impl': 'fast'}, "unknown impl 'fast'"),
+        ({'activation': 'swish'}, "unknown activation 'swish'; .*silu"),
     ],
 )
 def test_bad_input(change, message):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from attnx.ops import masks, scores, statistics
+from attnx.ops import masks, scores, softmax_attention, statistics
 from pallas_kernels.elementwise import as_mask, as_score
 
 
@@ -19,9 +19,15 @@ def test_softmax_figures(sinks, block, monkeypatch):
     ids = np.array([[1] * 5 + [2] * 4 + [0] * 2, [1] * 11])
     mask = as_mask(masks.causal() & masks.segments(jnp.asarray(ids)))
     score = as_score(scores.softcap(2.0))
-    found = jax.jit(lambda q, k: statistics.softmax(q, k, mask=mask, score=score, scale=0.5, sinks=sinks))(
-        jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32)
-    )
+
+    def figures(q, k):
+        given = {'mask': mask, 'score': score, 'scale': 0.5}
+        out = softmax_attention(q, k, k, **given, sinks=sinks, return_lse=True, return_stats=True, impl='xla')
+        return statistics.softmax(q, k, **given, sinks=sinks), statistics.of_op(out, q, k, **given)
+
+    computed, found = jax.jit(figures)(jnp.asarray(q, jnp.float32), jnp.asarray(k, jnp.float32))
+    for name, value in computed.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5)
     x = 2 * np.tanh(np.einsum('btnh,bsnh->bnts', q, np.repeat(k, N // K, axis=2)) * 0.5 / 2)
     seen = np.tril(np.ones((T, T), bool)) & (ids[:, :, None] == ids[:, None]) & (ids > 0)[:, :, None]
     x = np.where(seen[:, None], x, -np.inf)

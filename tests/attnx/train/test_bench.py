@@ -15,9 +15,11 @@ def test_ratios():
         entry('ring', 'attnx', 2, 18.0),
         entry('gpt2-124m overhead', 'attnx', 1, 100.0),
         entry('gpt2-124m overhead', 'bare', 1, 101.0),
+        entry('gpt2-124m overhead', 'saving', 1, 100.0) | {'step_ms': 100.0, 'save_ms': 500.0, 'stall_ms': 200.0},
         {'name': 'llama-1.3b', 'who': 'attnx', 'devices': 1, 'failed': 'out of memory'},
     ]
     assert bench.compare(results) == [
+        'gpt2-124m overhead: a checkpoint costs 500 ms (200 ms of them nothing runs), 1.00 % of 500 steps',
         'gpt2-124m: 1.200 times the tokens/s of PyTorch',
         'ring: 2 devices have 1.800 times the tokens/s of one',
         'gpt2-124m overhead: norm, finite check and metrics cost 1.00 % of a step',
@@ -35,6 +37,8 @@ def test_a_tiny_row_on_eight_devices():
     found = bench.ours(row, steps=1, devices=1, dtype='float32')
     assert np.isfinite(found['loss'])
     assert found['tokens_per_second'] == pytest.approx(1e3 * row.batch * row.length / found['step_ms'])
+    saved = bench.ours(row, steps=1, devices=1, dtype='float32', who='saving')
+    assert saved['save_ms'] > saved['stall_ms'] > 0
     row = bench.tiny(next(r for r in bench.ROWS if r.name == 'ring'))
     found = bench.ours(row, steps=1, devices=8, dtype='float32')
     assert (found['length'], found['batch'], found['devices']) == (8 * row.length, row.batch, 8)

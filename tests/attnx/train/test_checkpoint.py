@@ -1,5 +1,6 @@
 """What is restored is what was written: damage, foreign folders, other settings and failed writes are named."""
 
+import argparse
 import gc
 import importlib.util
 import json
@@ -9,11 +10,14 @@ import resource
 import shutil
 import sys
 
+import fsspec
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
+from fsspec.implementations.memory import MemoryFileSystem
 
 from attnx.train import checkpoint
 
@@ -207,6 +211,59 @@ def test_folders(opened, tiny, tmp_path, monkeypatch):
     if importlib.util.find_spec('gcsfs') is None:
         with pytest.raises(checkpoint.CheckpointError, match=r'can not be opened: .*gcsfs'):
             opened('gs://bucket/run')
+
+
+class Bucket(MemoryFileSystem):
+    """Stands for s3:// in this process."""
+
+    protocol, store, pseudo_dirs = 's3', {}, ['']
+
+    @classmethod
+    def _strip_protocol(cls, path):
+        return MemoryFileSystem._strip_protocol(str(path).replace('s3://', 'memory://'))
+
+
+class Plain:
+    """Writes what orbax would, without its arrays, which go to a bucket by a driver of their own."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def save(self, step, args):
+        for name, text in {'state/d/0': 'arrays' * 100, 'meta/metadata': json.dumps(args['meta'].item)}.items():
+            path = self.folder / str(step) / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        (self.folder / str(step) / checkpoint.COMMIT).touch()
+        return True
+
+    def restore(self, step, args):
+        return argparse.Namespace(state={'restored': step})
+
+    def __getattr__(self, name):
+        return lambda: None
+
+
+def test_a_bucket(opened, tiny, monkeypatch):
+    """Claiming, sealing, retiring, verifying and setting aside, on a file system that is not local."""
+    monkeypatch.setattr(fsspec, 'filesystem', lambda name, **_: {'s3': Bucket}[name]())
+    monkeypatch.setattr(checkpoint.Checkpoints, '_open', lambda self: Plain(self.folder))
+    folder = 's3://bucket/run'
+    ck, state = opened(folder), state_of(tiny)
+    for step in range(1, 5):
+        ck.save(step, state, {'batches': step}, loss=float(step))
+        ck.wait()
+    assert ck.steps() == [1, 3, 4]
+    assert opened(folder).restore(like(state)) == (4, {'restored': 4}, {'batches': 4})
+    epath.Path(f'{folder}/4/state/d/0').write_text('arrayz' * 100)
+    with pytest.raises(checkpoint.CheckpointError, match=r'checkpoint 4 in s3://bucket/run is corrupt: state/d/0 differs'):
+        opened(folder).restore(like(state))
+    ck = opened(folder, fallback=True)
+    assert ck.restore(like(state))[0] == 3 and ck.steps() == [1, 3]
+    assert epath.Path(f'{folder}/corrupt/4/{checkpoint.SEAL}').exists()
+    (epath.Path(folder) / '3' / checkpoint.SEAL).unlink()
+    with pytest.raises(checkpoint.CheckpointError, match=r'checkpoint 3 .* has no integrity.json'):
+        opened(folder).restore(like(state))
 
 
 def test_refuses_to_keep_fewer_than_two():

@@ -21,6 +21,7 @@ import pytest
 
 from attnx import config as config_lib
 from attnx.train import checkpoint, data, health, loop, metrics, report
+from pallas_kernels.softmax_attention import tiles, tune
 
 TEXT = 'def add(a, b):\n    return a + b\n\n\nfor i in range(10):\n    print(add(i, i))\n'
 
@@ -137,6 +138,31 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monk
         {k: v for k, v in e.items() if k not in metrics.TIMES} for e in metrics.read(run_dir)
     ]
     assert numbers(made.run_dir) == numbers(whole)
+
+
+def test_tuned_tiles_belong_to_the_run(config, monkeypatch):
+    """Chosen once, kept in run_dir, replayed on resume; other tiles are refused; the table holds again afterwards."""
+    made, seen = config(tune=True), []
+    key = 'Forward H=64 Hv=64'
+    choice = tiles.Forward(2, 128, 2, (160, 32))
+
+    def tune_now(calls):
+        seen.append(calls)
+        return {key: choice}
+
+    monkeypatch.setattr(tune, 'tune', tune_now)
+    assert loop.run(made, until=3).status == 'stopped'
+    assert seen == [[]] and tiles.pinned() == {}  # no call takes the kernel on a CPU
+    kept = pathlib.Path(made.run_dir, 'tiles.json')
+    assert tiles.from_json(kept.read_text()) == {key: choice}
+    with pytest.raises(ValueError, match='tune'):
+        loop.run(config())
+    kept.write_text(tiles.to_json({key: dataclasses.replace(choice, keys=64)}))
+    with pytest.raises(ValueError, match=f'tiles.{key}'):
+        loop.run(made)
+    kept.write_text(tiles.to_json({key: choice}))
+    monkeypatch.setattr(tune, 'tune', None)
+    assert loop.run(made).status == 'complete'
 
 
 def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
@@ -377,6 +403,7 @@ def test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id(monkeypatch, tmp_p
         ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of 2'),
         ({'data.batch_size': 12}, 'data.batch_size 12 must be a multiple of 8'),
         ({'sharding': 'fdsp'}, "unknown sharding preset 'fdsp'; did you mean 'fsdp'"),
+        ({'compiler': {'xla_gpu_enable_hiding': True}}, r"config.compiler: .*No such compile option: 'xla_gpu_enable_hiding'"),
         ({'model.num_classes': 3}, r'config.model.num_classes is 3; the task .text. has 0'),
     ],
 )
@@ -420,7 +447,7 @@ def test_the_base_config_names_every_setting():
     given = base.get_config()
     built = config_lib.build(loop.Config, given)
     free_form = ('model.mixers', 'data.task', 'mesh', 'step.aux_weights', 'model.overrides', 'model.encoder.overrides')
-    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides')
+    free_form += ('model.mlp_overrides', 'model.encoder.mlp_overrides', 'compiler')
     names = lambda d: {n for n in config_lib.flatten(d) if not n.startswith(free_form)}
     assert names(given.to_dict()) == names(config_lib.to_dict(built))
     assert built.data.task == {'kind': 'text'}

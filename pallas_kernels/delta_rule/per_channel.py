@@ -1,0 +1,132 @@
+"""Decay per token and channel (KDA): `delta_rule` for log_decay [B, T, N, H].
+
+As `pallas_kernels.gated_linear.per_channel`: a chunk's decay is taken apart at the middle of the whole, E, so that
+the sweeps see a recurrence without decay, between whose chunks the state's rows are multiplied. A key then has two forms, one
+that reads and one that enters the state:
+
+    q' = q exp(G - E/2)    r = k exp(G - E/2)    e = k exp(E/2 - G)    u = b (v - r S)    S <- S + e^T u    o = q' S
+
+Where the factors do not fit, `by_pairs` runs.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+
+from pallas_kernels.delta_rule import mosaic_gpu as scalar
+from pallas_kernels.delta_rule import sweep as sweeps
+from pallas_kernels.gated_linear import mosaic_gpu as linear
+from pallas_kernels.gated_linear import per_channel as channel
+from pallas_kernels.gated_linear.sweep import CHUNK
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def per_channel(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+    """(out, last state); static: (scale, interpret)."""
+    arrays = q, k, v, beta, log_decay, initial_state, segment_ids
+    slow = lambda arrays: _by_pairs(static, *arrays)
+    return channel.choose(channel.fits(log_decay), lambda arrays: _by_chunks(static, *arrays), slow, arrays)
+
+
+def _by_pairs(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+    return channel.by_pairs(static[0], q, k, v, log_decay, initial_state, segment_ids, beta)
+
+
+def _widen(q, k, heads):
+    return (jnp.repeat(x, heads // x.shape[2], 2).astype(jnp.float32) for x in (q, k))
+
+
+def _prepare(interpret, q, k, beta, log_decay, segment_ids, V):
+    """The schedule; the terms of q', r and e; what `write` and what `reach` take; the factors."""
+    T, N = beta.shape[1:]
+    factor, scales = channel.factors(log_decay)
+    dtype, (q, k) = q.dtype, _widen(q, k, N)
+    query, reads, enters = (channel.split(x, dtype) for x in (q * factor, k * factor, k / factor))
+    decay = linear.cumulative(linear.steps(None, segment_ids), T)
+    cut, strength, decay = scalar.schedule(beta, decay, query[0].shape[3], V + -V % CHUNK)
+    query, reads, enters = (tuple(map(cut.cut, x)) for x in (query, reads, enters))
+    scales = cut.cut(scales, 2, CHUNK, fill=1)
+    inverse = scalar.inverses(reads[0], strength, decay, reads[1], *enters, interpret=interpret)
+    write = strength, inverse, decay, sweeps.Channels(reads[1], *enters, query[1], scales)
+    reach = strength, inverse, decay, sweeps.Channels(enters[1], *reads, query[1], scales)
+    return cut, query, reads, enters, write, reach, factor
+
+
+def _by_chunks(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+    scale, interpret = static
+    (_, T, _, K), V = k.shape, v.shape[3]
+    cut, query, reads, _, write, _, _ = _prepare(interpret, q, k, beta, log_decay, segment_ids, V)
+    v8 = cut.cut(linear.pad(v))
+    state, _ = scalar.first_states(interpret, cut, reads[0], v8, write, initial_state)
+    out, states = sweeps.write(query[0], reads[0], v8, *write, state, scale=scale, interpret=interpret)
+    return cut.join(out)[:, :T, :, :V], cut.join(states, 2)[:, :, -1, :K, :V]
+
+
+def _forward(static, *args):
+    args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
+    return per_channel(static, *args), args
+
+
+def _backward(static, args, cotangents):
+    _, k, v, _, log_decay, *_ = args
+    do, dlast = cotangents
+    B, _, N, V = v.shape
+    do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
+    if isinstance(dlast, SymbolicZero):
+        dlast = jnp.zeros((B, N, k.shape[3], V), jnp.float32)
+
+    def slow(args, do, dlast):
+        *floats, ids = args
+        _, pull = jax.vjp(lambda *floats: _by_pairs(static, *floats, ids), *floats)
+        return pull((do, dlast))
+
+    fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
+    return *channel.choose(channel.fits(log_decay), fast, slow, args, do, dlast), None
+
+
+def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do, dlast):
+    scale, interpret = static
+    (_, T, heads, K), V = k.shape, v.shape[3]
+    cut, query, reads, enters, write, reach, factor = _prepare(interpret, q, k, beta, log_decay, segment_ids, V)
+    v8, do8 = (cut.cut(linear.pad(x)) for x in (v, do))
+    decay, scales, turn = write[2], write[3].scales, lambda x: None if x is None else x.swapaxes(2, 3)
+    state, transitions = scalar.first_states(interpret, cut, reads[0], v8, write, initial_state)
+    dstate = dlast = linear.pad_state(dlast) / scale
+    if cut.count > 1:
+        _, asked = sweeps.reach(query[0], enters[0], do8, *reach, None, only_states=True, interpret=interpret)
+        dstate = scalar.chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+    every = {'every': linear.GROUP, 'interpret': interpret}
+    (u, u_low), states = sweeps.write(None, reads[0], v8, *write, state, **every)
+    (w, w_low), dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)
+    # Without what a token has from itself: that knows no decay, and is added below.
+    sweep = functools.partial(
+        linear.sweep, scales=scales, by_columns=True, strict=True, precise=True, wide=True, scale=scale, interpret=interpret
+    )
+    tokens = lambda x, width: cut.join(x)[:, :T, :, :width].astype(jnp.float32)
+    earlier = {'k_low': u_low, 'v_low': enters[1]}
+    later = {'q_low': u_low, 'reverse': True}
+    dq = sweep(do8, u, enters[0], decay, turn(state), **earlier)[0]
+    erased = sweep(w, u, enters[0], decay, turn(state), q_low=w_low, **earlier)[0]
+    asked = sweep(u, do8, query[0], decay, turn(dstate), v_low=query[1], **later)[0]
+    spared = sweep(u, w, reads[0], decay, None, k_low=w_low, v_low=reads[1], **later)[0]
+    dq, read, entered = factor * tokens(dq, K), factor * tokens(erased, K), tokens(asked - spared, K) / factor
+    wide_q, wide_k = _widen(q, k, v.shape[2])
+    each = wide_q * dq - wide_k * (read + entered)
+    u, dv = tokens(u, V) + tokens(u_low, V), (tokens(w, V) + tokens(w_low, V)) * scale
+    own = scale * (u * do.astype(jnp.float32)).sum(-1, keepdims=True)
+    dk = linear.over_groups(entered - read + own * wide_q, heads).astype(k.dtype)
+    dq = linear.over_groups(dq + own * wide_k, heads).astype(q.dtype)
+    dbeta = (u * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), scalar.FAINTEST) ** 2
+    states, dstates = cut.join(states, 2), cut.join(dstates, 2)
+    first, dstate0 = None, None
+    if initial_state is not None:
+        first = linear.pad_state(initial_state)
+        dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
+    anchors = linear.anchors('bngkv,bngkv->bgnk', first, states, dlast, dstates)[..., :K] * scale
+    dlog_decay = channel.decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
+    return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0
+
+
+per_channel.defvjp(_forward, _backward, symbolic_zeros=True)

@@ -1,0 +1,1 @@
+"""Short convolution with SiLU. README.md has the design and what was measured."""

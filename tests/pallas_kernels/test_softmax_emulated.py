@@ -1,0 +1,43 @@
+"""The Hopper softmax attention kernels, run on a CPU by `emulation` and held to the gate that they pass on a GPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import blocks, common
+from pallas_kernels import dropout as dropout_lib
+from pallas_kernels import elementwise as ew
+from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu
+from tests.pallas_kernels import emulation
+
+causal = ew.as_mask(check.causal)
+slopes = jnp.asarray([0.5, 0.125])
+sinks_before = ew.as_mask(check.global_window(100, 4))
+CASES = {
+    'causal, grouped': check.Case('', B=1, T=140, N=2, K=1, mask=causal, sinks=True),
+    'alibi': check.Case('', B=1, T=140, N=2, H=128, mask=causal, score=lambda r, c: check.alibi(slopes)),
+    'alibi, then softcap': check.Case('', B=1, T=70, N=2, score=lambda r, c: check.alibi(slopes) >> check.softcap(5.0)),
+    'softcap': check.Case('', B=1, T=140, N=1, H=128, mask=causal, score=check.softcap(5.0)),
+    'documents': check.Case(
+        '', B=2, T=140, N=1, mask=lambda c: causal & check.segments(jnp.asarray(check.documents(c.B, c.T, 50, 1)))
+    ),
+    'dropout': check.Case('', B=1, T=140, N=1, mask=causal, dropout=dropout_lib.Dropout(0.2, 7)),
+    'shared key tile': check.Case('', B=1, T=700, N=1, H=128, mask=sinks_before),
+}
+
+
+QUICK = 'causal, grouped', 'alibi'
+
+
+@pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])
+def test_emulated_kernels_pass_the_gate(name, monkeypatch):
+    case = CASES[name]
+    if name == 'shared key tile':
+        assert len(mosaic_gpu.divided(blocks.classify(case.mask, 1, 1, case.T, case.T, 64, 128))) > 6
+    plain = lambda kernel, spec: lambda arrays, metadata, operands: kernel(*arrays, *metadata, operands, spec=spec)
+    monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
+    monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
+    monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
+    with emulation.emulated(monkeypatch, common, backward, forward, functions):
+        result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
+    assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
