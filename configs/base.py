@@ -124,6 +124,7 @@ def model():
     c.mlp = ConfigDict({'kind': 'swiglu', 'hidden': 0, 'bias': False})
     c.conv_taps = 0
     c.mlp.update({'expert': 'swiglu', 'experts': 8, 'top_k': 2, 'capacity': 0.0, 'router_z': 1e-3, 'balance': 1e-2})  # of moe
+    c.mlp.update({'gates': 'normed', 'tasks': 1, 'task_weight': 5e-4})  # likewise
     c.norm = 'rmsnorm'
     c.norm_position = 'pre'
     c.positions = 'none'

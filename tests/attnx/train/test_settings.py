@@ -22,14 +22,17 @@ ELSEWHERE = {  # field -> where it is shown
     'mesh': 'attnx/train/test_loop.py::test_sharded_accumulated_run_equals_the_plain_one',
     'sharding': 'attnx/test_sharding.py::test_no_device_ever_holds_the_whole_model',
     'context': 'attnx/ops/test_parallel.py::test_softmax_attention_over_the_context_axis',
+    'compiler': 'attnx/train/test_loop.py::test_settings_that_cannot_be_served',
+    'tune': 'attnx/train/test_loop.py::test_tuned_tiles_belong_to_the_run',
     'checkpoint.fallback': f'attnx/train/test_checkpoint.py::test_a_corrupt_checkpoint_is_named_and_the_last_good_one_{ALONE}',
     'checkpoint.elastic': 'attnx/train/test_checkpoint.py::test_another_layout_is_refused_unless_asked',
+    'sample.bases': 'attnx/models/test_buckets.py::test_streams_are_mixed_by_their_largest_logits',
     'log.wandb': 'attnx/train/test_loop.py::test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id',
     'log.project': 'attnx/train/test_loop.py::test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id',
 }  # fmt: skip
 CHANGED = {
     'seed': 1, 'steps': 5, 'eval_every': 1,
-    'data.task': {'kind': 'copy'}, 'data.length': 9, 'data.batch_size': 4, 'data.eval_batches': 2, 'data.seed': 1,
+    'data.task': {'kind': 'copy'}, 'data.length': 9, 'data.batch_size': 16, 'data.eval_batches': 2, 'data.seed': 1,
     'data.threads': 1, 'data.prefetch': 3,
     'checkpoint.every': 2, 'checkpoint.keep_last': 3, 'checkpoint.keep_best': 3, 'checkpoint.folder': 'elsewhere',
     'log.every': 2, 'log.tensorboard': True, 'log.peak_flops': 1e9,
