@@ -62,6 +62,7 @@ class Study:
     question: str  # what the study asks, in one sentence
     base: Any  # a training config as a mapping, or the path of a config file
     arms: Mapping  # name -> settings that differ from the base
+    common: Mapping = dataclasses.field(default_factory=dict)  # settings of the base itself, in place of its file's
     generate: tuple = ()  # further arms: ({'swap': 'gqa'}, {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}, {'grid': …})
     tasks: Mapping = dataclasses.field(default_factory=dict)  # name -> settings; none: the base's own
     evals: Mapping = dataclasses.field(default_factory=dict)  # name -> settings of other data to evaluate the end on
@@ -78,7 +79,7 @@ class Study:
 
     def __post_init__(self):
         base = load(self.base) if isinstance(self.base, str | pathlib.Path) else config_lib.as_dict(self.base, 'base')
-        object.__setattr__(self, 'base', base)
+        object.__setattr__(self, 'base', changed(base, config_lib.as_dict(self.common, 'common')))
         for name in ('arms', 'tasks', 'evals'):
             object.__setattr__(self, name, config_lib.as_dict(getattr(self, name), name))
         if not self.question.strip():

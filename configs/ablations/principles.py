@@ -9,8 +9,6 @@ inputs; softmax-free: the second-order Taylor polynomial of the exponential. All
 
 from ml_collections import ConfigDict
 
-from attnx.ablate.study import changed, load
-
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
@@ -20,7 +18,7 @@ TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8,
 def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'Which principles of attention matter: weights from context, from tokens, the softmax? In all layers or half?'
-    c.base = changed(load('configs/base.py'), MODEL)
+    c.base, c.common = 'configs/base.py', MODEL
     forms = {
         'uniform': {'kind': 'uniform_attention'},
         'static': {'kind': 'static_queries', 'num_heads': 2, 'num_kv_heads': 2},

@@ -9,8 +9,6 @@ the previous token.
 
 from ml_collections import ConfigDict
 
-from attnx.ablate.study import changed, load
-
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
@@ -22,7 +20,7 @@ RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 250}
 def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'How many attention layers does a recurrent model need, for recall and for text?'
-    c.base = changed(load('configs/base.py'), MODEL)
+    c.base, c.common = 'configs/base.py', MODEL
     softmax = {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}
     mixers = {'l': {'kind': 'linear_transformer'}, 'a': softmax, 'g': {'kind': 'gla'}}
     patterns = {'softmax': 'aaaa', '3 of 4': 'laaa', '2 of 4': 'lala', '1 of 4': 'llal', 'linear': 'llll', 'gated': 'gggg'}

@@ -7,8 +7,6 @@ Four layers of linear attention without MLPs; every arm swaps one of them for so
 
 from ml_collections import ConfigDict
 
-from attnx.ablate.study import changed, load
-
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 
@@ -18,7 +16,7 @@ def get_config():
     c.question = 'One attention layer in a recurrent model of four: where?'
     model = {'model.pattern': ('linear_transformer',), 'model.mixers': {}, 'model.width': 32, 'model.conv_taps': 3}
     model |= {'model.num_layers': 4, 'model.mlp.kind': 'none', 'model.tie_embeddings': False}
-    c.base = changed(load('configs/base.py'), model)
+    c.base, c.common = 'configs/base.py', model
     c.arms = {'linear': {}}
     c.generate = ({'swap': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}},)
     recall = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
