@@ -18,8 +18,7 @@ TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8,
 def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'Which principles of attention matter: weights from context, from tokens, the softmax? In all layers or half?'
-    c.base = 'configs/base.py'
-    c.common = MODEL
+    c.base, c.common = 'configs/base.py', MODEL
     forms = {
         'uniform': {'kind': 'uniform_attention'},
         'static': {'kind': 'static_queries', 'num_heads': 2, 'num_kv_heads': 2},

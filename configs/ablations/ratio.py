@@ -20,8 +20,7 @@ RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 250}
 def get_config():
     c = ConfigDict(convert_dict=False)
     c.question = 'How many attention layers does a recurrent model need, for recall and for text?'
-    c.base = 'configs/base.py'
-    c.common = MODEL
+    c.base, c.common = 'configs/base.py', MODEL
     softmax = {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}
     mixers = {'l': {'kind': 'linear_transformer'}, 'a': softmax, 'g': {'kind': 'gla'}}
     patterns = {'softmax': 'aaaa', '3 of 4': 'laaa', '2 of 4': 'lala', '1 of 4': 'llal', 'linear': 'llll', 'gated': 'gggg'}

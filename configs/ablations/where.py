@@ -16,8 +16,7 @@ def get_config():
     c.question = 'One attention layer in a recurrent model of four: where?'
     model = {'model.pattern': ('linear_transformer',), 'model.mixers': {}, 'model.width': 32, 'model.conv_taps': 3}
     model |= {'model.num_layers': 4, 'model.mlp.kind': 'none', 'model.tie_embeddings': False}
-    c.base = 'configs/base.py'
-    c.common = model
+    c.base, c.common = 'configs/base.py', model
     c.arms = {'linear': {}}
     c.generate = ({'swap': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}},)
     recall = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
