@@ -63,7 +63,6 @@ class Study:
     base: Any  # a training config as a mapping, or the path of a config file
     common: Mapping = dataclasses.field(default_factory=dict)  # settings that this study puts into the base
     arms: Mapping  # name -> settings that differ from the base
-    common: Mapping = dataclasses.field(default_factory=dict)  # settings of the base itself, in place of its file's
     generate: tuple = ()  # further arms: ({'swap': 'gqa'}, {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}, {'grid': …})
     tasks: Mapping = dataclasses.field(default_factory=dict)  # name -> settings; none: the base's own
     evals: Mapping = dataclasses.field(default_factory=dict)  # name -> settings of other data to evaluate the end on
