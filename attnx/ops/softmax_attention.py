@@ -46,7 +46,7 @@ def softmax_attention(
     impl='auto',
     return_lse=False,
     return_stats=False,
-):
+) -> Any:
     """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245): head n reads key head n // (N / K).
 
     Args:

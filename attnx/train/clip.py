@@ -42,9 +42,10 @@ def places(config: ModelConfig, shapes: Mapping) -> dict[str, Place]:
                 for at, layer in enumerate(unit):
                     prefix = f'{part}/stacks/{number}/layers/{at}/mixer'
                     projected = all(f'{prefix}/{name}/kernel' in shapes for name in ('query', 'key'))
+                    heads = getattr(layer.config, 'num_heads', 0)
                     normed = getattr(layer.config, 'qk_norm', True)  # whose logits do not grow with the projections
                     if projected and not normed and isinstance(layer.config, softmax.Options):
-                        found[f'{lead}layer_{index}'] = Place(prefix, repeat, layer.config.num_heads)
+                        found[f'{lead}layer_{index}'] = Place(prefix, repeat, heads)
                     index += 1
     return found
 

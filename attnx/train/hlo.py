@@ -321,7 +321,7 @@ def cost(text: str, devices: int) -> Cost:
 
 def _stacks(body: Mapping[str, Instruction], n: int) -> tuple[Counter, Counter]:
     """Types of the arrays, stacked over the rounds, that the body of a loop fills, and of those that it only reads."""
-    root = next(reversed(body.values()))
+    root = list(body.values())[-1]
     made, read = Counter(), Counter()
     for at, name in enumerate(root.operands if root.op == 'tuple' else ()):
         i = body[name]

@@ -216,9 +216,9 @@ def plan(run: Config, name: str) -> Found:
 def seconds_of(work: Iterator[tuple[float, float, bool]], chip: Chip) -> float:
     """A roofline over (FLOPs, bytes, background): one after another, each bound by products or by memory."""
     products, memory = PRODUCTS * chip.flops, MEMORY * chip.bandwidth
-    work = list(work)
-    front = sum(max(flops / products, moved / memory) for flops, moved, background in work if not background)
-    return max(front, sum(moved for _, moved, _ in work) / memory)
+    done = list(work)
+    front = sum(max(flops / products, moved / memory) for flops, moved, background in done if not background)
+    return max(front, sum(moved for _, moved, _ in done) / memory)
 
 
 # TPU: compiled ------------------------------------------------------------------------------------------------------
@@ -238,12 +238,12 @@ def _in_child(run: Config, where: Topology) -> dict:
     try:
         kind, found = mine.recv()
     except EOFError:
-        kind, found = 'error', ''
+        kind, found = 'error', {}
     child.join()
     if kind == 'found':
         return found
-    found = found or f'the compiler ended its process (code {child.exitcode}; its words stand above)'
-    raise ValueError(f'{where.name}, {versions()}: {found}')
+    why = found or f'the compiler ended its process (code {child.exitcode}; its words stand above)'
+    raise ValueError(f'{where.name}, {versions()}: {why}')
 
 
 def _child(send, run: Config, name: str) -> None:
