@@ -179,7 +179,9 @@ def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
             run.log.sync()
             run.checkpoints.save(number, mine, {'data': run.data.train.get_state(), 'rewinds': 0}, found[k]['loss'])
             run.checkpoints.wait()
+            run.progress = metrics.Progress(config.steps, config.steps)
             run.finish(mine['params'])
+            run.progress.close()
         return [run.evaluated(config.steps) for run in runs]
 
 
