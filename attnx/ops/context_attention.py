@@ -143,8 +143,8 @@ def choose(where: Layout, query, key, value, mask, dense: list[Operand]) -> Choi
     if zigzag:
         halves = blocks.possible(mask, B, N, T, S, T // size // 2, T // size // 2)
         zigzag, pairs = _uneven(halves), _pairs(halves)
-    classes = blocks.possible(mask, B, N, T, S, T // size, -(-S // size))
-    legs = _legs(_needed(classes, size, False))
+    whole = S % size == 0  # else there is no ring
+    legs = _legs(_needed(blocks.possible(mask, B, N, T, S, T // size, S // size), size, False)) if whole else (size - 1, 0)
     steps = sum(legs) + 1
     near = size > 2 and 2 * steps <= size  # balanced as it lies; zigzag would send it round the whole ring
     round_ = (True, _legs(_needed(halves, size, True)), pairs) if zigzag and not near else (False, legs)
