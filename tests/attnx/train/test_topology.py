@@ -177,7 +177,8 @@ def test_a_small_pod(tmp_path, monkeypatch):
 def test_a_pod(size):
     found = topology.plan(size_of(size), PODS[size])
     assert found.fits and found.memory['activations'] > 0 and not found.notes
-    assert 'softmax_attention_backward' in found.kernels and len(found.kernels) == (2 if size == '7b' else 4)
+    assert sum('softmax_attention_backward' in name for name in found.kernels) == 1
+    assert len(found.kernels) == (2 if size == '7b' else 4)
     assert 1 < found.flops / found.useful < 1.6  # the layers once more, and what masks hide inside tiles
     low, high = found.seconds
     assert 0.2 < found.useful / high / found.peak <= found.useful / low / found.peak < 0.9
