@@ -368,7 +368,7 @@ NOTES = (
     'What was not run, or not with all seeds, is said where it is so. S030 needs an accelerator to itself and had none yet.',
     'That one failed statement decides, though another was not run, was settled after the first runs: it decides S018.',
     'Most runs were on a GPU, an arm’s seeds as one program; S012’s one layer, counting, and CoPE’s flip-flops '
-    'were on a CPU, so that arms of one study may differ in rounding too (float32 products there may be in TF32, which was not looked at).',
+    'were on a CPU, so that arms of one study may differ in rounding too (float32 products there may be TF32, not looked at).',
 )
 
 
