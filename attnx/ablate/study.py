@@ -16,7 +16,7 @@ from attnx import tasks
 from attnx.ablate import match as match_lib
 from attnx.ablate.match import Match
 from attnx.dispatch import nearest
-from attnx.train.config import Config, completed
+from attnx.train.config import Config, check_batched, completed
 
 METRICS = {'loss': False, 'accuracy': True, 'nats_per_byte': False}  # name -> whether more is better
 RATES = ('shared', 'transfer')
@@ -197,6 +197,8 @@ class Study:
     def _check(self, arm: Arm, task: str) -> None:
         def check():
             config = build(self.on(arm, task))
+            if self.batch_seeds:
+                check_batched(config)
             made = task_of(config)
             if made.packed:
                 config.model.check_packing(made.documents)

@@ -134,6 +134,21 @@ def check(config: Config, build=None) -> None:
     config.model.check(config.data.length, build)
 
 
+def check_batched(config: Config) -> None:
+    """Raises ValueError for what `attnx.train.loop.run_together` would leave out."""
+    alone = {
+        'health.every': config.health.every,
+        'profile.start': config.profile.start,
+        'tune': config.tune,
+        'compiler': dict(config.compiler),
+        'distributed': config.distributed,
+        'step.distill': config.step.distill,
+        'step.non_finite': config.step.non_finite == 'rewind' and 'rewind',
+    }
+    if found := [f'{name}={value!r}' for name, value in alone.items() if value]:
+        raise ValueError(f'{", ".join(found)}: runs that are batched have none of these; leave it out, or train them apart')
+
+
 def _present(given):
     given = config_lib.as_dict(given, 'config') if isinstance(given, Mapping) or hasattr(given, 'to_dict') else given
     return {k: v for k, v in given.items() if v is not None} if isinstance(given, dict) else given

@@ -26,7 +26,7 @@ from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import health, metrics, report
 from attnx.train import step as step_lib
-from attnx.train.config import Config, check, free, served
+from attnx.train.config import Config, check, check_batched, free, served
 from attnx.train.process import Stop, locked, writable
 from attnx.train.program import check_rows, placed, program, training
 from pallas_kernels.softmax_attention import tiles as tiles_lib
@@ -117,11 +117,14 @@ def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
       the last evaluation of each, empty where it was left undone; None: a signal stopped them.
 
     Raises:
-      ValueError: the runs differ in more than run_dir, seed and data.seed, or are spread over several processes.
+      ValueError: the runs differ in more than run_dir, seed and data.seed, ask for what runs alone have (health, profile,
+        tune, compiler, distillation, rewinding), or are spread over several processes.
     """
     own = lambda c: dataclasses.replace(c, run_dir='-', seed=0, data=dataclasses.replace(c.data, seed=0))
     if len({repr(own(config)) for config in configs}) != 1:
         raise ValueError('runs that are batched may differ in run_dir, seed and data.seed only')
+    check(configs[0])
+    check_batched(configs[0])
     with contextlib.ExitStack() as stack:
         runs = []
         for config in configs:

@@ -97,6 +97,7 @@ def test_generators():
         ({'metric': 'nats_per_byte'}, "'induction' has no metric 'nats_per_byte'"),
         ({'base': base(data={'task': {'kind': 'regression'}, 'batch_size': 8})}, "'regression' has no metric 'accuracy'"),
         ({'batch_seeds': True, 'halving': Halving(rungs=(0.5,))}, 'with batch_seeds they are trained to their end'),
+        ({'batch_seeds': True, 'arms': {'a': {}, 'b': {'health.every': 5}}}, "arm 'b': health.every=5: runs that are batched"),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
