@@ -282,6 +282,7 @@ def test_scale(c):
     built = jax.eval_shape(lambda: c.spec.build(c.spec.config(), dims, rngs=nnx.Rngs(0)))
     assert sum(v.size for v in to_flat(built).values()) >= 0
     assert c.spec.flops(c.spec.config(), dims, 4096) >= 0
+    jax.eval_shape(lambda: built.init_state(1, 4096, dims.dtype))  # of a mixer without arrays, as plans have it
 
 
 def test_learning(c):

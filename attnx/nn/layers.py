@@ -86,7 +86,7 @@ class ShortConv(nnx.Module):
         self.kernel = param(drawn, ('conv', axis))
 
     def init_state(self, batch: int, dtype: Any) -> jax.Array:
-        taps, width = self.kernel[...].shape
+        taps, width = self.kernel.shape
         return jnp.zeros((batch, taps - 1, width), dtype)
 
     def __call__(self, x, state=None, segment_ids=None, impl='auto', activation=None):

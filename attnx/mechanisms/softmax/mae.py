@@ -49,7 +49,7 @@ class MixtureOfAttentiveExperts(Mixer):
         self.core = softmax.Core(config, dims, config.num_heads, self.head_dim, rngs=rngs)
 
     def init_state(self, batch, capacity, dtype=None):
-        width, shape = self.query.kernel[...].shape[0], (self.config.num_heads, self.head_dim)
+        width, shape = self.query.kernel.shape[0], (self.config.num_heads, self.head_dim)
         cache = self.core.init_state(batch, capacity, (shape, shape), dtype or self.dtype)
         return Recurrent.init(jnp.zeros((batch, width + 1), jnp.float32)), cache
 
