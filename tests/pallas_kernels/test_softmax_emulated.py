@@ -41,3 +41,10 @@ def test_emulated_kernels_pass_the_gate(name, monkeypatch):
     with emulation.emulated(monkeypatch, common, backward, forward, functions):
         result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
     assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
+
+
+@pytest.mark.slow
+def test_emulated_statistics(monkeypatch):
+    monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
+    with emulation.emulated(monkeypatch, common, forward, functions):
+        assert check.statistics_agree(mosaic_gpu.softmax_attention) is None
