@@ -28,7 +28,7 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0, ordered=True):
+def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0, together=1):
     """Gradients of the logits' inputs.
 
     Args:
@@ -40,6 +40,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
       ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       parts: how many blocks share a key tile with others.
+      together: how many heads are at work at a time, a divisor of N: the n-th blocks of all, then the next ones.
 
     Returns:
       dq float32 [B, T', N, H], undefined in query tiles that no list holds; dk [B, S', N, H]
@@ -61,7 +62,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
-        b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
+        b, wg = lax.axis_index('b'), lax.axis_index('wg')
+        h = lax.axis_index('heads') * together + lax.axis_index('h')
         at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, lax.axis_index('block'))
         count, ki, part = (lists_ref[(*at, n)] for n in range(3))
         entry = lambda j: lists_ref[(*at, j + 3)]
@@ -271,8 +273,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         turn = turns.at[(b * N + h) * nq + tile]
                         target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
                         plgpu.barrier_wait(dq_full.at[out])
-                        if ordered:
-                            plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
+                        plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
                         first = rank == 0
                         pl.when(first)(lambda: plgpu.copy_smem_to_gmem(dq_smem.at[out], target))
                         add = lambda: plgpu.copy_smem_to_gmem(dq_smem.at[out], target, reduction_op='add')
@@ -280,8 +281,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         plgpu.barrier_arrive(dq_free.at[out])
                         plgpu.wait_smem_to_gmem(0)
-                        if ordered:
-                            plgpu.semaphore_signal(turn, 1, memory_scope='gpu')
+                        plgpu.semaphore_signal(turn, 1, memory_scope='gpu')
 
     def entry_point(*refs):
         pl.run_scoped(
@@ -308,8 +308,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     found = plgpu.kernel(
         entry_point,
         out_type=(jax.ShapeDtypeStruct((B, T, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
-        grid=(B, N, lists.shape[2]),
-        grid_names=('b', 'h', 'block'),
+        grid=(B, N // together, lists.shape[2], together),
+        grid_names=('b', 'heads', 'block', 'h'),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(

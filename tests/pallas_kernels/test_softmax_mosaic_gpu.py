@@ -79,7 +79,7 @@ def test_tiles_that_many_see_are_shared():
     T = 4096
     c = blocks.classify(ew.as_mask(check.global_window(512, 64)), 1, 1, T, T, 64, 128)
     owners = mosaic_gpu.divided(c)
-    lists = mosaic_gpu.schedule(c, owners)[0][0, 0]
+    lists = mosaic_gpu.schedule(c, owners, 132)[0][0, 0]
     assert c.shape[3] < len(owners) and set(owners[owners[:, 3] >= 0, 0]) == {0}
     assert lists[:, 0].max() <= 2 * lists[:, 0].mean() < (c[0, 0, :, 0] != 0).sum()
     assert len(mosaic_gpu.divided(blocks.classify(ew.as_mask(check.causal), 1, 1, T, T, 64, 128))) == T // 128
@@ -89,6 +89,18 @@ def test_tiles_that_many_see_are_shared():
     joined = mosaic_gpu._joined(jnp.asarray(x), jnp.asarray(parts), owners)
     np.testing.assert_array_equal(joined[:, 128:], x[:, 128:])
     np.testing.assert_allclose(joined[:, :128], parts.reshape(2, -1, 128, 3, 8).sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_heads_at_work():
+    """Several where blocks differ in length and the L2 cache holds what they read and add to."""
+    causal = np.arange(2, 130, 2)
+    assert mosaic_gpu.heads_together(causal, 16, 2**23) == 4
+    assert mosaic_gpu.heads_together(causal, 5, 2**23) == 1
+    assert mosaic_gpu.heads_together(causal, 6, 2**22) == 6
+    assert mosaic_gpu.heads_together(causal, 16, 2**26) == 1
+    assert mosaic_gpu.heads_together(jnp.asarray(causal), 16, 2**23) == 4
+    assert mosaic_gpu.heads_together(np.minimum(causal, 18), 16, 2**23) == 1
+    assert list(mosaic_gpu.longest_first(np.array([3, 1, 2, 5, 5, 7]), 4)) == [3, 0, 2, 1, 5, 4]
 
 
 @settings(max_examples=10, deadline=None)
