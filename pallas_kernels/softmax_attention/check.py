@@ -13,6 +13,7 @@ kernels, without comparing, for compute-sanitizer.
 
 import dataclasses
 import functools
+import os
 import sys
 import time
 from typing import Any
@@ -493,6 +494,8 @@ def run_only(case: Case, attention):
 
 
 def main(words):
+    # Before a device is asked for: XLA would spend most of the time on the fastest way to multiply the oracle's matrices.
+    os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_autotune_level=0'
     from pallas_kernels.softmax_attention import mosaic_gpu
 
     part, of = 0, 1

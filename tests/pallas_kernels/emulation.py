@@ -102,12 +102,16 @@ def _allocate(spec):
     return Ref(np.full(spec.shape, value, spec.dtype))
 
 
+def _scratch(spec):
+    return tuple(map(_scratch, spec)) if isinstance(spec, tuple) else spec if spec is None else _allocate(spec)
+
+
 def _run_scoped(f, *specs, collective_axes=None):
     if collective_axes is None:  # accumulators, which start as zeros
         return f(*(Ref(np.zeros(spec.shape, np.float32)) for spec in specs))
     with _here.block.lock:
         if _here.block.shared is None:
-            _here.block.shared = [_allocate(spec) for spec in specs]
+            _here.block.shared = _scratch(specs)
     return f(*_here.block.shared)
 
 
@@ -203,7 +207,7 @@ def _kernel(body, *, out_type, grid, grid_names, num_threads, **_):
 
         def block(index):
             axes = {name: jnp.int32(i) for name, i in zip(grid_names, index)}
-            run = lambda: body(*refs, *outs)
+            run = lambda: body(*refs, *(outs if isinstance(outs, tuple) else (outs,)))
             _start([((w, None), run) for w in range(num_threads)], Block(counters), axes)
 
         _start([((0, None), lambda i=i: block(i)) for i in np.ndindex(*grid)], None, {})
@@ -246,5 +250,6 @@ def emulated(monkeypatch, common, *modules):
                     patch.setattr(module, name, fake)
         patch.setattr(common, 'opaque_zero', lambda: jnp.int32(0))
         patch.setattr(common, 'any_not_finite', lambda row: flag((~jnp.isfinite(row)).any()))
-        patch.setattr(common, 'any_from', lambda col, limit: flag((~(col < limit)).any()))
+        patch.setattr(common, 'any_from', lambda ref, limit: flag((~(ref.value() < limit)).any()))
+        patch.setattr(common, 'settle', nothing)
         yield
