@@ -1,9 +1,11 @@
-"""The correctness gate of the gated linear kernel: `python -m pallas_kernels.gated_linear.check [words] [form=MODULE:FUNCTION]`.
+"""The correctness gate of the gated linear kernel.
+
+    python -m pallas_kernels.gated_linear.check [words] [i/n] [form=MODULE:FUNCTION]
 
 The kernel's outputs, last state and every gradient are compared with a token-by-token recurrence in float64, and a second run
-must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, or `FLOORS` for results in
-float32: of the same recurrence in float32, or of the form named, such as `form=attnx.ops.gated_linear:xla`. Errors beyond twice
-the form's are marked with `!`.
+must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, for results in float32
+`FLOORS` too. That form is the same recurrence in float32, or the one named, such as `form=attnx.ops.gated_linear:xla`. Errors
+beyond twice the form's are marked with `!`.
 """
 
 import dataclasses
