@@ -214,21 +214,27 @@ def sweep(
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
+                def compare():
+                    """The weights of pairs, as terms; the partner, and its dots with what tokens have from others of the chunk."""
+                    other = dots = None
+                    if partner_ref is not None:
+                        place = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
+                        other = plgpu.load(place, layout=TILE, optimized=False)
+                    pairs = weigh()
+                    if other is not None:  # from pairs alone, all of them float32
+                        earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
+                        dots = (earlier * meet(other)).sum(axis=1)
+                    # With c, q and k were rounded once more already, by their decays.
+                    return split(pairs, 2 if c_smem is not None or precise else 1), other, dots
+
+                compared = None if partner_ref is None else compare()  # before the state's product, for registers
+
                 def read_state(out):
                     if ql_smem is not None:
                         out.add(ql_smem.at[slot], s_smem.at[here, 0])
                     for term in reversed(range(copies)):
                         out.add(q_smem.at[slot], s_smem.at[here, term])
-                    place_of = lambda ref, head: ref.at[b, rows, head, cols]
-                    early_load = lambda ref, head: plgpu.load(place_of(ref, head), layout=TILE, optimized=False)
-                    other = None if partner_ref is None else early_load(partner_ref, h // (N // partner_ref.shape[2]))
-                    pairs, dots = weigh(), None
-                    if other is not None:  # within the chunk from pairs alone, all of them float32
-                        earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
-                        dots = (earlier * meet(other)).sum(axis=1)
-                    # With c, q and k were rounded once more already, by their decays.
-                    weights = split(pairs, 2 if c_smem is not None or precise else 1)
-                    added = None if base_ref is None else early_load(base_ref, h)
+                    weights, other, dots = compared or compare()
                     if read is not None or dots is not None:
                         before = out.load(0) if read is None else out.load(0) * common.row(read, SQUARE)
                         if dots is not None:
@@ -238,12 +244,15 @@ def sweep(
                         out.add(weights[0], value_low)
                     for term in reversed(weights):
                         out.add(term, value)
+                    added = (
+                        None if base_ref is None else plgpu.load(base_ref.at[b, rows, h, cols], layout=TILE, optimized=False)
+                    )
                     new = write_state(S) if early else None  # while the last product runs
                     o = out.load(0)
                     o = o * scale if scale != 1 else o
                     o = o if added is None else o + added
                     if wide:
-                        place_of(out_ref, h)[...] = o
+                        out_ref.at[b, rows, h, cols][...] = o
                     else:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         o_smem.at[wg][...] = o.astype(dtype)
