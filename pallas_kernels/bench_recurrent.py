@@ -2,17 +2,21 @@
 
     python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--patience S] [--no-gate]
 
-Words keep the rows whose name contains one of them. `--with attnx.ops.{op}:xla` adds an implementation, {op} standing for
-gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate is that of `gated_linear.check` and
-`delta_rule.check`. A few processes compile the rows, while others run the gate and others compile what Triton will choose from;
-then rows are timed one after another, when nothing else runs, and PyTorch comes last. The peer `softmax` is the causal softmax
-kernel, `copy` a copy of the state. Prints a JSON line a figure as soon as it is known, also to FILE, and a table; milliseconds
-are medians, `kernels` their parts by CUPTI. What is not compiled within S seconds is not timed.
+Words keep the rows whose name contains one of them, in the words' order. `--with attnx.ops.{op}:xla` adds an implementation,
+{op} standing for gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate, first, is that of
+`gated_linear.check` and `delta_rule.check`. Then a few processes each compile a row, take the only lock, time it and say so; no
+row waits for another. The one of PyTorch does likewise; what Triton chooses from is compiled beforehand by processes of less
+priority, each a part, which run it once. The peer `softmax` is the causal softmax kernel, `copy` a copy of the state. Prints a
+JSON line a figure as soon as it is known, also to FILE, and at last a table; milliseconds are medians, `kernels` their parts by
+CUPTI. Rows that are not begun within S seconds are left out.
 """
 
 import argparse
+import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import functools
 import importlib
 import importlib.util
@@ -20,9 +24,12 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # many processes share the card
+os.environ['FLA_CACHE_RESULTS'] = '0'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +65,8 @@ ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
 ROWS += [Row(LINEAR, 'head', B, T, peers=('softmax',)) for B, T in ((4, 4096), (2, 8192), (1, 16384))]
 STEPS = [(LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token')]
 ROWS += [Row(op, decay, 64, 1, backward=False, peers=('copy',)) for op, decay in STEPS]
-WORKERS, SHARDS = 5, 5  # processes that time, and processes of each gate
+WORKERS, WARMERS, SHARDS = 3, 4, 5  # processes that time, that compile for Triton, and of each gate
+ME = 'pallas_kernels.bench_recurrent'
 SEPARATOR = '::'
 
 
@@ -130,10 +138,10 @@ def implementation(row: Row, peer: str):
 
 
 def build(row: Row, peer: str):
-    """{figure: (compiled function, its arguments' maker)} or {figure: error}, each run once."""
+    """{figure: (compiled function, its arguments)} or {figure: error}, each run once."""
     import jax
 
-    op = implementation(row, peer)
+    op, (a, c) = implementation(row, peer), arrays(row)
     constant = row.decay in ('none', 'head')  # constants are not trained, as in lightning attention
     count = (4 if row.op == DELTA else 3) + (not constant)
     forward = jax.jit(lambda *a: op(*a[:-1], initial_state=a[-1])[: 1 if row.T > 1 else 2])
@@ -143,15 +151,17 @@ def build(row: Row, peer: str):
         out, pull = jax.vjp(lambda *trained: op(*trained, *a[count:-1])[0], *a[:count])
         return out, pull(c)  # without out, the forward sweep would be left out
 
-    jobs = {'fwd': (forward, lambda a, c: a)} | ({'fwdbwd': (both, lambda a, c: (c, *a))} if row.backward else {})
-    return {key: guarded(lambda f=f, pick=pick: run_once(f, pick, row)) for key, (f, pick) in jobs.items()}
+    jobs = {'fwd': (forward, a)} | ({'fwdbwd': (both, (c, *a))} if row.backward else {})
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        made = {key: pool.submit(guarded, lambda job=job: run_once(*job)) for key, job in jobs.items()}
+    return {key: future.result() for key, future in made.items()}
 
 
-def run_once(function, pick, row):
+def run_once(function, args):
     import jax
 
-    jax.block_until_ready(function(*pick(*arrays(row))))
-    return function, pick
+    jax.block_until_ready(function(*args))
+    return function, args
 
 
 def guarded(f):
@@ -161,41 +171,40 @@ def guarded(f):
         return f'{type(error).__name__}: {str(error)[:300]}'
 
 
-def worker(jobs, patience):
-    """Compiles and runs every row once, says so, waits for its turn, then times."""
-    start = time.perf_counter()
+@contextlib.contextmanager
+def alone(path):
+    """While nothing else is timed."""
+    with open(path, 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
-    def timed_build(row, peer):
-        built = build(row, peer)
-        print(f'BUILT {row.name} {peer} {time.perf_counter() - start:.0f} s', flush=True)
-        return built
 
-    pool = concurrent.futures.ThreadPoolExecutor(4)
-    futures = [pool.submit(timed_build, *job) for job in jobs]
-    concurrent.futures.wait(futures, patience)
-    print('READY', flush=True)
-    sys.stdin.readline()
-    for (row, peer), future in zip(jobs, futures):
+def worker(jobs, lock, deadline):
+    """Compiles, then times one row after another."""
+    for row, peer in jobs:
         figure = {'case': row.name, 'peer': peer}
-        if not future.done():
-            emit(figure | {'error': f'not compiled within {patience} s'})
+        if time.time() > deadline:
+            emit(figure | {'error': 'no time left'})
             continue
-        made = arrays(row)
-        for key, found in future.result().items():
-            if isinstance(found, str):
-                figure[f'{key}_error'] = found
-                continue
-            function, pick = found
-            a = pick(*made)
-            figure[f'{key}_ms'] = guarded(lambda f=function, a=a: round(clock(f, a), 4))
-            if row.B == 1 or peer not in ('ours', 'copy'):
-                continue
-            figure[f'{key}_kernels'] = found = guarded(lambda f=function, a=a: parts(f, a))
-            if row.copied and isinstance(found, dict) and sum(found.values()):
-                figure['device_ms'] = sum(found.values()) * 1e-3
-                figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
-        emit(figure)
-    os._exit(0)  # what still compiles is left
+        built = build(row, peer)
+        with alone(lock):
+            emit(figure | measured(built, row, peer))
+
+
+def measured(built, row, peer) -> dict:
+    figure = {}
+    for key, found in built.items():
+        if isinstance(found, str):
+            figure[f'{key}_error'] = found
+            continue
+        figure[f'{key}_ms'] = guarded(lambda f=found: round(clock(*f), 4))
+        if row.B == 1 or peer not in ('ours', 'copy'):
+            continue
+        figure[f'{key}_kernels'] = found = guarded(lambda f=found: parts(*f))
+        if row.copied and isinstance(found, dict) and sum(found.values()):
+            figure['device_ms'] = sum(found.values()) * 1e-3
+            figure['GB_s'] = round(row.copied / sum(found.values()) * 1e-3)
+    return figure
 
 
 def fla(row: Row):
@@ -230,42 +239,73 @@ def fla(row: Row):
     raise ValueError(row)
 
 
-def run_torch(rows, warm=False):
-    """Times the rows, or only compiles what they run; Triton's choices are made while nothing else runs, and kept nowhere."""
-    os.environ['FLA_CACHE_RESULTS'] = '0'
+def run_torch(rows, lock, deadline):
+    """Times each row once told that it may. What Triton chooses is chosen while nothing else is timed, and kept nowhere."""
     import torch
     import triton.runtime
     from triton.testing import do_bench
 
-    short = functools.partial(do_bench, warmup=2 if warm else 4, rep=2 if warm else 15)
-    triton.runtime.driver.active.get_benchmarker = lambda: short
-    timed = functools.partial(do_bench, warmup=10, rep=60, return_mode='median')
-    if warm:
-        timed = lambda f: f() is None or 0.0
-    else:
-        fla(Row(LINEAR, 'head', 1, 64))  # imports it
-        print('READY', flush=True)
+    triton.runtime.driver.active.get_benchmarker = lambda: functools.partial(do_bench, warmup=4, rep=15)
+    timed = lambda f: round(do_bench(f, warmup=10, rep=60, return_mode='median'), 4)
+    fla(Row(LINEAR, 'head', 1, 64))  # imports it
+    for row in rows:
         sys.stdin.readline()
+        if time.time() > deadline:
+            emit({'case': row.name, 'peer': 'fla', 'error': 'no time left'})
+            continue
+        with alone(lock):
+            emit({'case': row.name, 'peer': 'fla'} | torch_figures(row, timed))
+        torch.cuda.empty_cache()
+
+
+def torch_figures(row, timed) -> dict:
+    import torch
 
     def both(f, leaves, cotangent):
         f(*leaves).backward(cotangent)
         for x in leaves:
             x.grad = None
 
-    for row in rows:
-        figure = {'case': row.name, 'peer': 'fla'}
+    figure = {}
+    try:
+        f, args = fla(row)
+        with torch.no_grad():
+            figure['fwd_ms'] = timed(functools.partial(f, *args))
+        if row.backward:
+            leaves = [x.requires_grad_() for x in args]
+            figure['fwdbwd_ms'] = timed(functools.partial(both, f, leaves, torch.randn_like(args[2])))
+    except Exception as error:
+        figure['error'] = f'{type(error).__name__}: {str(error)[:200]}'
+    return figure
+
+
+def compile_torch(rows, deadline, share):
+    """Runs the rows with every n-th of what Triton's tuners choose from, from the i-th on, or all where none of these runs."""
+    os.nice(10)
+    import triton.runtime
+    from triton.runtime.autotuner import Autotuner
+
+    i, n = map(int, share.split('/'))
+    init, run = Autotuner.__init__, Autotuner.run
+
+    def fewer(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        self.every, self.configs = self.configs, self.configs[i::n] or self.configs[:1]
+
+    def tolerant(self, *args, **kwargs):
         try:
-            f, args = fla(row)
-            with torch.no_grad():
-                figure['fwd_ms'] = round(timed(functools.partial(f, *args)), 4)
-            if row.backward:
-                leaves = [x.requires_grad_() for x in args]
-                figure['fwdbwd_ms'] = round(timed(functools.partial(both, f, leaves, torch.randn_like(args[2]))), 4)
-        except Exception as error:
-            figure['error'] = f'{type(error).__name__}: {str(error)[:200]}'
-        if not warm:
-            emit(figure)
-        torch.cuda.empty_cache()
+            return run(self, *args, **kwargs)
+        except Exception:
+            self.configs = self.every
+            self.cache.clear()
+            return run(self, *args, **kwargs)
+
+    Autotuner.__init__, Autotuner.run = fewer, tolerant
+    triton.runtime.driver.active.get_benchmarker = lambda: lambda f, *_, **__: f() is None or [0.0] * 3
+    for row in rows:
+        if time.time() < deadline:
+            torch_figures(row, lambda f: f() is None)
+        print(f'WARM {row.name}', flush=True)
 
 
 def emit(figure):
@@ -289,23 +329,38 @@ class Results(list):
 
 
 def start(*arguments):
-    command = [sys.executable, *arguments]
+    command = [sys.executable, '-m', *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def read(process, results, until=None):
-    """Collects a process's results; prints everything else it says. True if it said `until`."""
+def read(process, results, warm=lambda name: None):
+    """Collects a process's results and prints what it says, until it ends."""
     for line in process.stdout:
         if line.startswith('RESULT '):
             results.append(json.loads(line[7:]))
-            if 'fwd_ms' in results[-1] or 'error' in line:
-                print(line[7:].rstrip(), flush=True)
-        elif until and line.strip() == until:
-            return True
-        elif line.startswith(('ok', 'FAIL', 'BUILT')) or 'Error' in line:
+            print(line[7:].rstrip(), flush=True)
+        elif line.startswith('WARM '):
+            warm(line[5:].strip())
+        elif line.startswith(('ok', 'FAIL')) or 'Error' in line:
             print(line.rstrip()[:600], flush=True)
     process.wait()
-    return False
+
+
+def start_torch(rows, options, results) -> list:
+    """Threads that read the process that times PyTorch and those that compile for it; it is told when all have a row."""
+    names = [r.name for r in rows]
+    timer = start(ME, *options, '--torch', 'time', *names)
+    warmers = [start(ME, *options, '--torch', f'{i}/{WARMERS}', *names) for i in range(WARMERS)]
+    seen, lock = collections.Counter(), threading.Lock()
+
+    def warm(name):
+        with lock:
+            seen[name] += 1
+            if seen[name] == WARMERS:
+                timer.stdin.write('go\n')
+                timer.stdin.flush()
+
+    return [threading.Thread(target=read, args=(process, results, warm)) for process in (timer, *warmers)]
 
 
 def table(results) -> str:
@@ -326,47 +381,39 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('words', nargs='*')
     parser.add_argument('--json', metavar='FILE', help='a JSON line a figure')
-    parser.add_argument('--patience', type=float, default=240.0)
+    parser.add_argument('--patience', type=float, default=600.0)
     parser.add_argument('--with', dest='extra', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
-    parser.add_argument('--no-warm', action='store_true', help="leave Triton's cache as it is")
-    parser.add_argument('--no-clock', action='store_true', help='compile only, where caches are kept on disk')
-    parser.add_argument('--worker', nargs='+', help=argparse.SUPPRESS)
-    parser.add_argument('--torch-only', choices=('warm', 'time'), help=argparse.SUPPRESS)
+    for option in ('--worker', '--torch', '--lock', '--deadline'):
+        parser.add_argument(option, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    deadline = float(args.deadline or time.time() + args.patience)
     if args.worker:
-        pairs = (job.split(SEPARATOR) for job in args.worker)
-        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs], args.patience)
-    rows = [r for r in ROWS if not args.words or any(w in r.name for w in args.words)]
-    if args.torch_only:
-        return run_torch([r for r in rows if r.backward and not r.peers], args.torch_only == 'warm')
-    others = lambda row: args.extra if row.B * row.T <= 2**14 and 'softmax' not in row.peers else ()
-    me, results, good = ('-m', 'pallas_kernels.bench_recurrent'), Results(args.json), True
-    patience = '--patience', str(args.patience)
-    jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
-    jobs = [start(*me, *patience, '--worker', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
-    with_torch = not args.no_torch and importlib.util.find_spec('fla')
-    peers = [start(*me, '--torch-only', 'time', *args.words)] if with_torch else []
-    warm = [start(*me, '--torch-only', 'warm', r.name) for r in rows if r.B == 8] if with_torch and not args.no_warm else []
+        pairs = (job.split(SEPARATOR) for job in args.words)
+        return worker([(next(r for r in ROWS if r.name == name), peer) for name, peer in pairs], args.lock, deadline)
+    rows = list(dict.fromkeys(r for w in args.words or [''] for r in ROWS if w in r.name))
+    if args.torch:
+        return run_torch(rows, args.lock, deadline) if args.torch == 'time' else compile_torch(rows, deadline, args.torch)
+    results, good = Results(args.json), True
     if not args.no_gate:
-        gate = lambda op, i: start('-m', f'pallas_kernels.{op}.check', f'{i}/{SHARDS}')
-        for process in [gate(op, i) for i in range(SHARDS) for op in (LINEAR, DELTA)]:
+        for process in [start(f'pallas_kernels.{op}.check', f'{i}/{SHARDS}') for i in range(SHARDS) for op in (LINEAR, DELTA)]:
             read(process, results)
             good &= process.returncode == 0
-    for process in warm:
-        read(process, results)
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        ready = list(pool.map(lambda job: read(job, results, until='READY'), jobs))
-    waiting = [job for job, said in zip(jobs, ready) if said]
-    if args.no_clock:
-        for job in [*waiting, *peers]:
-            job.kill()
-        return 0 if good else 1
-    for job in [*waiting, *(job for job in peers if read(job, results, until='READY'))]:
-        job.stdin.write('go\n')
-        job.stdin.flush()
-        read(job, results)
+        deadline = time.time() + args.patience
+    others = lambda row: args.extra if row.B * row.T <= 2**14 and 'softmax' not in row.peers else ()
+    jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
+    beside = [r for r in rows if r.backward and not r.peers]
+    with tempfile.TemporaryDirectory() as folder:
+        options = '--lock', os.path.join(folder, 'lock'), '--deadline', str(deadline)
+        workers = [start(ME, *options, '--worker', 'yes', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
+        threads = [threading.Thread(target=read, args=(process, results)) for process in workers]
+        if beside and not args.no_torch and importlib.util.find_spec('fla'):
+            threads += start_torch(beside, options, results)
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     print(table(results), flush=True)
     return 0 if good else 1
 

@@ -11,23 +11,13 @@ Where the factors do not fit, `by_pairs` runs.
 
 import functools
 
-import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.delta_rule import mosaic_gpu as scalar
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
 from pallas_kernels.gated_linear.sweep import CHUNK
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def per_channel(static, q, k, v, beta, log_decay, initial_state, segment_ids):
-    """(out, last state); static: (scale, interpret)."""
-    arrays = q, k, v, beta, log_decay, initial_state, segment_ids
-    slow = lambda arrays: _by_pairs(static, *arrays)
-    return channel.choose(channel.fits(log_decay), lambda arrays: _by_chunks(static, *arrays), slow, arrays)
 
 
 def _by_pairs(static, q, k, v, beta, log_decay, initial_state, segment_ids):
@@ -62,28 +52,6 @@ def _by_chunks(static, q, k, v, beta, log_decay, initial_state, segment_ids):
     state, _ = scalar.first_states(interpret, cut, reads[0], v8, write, initial_state)
     out, states = sweeps.write(query[0], reads[0], v8, *write, state, scale=scale, interpret=interpret)
     return cut.join(out)[:, :T, :, :V], cut.join(states, 2)[:, :, -1, :K, :V]
-
-
-def _forward(static, *args):
-    args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
-    return per_channel(static, *args), args
-
-
-def _backward(static, args, cotangents):
-    _, k, v, _, log_decay, *_ = args
-    do, dlast = cotangents
-    B, _, N, V = v.shape
-    do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    if isinstance(dlast, SymbolicZero):
-        dlast = jnp.zeros((B, N, k.shape[3], V), jnp.float32)
-
-    def slow(args, do, dlast):
-        *floats, ids = args
-        _, pull = jax.vjp(lambda *floats: _by_pairs(static, *floats, ids), *floats)
-        return pull((do, dlast))
-
-    fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *channel.choose(channel.fits(log_decay), fast, slow, args, do, dlast), None
 
 
 def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do, dlast):
@@ -129,4 +97,4 @@ def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do,
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0
 
 
-per_channel.defvjp(_forward, _backward, symbolic_zeros=True)
+per_channel = channel.either(_by_chunks, _by_pairs, _gradients)

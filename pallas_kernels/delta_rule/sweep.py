@@ -16,6 +16,7 @@ With a decay per channel (`Channels`) the key that reads the state and the key t
 terms, and the state's rows are scaled before and after each chunk, as `pallas_kernels.gated_linear.per_channel` explains.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -25,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.common import ROW, TILE
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
@@ -106,9 +107,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             cols = pl.ds(part * width + wg * 64, 64)
             wide = lambda x: x.astype(jnp.float32)
 
-            def split(x):
-                high = x.astype(dtype)
-                return high, (x - wide(high)).astype(dtype)
+            split = functools.partial(accumulate.split, terms=2, dtype=dtype)
 
             def keep_copy(S):
                 for i in range(depth):
@@ -119,13 +118,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             def factors(slot):
                 if decay_ref is None:
                     return None, None, None, None
-                row = plgpu.load(g_smem.at[slot], layout=ROW, optimized=False)
-                col = plgpu.load(g_smem.at[slot], layout=COL, optimized=False)
-                end = g_smem[slot, CHUNK - 1]
-                between = common.row(row, SQUARE) - common.col(col, SQUARE)
-                if reverse:
-                    return jnp.exp2(-between), jnp.exp2(end - row), jnp.exp2(col), jnp.exp2(end)
-                return jnp.exp2(between), jnp.exp2(row), jnp.exp2(end - col), jnp.exp2(end)
+                return accumulate.factors(g_smem.at[slot], reverse)
 
             def visible():
                 i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
@@ -315,7 +308,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             None if v is None else common.swizzled((ring, CHUNK, width), dtype),
             plgpu.SMEM((ring, CHUNK), jnp.float32),
             common.swizzled((ring, 2, CHUNK, CHUNK), dtype),
-            None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
+            None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             common.swizzled((W, 2, K, 64), dtype),
             common.swizzled((W, 2, CHUNK, 64), dtype),
             *(None if x is None else common.swizzled((ring, CHUNK, K), dtype) for x in (q_low, k_low, other, other_low)),

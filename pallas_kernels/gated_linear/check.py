@@ -1,12 +1,16 @@
-"""The correctness gate of the gated linear kernel: `python -m pallas_kernels.gated_linear.check [words]`.
+"""The correctness gate of the gated linear kernel.
+
+    python -m pallas_kernels.gated_linear.check [words] [i/n] [form=MODULE:FUNCTION]
 
 The kernel's outputs, last state and every gradient are compared with a token-by-token recurrence in float64, and a second run
-must be bit-equal. The error of a 16-bit result may be twice that of the same recurrence in float32 with its results rounded.
-Results in float32 hold sums of 16-bit products: they are held to `FLOORS`.
+must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, for results in float32
+`FLOORS` too. That form is the same recurrence in float32, or the one named, such as `form=attnx.ops.gated_linear:xla`. Errors
+beyond twice the form's are marked with `!`.
 """
 
 import dataclasses
 import functools
+import importlib
 import re
 import sys
 
@@ -122,13 +126,13 @@ def gradients(function, arrays, ids, cotangents, scale, wide=None, names=NAMES):
     return {'out': out, 'state': state, **{f'd{n}': g for n, g in zip(names, grads) if g is not None}}
 
 
-def check(case: Case, interpret=False) -> tuple[bool, dict]:
+def check(case: Case, interpret=False, form=None) -> tuple[bool, dict]:
     """(passes, {result: (error, error of the float32 form)})."""
-    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS, interpret)
+    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS, interpret, form)
 
 
-def compare(kernel, oracle, case, names, floors, interpret):
-    """`check` of any recurrent kernel against any oracle."""
+def compare(kernel, oracle, case, names, floors, interpret, form):
+    """`check` of any recurrent kernel against any oracle; form: the float32 form, None for the oracle's."""
     arrays, ids, cotangents = case.arrays()
 
     def run(function, wide=None):
@@ -143,7 +147,7 @@ def compare(kernel, oracle, case, names, floors, interpret):
     with jax.default_device(jax.local_devices(backend='cpu')[0]):  # thousands of tiny steps
         with jax.enable_x64(True):
             want = run(functools.partial(oracle, dtype=jnp.float64), jnp.float64)()
-        narrow = run(functools.partial(oracle, dtype=jnp.float32), jnp.float32)()
+        narrow = run(form or functools.partial(oracle, dtype=jnp.float32), jnp.float32)()
     errors, good = {}, all(np.array_equal(got[n], again[n], equal_nan=True) for n in got)
     for name, x in got.items():
         rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
@@ -159,13 +163,16 @@ def compare(kernel, oracle, case, names, floors, interpret):
 def main(words, cases, check):
     """Checks the cases that contain one of the words; of these, where a word is i/n, every n-th from the i-th on."""
     shard = next((w for w in words if re.fullmatch(r'\d+/\d+', w)), '0/1')
-    words = [w for w in words if w != shard]
+    form = next((w for w in words if w.startswith('form=')), '')
+    words = [w for w in words if w not in (shard, form)]
+    module, _, name = form.removeprefix('form=').partition(':')
+    form = getattr(importlib.import_module(module), name) if name else None
     first, every = map(int, shard.split('/'))
     failed = 0
     for case in [c for c in cases if not words or any(w in c.name for w in words)][first::every]:
         try:
-            good, errors = check(case)
-            text = ' '.join(f'{n} {e:.1e}/{p:.1e}' for n, (e, p) in errors.items())
+            good, errors = check(case, form=form)
+            text = ' '.join(f'{n} {e:.1e}/{p:.1e}{"!" * (e > FACTOR * p)}' for n, (e, p) in errors.items())
         except Exception as error:
             good, text = False, f'{type(error).__name__}: {str(error)[:300]}'
         failed += not good

@@ -206,14 +206,19 @@ def steps(log_decay, segment_ids):
 
 
 def cumulative(step, T: int):
-    """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 64]. Tokens past the end are idle."""
+    """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 2, 64]. Tokens past the end are idle.
+
+    In two parts: sums of multiples of 2 ** -11, exact in float32 up to 64 steps that erase, and of what these leave.
+    """
     if step is None:
         return None
-    if step.shape[1] == 1 and T % CHUNK == 0:
-        return step.swapaxes(1, 2)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
-    step = jnp.broadcast_to(step, (step.shape[0], T, step.shape[2]))
-    step = jnp.pad(step, [(0, 0), (0, -T % CHUNK), (0, 0)]).swapaxes(1, 2)
-    return jnp.cumsum(step.reshape(*step.shape[:2], -1, CHUNK), axis=-1)
+    coarse = jnp.round(step * 2.0**11) * 2.0**-11
+    step = jnp.stack([coarse, step - coarse], axis=1)
+    if step.shape[2] == 1 and T % CHUNK == 0:
+        return jnp.moveaxis(step, 3, 1)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
+    step = jnp.broadcast_to(step, (step.shape[0], 2, T, step.shape[3]))
+    step = jnp.moveaxis(jnp.pad(step, [(0, 0), (0, 0), (0, -T % CHUNK), (0, 0)]), 3, 1)
+    return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
 
 
 def anchors(spec: str, state, states, dstate, dstates):
@@ -302,7 +307,7 @@ class Pieces:
         """`cumulative` of the tokens -> of the pieces."""
         if decay is None or self.count == 1 or (decay.shape[2] == 1 and self.T % self.size == 0):
             return decay
-        decay = jnp.broadcast_to(decay, (B, decay.shape[1], self.T // CHUNK, CHUNK))
+        decay = jnp.broadcast_to(decay, (B, decay.shape[1], self.T // CHUNK, *decay.shape[3:]))
         return self.cut(decay, 2, CHUNK)
 
     def join(self, x, axis=1):
@@ -349,7 +354,8 @@ def run(
     _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **terms, **shared)
     total = None  # [B or 1, N or 1, channels or 1, parts]
     if decay is not None:
-        total = jnp.broadcast_to(local_decay[..., -1], (*local_decay.shape[:2], cut.size // CHUNK)).sum(-1)
+        total = local_decay[..., -1].sum(-1)
+        total = jnp.broadcast_to(total, (*total.shape[:2], cut.size // CHUNK)).sum(-1)
         total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
         total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))[:, :, None]
     if scales is not None:

@@ -26,11 +26,37 @@ choose = jax.lax.cond  # on the device
 PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
-    """(out, last state); static: (scale, interpret)."""
-    arrays = q, k, v, log_decay, initial_state, segment_ids
-    return choose(fits(log_decay), lambda a: _by_chunks(static, *a), lambda a: by_pairs(static[0], *a), arrays)
+def either(by_chunks, by_pairs, gradients):
+    """f(static, q, k, v, .., log_decay, initial_state, segment_ids) -> (out, last state), as `by_chunks` or `by_pairs` has it.
+
+    gradients(static, *args, do, dlast): those of `by_chunks`, in the order of all arguments but the last.
+    """
+
+    @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+    def run(static, *args):
+        return choose(fits(args[-3]), lambda a: by_chunks(static, *a), lambda a: by_pairs(static, *a), args)
+
+    def forward(static, *args):
+        args = jax.tree.map(lambda x: x.value, args, is_leaf=shared.is_primal)
+        return run(static, *args), args
+
+    def backward(static, args, cotangents):
+        _, k, v, *_ = args
+        do, dlast = cotangents
+        do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
+        if isinstance(dlast, SymbolicZero):
+            dlast = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)
+
+        def slow(args, do, dlast):
+            *floats, ids = args
+            _, pull = jax.vjp(lambda *a: by_pairs(static, *a, ids), *floats)
+            return pull((do, dlast))
+
+        fast = lambda args, do, dlast: gradients(static, *args, do, dlast)
+        return *choose(fits(args[-3]), fast, slow, args, do, dlast), None
+
+    run.defvjp(forward, backward, symbolic_zeros=True)
+    return run
 
 
 def _steps(log_decay):
@@ -115,28 +141,6 @@ def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
-def _forward(static, *args):
-    args = jax.tree.map(lambda x: x.value, args, is_leaf=shared.is_primal)
-    return per_channel(static, *args), args
-
-
-def _backward(static, args, cotangents):
-    _, k, v, log_decay, *_ = args
-    do, dlast = cotangents
-    B, _, N, V = v.shape
-    do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    if isinstance(dlast, SymbolicZero):
-        dlast = jnp.zeros((B, N, k.shape[3], V), jnp.float32)
-
-    def slow(args, do, dlast):
-        *floats, ids = args
-        _, pull = jax.vjp(lambda *a: by_pairs(static[0], *a, ids), *floats)
-        return pull((do, dlast))
-
-    fast = lambda args, do, dlast: _gradients(static, *args, do, dlast)
-    return *choose(fits(log_decay), fast, slow, args, do, dlast), None
-
-
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
@@ -162,9 +166,6 @@ def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast
     anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
     dlog_decay = decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
-
-
-per_channel.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
 def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
@@ -207,3 +208,6 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     arrays = wide(q), wide(k), wide(v), step, *(() if beta is None else (beta.astype(jnp.float32)[..., None],))
     state, out = jax.lax.scan(several, state, tuple(map(cut, arrays)))
     return jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(B, -1, N, V)[:, :T], state
+
+
+per_channel = either(_by_chunks, lambda static, *args: by_pairs(static[0], *args), _gradients)

@@ -8,6 +8,8 @@ memory; each consumer warpgroup owns 64 columns of v, so that warpgroups exchang
 float32 registers; a 16-bit copy in shared memory is the right operand of q S.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -64,8 +66,8 @@ def sweep(
         heads computed, is the most heads of q, k and v (or `heads`), and a multiple of each. q may be None: only states
         are computed.
       v: [B, T', Nv, V], V a multiple of 64.
-      decay: float32 [B or 1, N or 1, chunks or 1, 64], base-2 logarithms of the decay, summed from the chunk's first token to
-        each token, inclusive; a step of -128 erases. None: no decay.
+      decay: float32 [B or 1, N or 1, chunks or 1, 2, 64], base-2 logarithms of the decay, summed from the chunk's first token
+        to each token, inclusive, as `mosaic_gpu.cumulative` makes them; a step of -128 erases. None: no decay.
       state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
       partner: [B, T', Np, V], bfloat16, or None. With it, with `base` and with `wide`, T' is a multiple of 64.
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
@@ -74,7 +76,7 @@ def sweep(
       base: float32 [B, T', N, V] that is added to out, after the scale, or None.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
-      precise: the state and the weights of pairs are multiplied as two 16-bit terms, so that out is good to float32.
+      precise: the state and the weights of pairs are multiplied as two 16-bit terms or more, for what is known so well.
       wide: out is float32.
       scale: multiplies out (not the states).
 
@@ -91,7 +93,7 @@ def sweep(
     groups = common.cdiv(chunks, every)
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
-    copies = 0 if q is None else 1 + precise
+    copies = 0 if q is None else 3 if partner is not None else 1 + precise
     given = lambda *arrays: sum(x is not None for x in arrays)
     outputs = int(q is not None and not wide)
     ring = min(stages(K, V, given(q, k, q_low, k_low), given(v, v_low), copies, outputs), max(chunks, 1))
@@ -99,7 +101,7 @@ def sweep(
     channels = width if by_columns else K
     registers = W == 2 and not interpret
     simple = partner is None and base is None and not precise
-    early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
+    early, pair = depth <= 2 and simple, 1  # a state of 256 rows leaves few registers
 
     def kernel(*refs_and_scratch):
         *refs, (q_smem, k_smem, kl_smem, v_smem, ql_smem, vl_smem, g_smem, c_smem, s_smem, o_smem, full, free) = (
@@ -122,13 +124,7 @@ def sweep(
                 """What decays pairs, reads and writes: tiles or vectors; and the scalar of the whole chunk."""
                 if decay_ref is None:
                     return None, None, None, None
-                row = plgpu.load(g_smem.at[slot], layout=ROW, optimized=False)
-                col = plgpu.load(g_smem.at[slot], layout=COL, optimized=False)
-                end = g_smem[slot, CHUNK - 1]
-                between = common.row(row, SQUARE) - common.col(col, SQUARE)
-                if reverse:
-                    return jnp.exp2(-between), jnp.exp2(end - row), jnp.exp2(col), jnp.exp2(end)
-                return jnp.exp2(between), jnp.exp2(row), jnp.exp2(end - col), jnp.exp2(end)
+                return accumulate.factors(g_smem.at[slot], reverse)
 
             def visible():
                 i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
@@ -142,9 +138,7 @@ def sweep(
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i == j
 
-            def split(x):
-                high = x.astype(dtype)
-                return high, (x - high.astype(jnp.float32)).astype(dtype)
+            split = functools.partial(accumulate.split, dtype=dtype)
 
             def rescale(S, slot):
                 if by_columns:
@@ -156,7 +150,7 @@ def sweep(
             def keep_copy(S):
                 if q_smem is not None:
                     for i in range(depth):
-                        for term, part in enumerate(split(S[i])[:copies]):
+                        for term, part in enumerate(split(S[i], copies)):
                             s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
                     plgpu.commit_smem()
 
@@ -178,19 +172,20 @@ def sweep(
 
                     def run(*accumulators):
                         for i, acc in enumerate(accumulators):
-                            acc.set(S[first + i] if total is None else S[first + i] * total)
-                        for i, acc in enumerate(accumulators):
                             part = (slot, slice(None), pl.ds(64 * (first + i), 64))
                             terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (k_smem, kl_smem) if x is not None]
-                            if write is not None:  # the state is kept in float32, so its terms are not rounded to 16 bits
-                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE))
-                            for term in terms:
-                                acc.add(term, value)
+                            if write is not None:
+                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE), 3)
                             if value_low is not None:
                                 acc.add(terms[0], value_low)
+                            for term in reversed(terms):
+                                acc.add(term, value)
                         return tuple(acc.load(0) for acc in accumulators)
 
-                    return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
+                    written = accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+                    before = S[first : first + pair] if total is None else [x * total for x in S[first : first + pair]]
+                    return tuple(x + y for x, y in zip(before, written))
 
                 def write_state(S):
                     return sum((write_to(S, first) for first in range(0, depth, pair)), ())
@@ -208,38 +203,56 @@ def sweep(
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
+                def meet(other):
+                    """other_i . v_j, of 64 columns."""
+
+                    def run(acc):
+                        for x in (value_low, value):
+                            if x is not None:
+                                acc.add(other, x.T)
+                        return acc.load(0)
+
+                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+
+                def compare():
+                    """The weights of pairs, as terms; the partner, and its dots with what tokens have from others of the chunk."""
+                    other = dots = None
+                    if partner_ref is not None:
+                        place = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
+                        other = plgpu.load(place, layout=TILE, optimized=False)
+                    pairs = weigh()
+                    if other is not None:  # from pairs alone, all of them float32
+                        earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
+                        dots = (earlier * meet(other)).sum(axis=1)
+                    # With c, q and k were rounded once more already, by their decays.
+                    return split(pairs, 2 if c_smem is not None or precise else 1), other, dots
+
+                compared = None if partner_ref is None else compare()  # before the state's product, for registers
+
                 def read_state(out):
-                    for term in range(copies):
-                        out.add(q_smem.at[slot], s_smem.at[here, term])
                     if ql_smem is not None:
                         out.add(ql_smem.at[slot], s_smem.at[here, 0])
-                    place_of = lambda ref, head: ref.at[b, rows, head, cols]
-                    early_load = lambda ref, head: plgpu.load(place_of(ref, head), layout=TILE, optimized=False)
-                    other = None if partner_ref is None else early_load(partner_ref, h // (N // partner_ref.shape[2]))
-                    pairs = weigh()
-                    itself = None if other is None or strict else jnp.where(diagonal(), pairs, 0.0).sum(axis=1)
-                    weights = split(pairs)
-                    added = None if base_ref is None else early_load(base_ref, h)
-                    if read is not None:
-                        out.set(out.load(0) * common.row(read, SQUARE))
-                    out.add(weights[0], value)
-                    if c_smem is not None or precise:  # with c, q and k were rounded once more already, by their decays
-                        out.add(weights[1], value)
+                    for term in reversed(range(copies)):
+                        out.add(q_smem.at[slot], s_smem.at[here, term])
+                    weights, other, dots = compared or compare()
+                    if read is not None or dots is not None:
+                        before = out.load(0) if read is None else out.load(0) * common.row(read, SQUARE)
+                        if dots is not None:
+                            dots += (before * other.astype(jnp.float32)).sum(axis=1)
+                        out.set(before)
                     if value_low is not None:
                         out.add(weights[0], value_low)
+                    for term in reversed(weights):
+                        out.add(term, value)
+                    added = (
+                        None if base_ref is None else plgpu.load(base_ref.at[b, rows, h, cols], layout=TILE, optimized=False)
+                    )
                     new = write_state(S) if early else None  # while the last product runs
-                    o, dots = out.load(0), None
-                    if other is not None:
-                        other = other.astype(jnp.float32)
-                        dots = (o * other).sum(axis=1)
-                    if itself is not None:
-                        terms = [x for x in (value, value_low) if x is not None]
-                        own = sum(plgpu.load(x, layout=TILE).astype(jnp.float32) for x in terms)
-                        dots -= itself * (own * other).sum(axis=1)
+                    o = out.load(0)
                     o = o * scale if scale != 1 else o
                     o = o if added is None else o + added
                     if wide:
-                        place_of(out_ref, h)[...] = o
+                        out_ref.at[b, rows, h, cols][...] = o
                     else:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                         o_smem.at[wg][...] = o.astype(dtype)
@@ -326,7 +339,7 @@ def sweep(
             common.swizzled((ring, CHUNK, width), dtype),
             None if q_low is None else common.swizzled((ring, CHUNK, K), dtype),
             None if v_low is None else common.swizzled((ring, CHUNK, width), dtype),
-            None if decay is None else plgpu.SMEM((ring, CHUNK), jnp.float32),
+            None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
             None if q is None else common.swizzled((W, copies, K, 64), dtype),
             common.swizzled((W, CHUNK, 64), dtype) if outputs else None,

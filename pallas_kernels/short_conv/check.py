@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.gated_linear import check as grid
 from pallas_kernels.short_conv import mosaic_gpu
 
 FACTOR = 2.0
+NAMES = ('y', 'last', 'dx', 'dkernel', 'dstate')
 
 
 @dataclasses.dataclass
@@ -26,6 +28,10 @@ class Case:
     state: bool = True
     activation: str | None = 'silu'
     dtype: str = 'bfloat16'
+
+    @property
+    def name(self) -> str:
+        return ' '.join(f'{key}={value}' for key, value in dataclasses.asdict(self).items())
 
     def arrays(self):
         """x, kernel, initial_state, segment_ids and the cotangents."""
@@ -64,24 +70,26 @@ def results(function, case, dtype=None, **options):
     call = lambda x, kernel, state: function(x, kernel, state, ids, case.activation, **options)
     run = lambda x, kernel, state: (lambda out, pull: (*out, *pull(cotangents)))(*jax.vjp(call, x, kernel, state))
     run = run if options.get('interpret') else jax.jit(run)
-    return [np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a) for a in run(x, kernel, state) if a is not None]
+    wide = lambda a: np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
+    return {name: wide(a) for name, a in zip(NAMES, run(x, kernel, state)) if a is not None}
 
 
 def kernel(x, kernel, state, ids, activation, interpret=False):
     return mosaic_gpu.short_conv(x, kernel, initial_state=state, segment_ids=ids, activation=activation, interpret=interpret)
 
 
-def check(case: Case, interpret=False) -> tuple[bool, list]:
-    """(passes, (error, error of the XLA form) of y, last window, dx, dkernel, dstate)."""
+def check(case: Case, interpret=False, form=None) -> tuple[bool, dict]:
+    """(passes, {result: (error, error of the XLA form)})."""
     got = results(kernel, case, interpret=interpret)
     again = got if interpret else results(kernel, case)
-    narrow = results(plain, case)
+    narrow = results(form or plain, case)
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend='cpu')[0]):
         want = results(plain, case, jnp.float64)
     norm = lambda a: float(np.linalg.norm(a.astype(np.float64)))
-    errors = [tuple(norm(a - w) / max(norm(w), 1e-30) for a in pair) for *pair, w in zip(got, narrow, want)]
-    good = all(np.array_equal(a, b) for a, b in zip(got, again))
-    return good and all(e <= max(FACTOR * p, 1e-6) for e, p in errors), errors
+    error = lambda a, w: norm(a - w) / max(norm(w), 1e-30)
+    errors = {name: (error(got[name], w), error(narrow[name], w)) for name, w in want.items()}
+    good = all(np.array_equal(got[name], again[name]) for name in got)
+    return good and all(e <= max(FACTOR * p, 1e-6) for e, p in errors.values()), errors
 
 
 def clock():
@@ -97,16 +105,9 @@ def clock():
         print(f'{name} forward {forward:.4f} ms, + backward {clock(both, (x, taps, dy)):.4f} ms', flush=True)
 
 
-def main(words):
-    failed = 0
-    for case in CASES:
-        good, errors = check(case)
-        failed += not good
-        print('ok  ' if good else 'FAIL', case, ' '.join(f'{e:.1e}/{p:.1e}' for e, p in errors), flush=True)
-    if '--clock' in words:
-        clock()
-    return failed
-
-
 if __name__ == '__main__':
-    sys.exit(main(sys.argv[1:]))
+    words = [w for w in sys.argv[1:] if w != '--clock']
+    failed = grid.main(words, CASES, check)
+    if len(words) + 1 < len(sys.argv):
+        clock()
+    sys.exit(failed)

@@ -109,7 +109,8 @@ def _backward(static, saved, cotangents):
             (dstate,) = jax.vjp(early, state)[1](dy[:, :kept])
     if not isinstance(dlast, SymbolicZero) and kept:
         dtail, more = jax.vjp(lambda tail, state: last(tail, state, age), x[:, -kept:], state)[1](dlast)
-        dx = dx.at[:, -kept:].add(dtail)
+        # Not `at[].add`: XLA (jax 0.11) can't update a kernel's result in place.
+        dx = jnp.concatenate([dx[:, :-kept], dx[:, -kept:] + dtail], axis=1)
         dstate += more
     return dx, dkernel, None if first is None else dstate, None
 

@@ -44,7 +44,7 @@ def plain_delta(
     begins, ends = (last, first) if reverse else (first, last)
     chunks = strength.shape[2]
     beta = np.square(np.asarray(strength, np.float64)).reshape(B, N, -1)
-    step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
+    step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64).sum(-2), axis=-1, prepend=0)
     step = np.exp2(np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1))
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
     every = min(every or chunks, chunks)
@@ -111,13 +111,15 @@ def test_inverse(collinear):
     case = check.Case('inverse', T=104, N=2, heads=1, K=64, beta=(0.9, 1.0), collinear=collinear)
     k = case.arrays()[0][1]
     beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
-    decay = np.cumsum(np.random.default_rng(1).uniform(-0.1, 0, (1, 2, 2, 64)), -1).astype(np.float32)
+    steps = np.random.default_rng(1).uniform(-0.1, 0, (1, 128, 2)).astype(np.float32)
+    sums = linear.cumulative(jnp.asarray(steps), 128)
+    decay = np.asarray(sums, np.float64).sum(3)
     strength = np.sqrt(beta)
-    got = np.asarray(inverse.inverses(k, jnp.asarray(strength), jnp.asarray(decay), interpret=True), np.float64).sum(3)
+    got = np.asarray(inverse.inverses(k, jnp.asarray(strength), sums, interpret=True), np.float64).sum(3)
     rows = np.zeros((128, 64))
     rows[:104] = np.asarray(k, np.float64)[0, :, 0]
     rows = rows.reshape(2, 64, 64)
-    between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0).astype(np.float64))
+    between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0))
     A = np.tril((rows @ rows.swapaxes(1, 2)) * strength[..., None] * strength[..., None, :] * between, -1)
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=1e-5)
 

@@ -44,7 +44,7 @@ def plain_sweep(
     every = min(every or chunks, chunks)
     step = np.zeros((B, N, chunks, 64))
     if decay is not None:
-        step = np.diff(np.asarray(decay, np.float64), axis=-1, prepend=0)
+        step = np.diff(np.asarray(decay, np.float64).sum(-2), axis=-1, prepend=0)
     step = np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1)
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
     out, dots = np.zeros((B, T, N, V)), np.zeros((B, N, V // 64, chunks * 64))
