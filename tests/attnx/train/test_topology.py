@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,12 +13,12 @@ from rich.console import Console
 from attnx import config as config_lib
 from attnx import plan as plan_lib
 from attnx import sharding
-from attnx.train import topology
+from attnx.train import chips, compiled, topology
 from attnx.train.config import Config
-from pallas_kernels import aot_tpu
+from pallas_kernels import libtpu
 
 PATH = pathlib.Path(__file__).parents[3] / 'configs' / 'sizes.py'
-needs_libtpu = pytest.mark.skipif(aot_tpu.missing() is not None, reason=str(aot_tpu.missing()))
+needs_libtpu = pytest.mark.skipif(libtpu.missing() is not None, reason=str(libtpu.missing()))
 
 
 def run_of(**changes):
@@ -53,7 +55,7 @@ def test_unknown_topologies(name, message):
 
 
 def test_without_libtpu_the_pip_line(monkeypatch):
-    monkeypatch.setattr(aot_tpu, 'missing', lambda: "libtpu is not installed: pip install 'libtpu>=0.0.50,<0.1'")
+    monkeypatch.setattr(libtpu, 'missing', lambda: "libtpu is not installed: pip install 'libtpu>=0.0.50,<0.1'")
     with pytest.raises(ValueError, match="v5p:8x8x8: libtpu is not installed: pip install 'libtpu"):
         topology.plan(run_of(), 'v5p:8x8x8')
 
@@ -89,15 +91,15 @@ def test_gpus_are_modelled():
     assert full.memory['activations'] < found.memory['activations'] and full.flops == pytest.approx(found.flops * 4 / 3)
     nodes = topology.plan(run_of(mesh={'data': 2, 'fsdp': 8}), 'h100:16')
     across = next(e for e in nodes.exchanges if e.axes == 'data')
-    assert across.wire / across.seconds == pytest.approx(topology.LINKS * topology.NETWORK)
+    assert across.wire / across.seconds == pytest.approx(chips.LINKS * chips.NETWORK)
 
 
 def test_links_of_a_torus():
     v5p, v5e = topology.topology('v5p:4x4x8'), topology.topology('v5e:4x8')
     line = [(x, 0, 0) for x in range(4)]
-    assert topology._links(line, v5p) == 2 and topology._links(line[:2], v5p) == 1
-    assert topology._links([(x, y, 0) for x in range(4) for y in range(4)], v5p) == 4
-    assert topology._links([(x, 0, 0) for x in range(4)], v5e) == 1  # no ring below 16
+    assert chips.links(line, v5p) == 2 and chips.links(line[:2], v5p) == 1
+    assert chips.links([(x, y, 0) for x in range(4) for y in range(4)], v5p) == 4
+    assert chips.links([(x, 0, 0) for x in range(4)], v5e) == 1  # no ring below 16
 
 
 def test_the_refusal_of_the_compiler_is_read():
@@ -105,15 +107,53 @@ def test_the_refusal_of_the_compiler_is_read():
         'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries '
         '(18.64G) exceeds available HBM (15.75G). HLO module: jit__lambda.'
     )
-    assert topology.too_large(message) == 18.64 * 2**30
-    assert topology.too_large('INTERNAL: something else') is None
+    assert compiled.too_large(message) == 18.64 * 2**30
+    assert compiled.too_large('INTERNAL: something else') is None
+
+
+def test_buffers_of_a_program_are_counted():
+    """Arguments, and what else lies in main memory: not what fusions hold, nor what lies on the chip."""
+    buffers = """BufferAssignment:
+allocation 0: size 4, color 8, page 0, thread-local:
+ value: <4930 call-start.1{2} @8> (size=4,offset=0): u32[]{:S(8)}
+allocation 1: size 999, page 0, thread-local:
+allocation 2: size 100, page 0, parameter 20, shape |f32[5,5]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 7, page 0, constant:
+allocation 4: size 3, page 0, maybe-live-out:
+allocation 5: size 5000, color 1, page 0, preallocated-temp:
+allocation 6: size 400, page 0, preallocated-temp:
+"""
+    assert compiled.sizes_of(buffers) == (100, 410)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--topology=v9:2x2'], "unknown topology 'v9:2x2'"),
+        (['--topology=h100:8', '--config.mesh.tensor=3'], "the nearest that does: {'data': 4, 'tensor': 2}"),
+        (['--topology=h100:8', '--config.data.batch_size=12'], 'batch_size 12 must be a multiple of 8'),
+    ],
+)
+def test_the_command_refuses_before_it_imports_jax(arguments, message):
+    code = """
+import sys
+from attnx.train import early
+try:
+    early.plan()
+finally:
+    assert not {'jax', 'flax', 'optax'} & set(sys.modules)
+"""
+    root = PATH.parents[1]
+    command = [sys.executable, '-c', code, f'--config={root}/configs/base.py', *arguments]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert out.returncode == 2 and message in out.stderr, out.stderr
 
 
 def test_a_compiler_that_ends_its_process(monkeypatch):
-    monkeypatch.setattr(topology, '_child', print)  # it ends without an answer
-    monkeypatch.setattr(topology, 'versions', lambda: 'libtpu 0')
+    monkeypatch.setattr(compiled, '_child', print)  # it ends without an answer
+    monkeypatch.setattr(libtpu, 'versions', lambda: 'libtpu 0')
     with pytest.raises(ValueError, match='v5e:2x2, libtpu 0: the compiler ended its process'):
-        topology._in_child(run_of(), topology.topology('v5e:2x2'))
+        compiled.found(run_of(), topology.topology('v5e:2x2'))
 
 
 def fake(run, state):
