@@ -23,7 +23,7 @@ needs_libtpu = pytest.mark.skipif(libtpu.missing() is not None, reason=str(libtp
 
 def run_of(**changes):
     given = {
-        'model': {'width': 256, 'num_layers': 4, 'pattern': ('gla', 'gqa'), 'dtype': 'bfloat16', **changes.pop('model', {})},
+        'model': {'width': 256, 'num_layers': 2, 'pattern': ('gla', 'gqa'), 'dtype': 'bfloat16', **changes.pop('model', {})},
         'data': {'length': 512, 'batch_size': 64, 'task': {'kind': 'tokens', 'vocab_size': 1024}},
         'mesh': {'fsdp': -1},
         'sharding': 'fsdp',
@@ -78,14 +78,13 @@ def test_gpus_are_modelled():
     run = run_of()
     found = topology.plan(run, 'h100:8')
     assert found.how == 'analytic model' and 'neither compiled nor measured' in found.notes[0]
-    _, task = topology.prepared(run, topology.topology('h100:8'))
-    made = topology.program(topology.prepared(run, topology.topology('h100:8'))[0].model, packed=task.packed)
+    ready, task = topology.prepared(run, topology.topology('h100:8'))
+    made = topology.program(ready.model, packed=task.packed)
     whole = 4 * sum(s.size for s in made.shapes.values())
     assert found.memory['parameters'] == pytest.approx(whole / 8, rel=0.01)  # vectors without a model width are whole
     assert found.memory['optimizer'] == pytest.approx(whole / 4, rel=0.01)
-    assert found.useful * 8 == plan_lib.flops_per_token(
-        topology.prepared(run, topology.topology('h100:8'))[0].model, made.axes, made.shapes, 512
-    ) * 64 * 512
+    useful = plan_lib.flops_per_token(ready.model, made.axes, made.shapes, 512) * 64 * 512
+    assert found.useful * 8 == useful
     assert {e.kind for e in found.exchanges} == {'all-gather', 'reduce-scatter'}
     full = topology.plan(run_of(model={'remat': 'full'}), 'h100:8')
     assert full.memory['activations'] < found.memory['activations'] and full.flops == pytest.approx(found.flops * 4 / 3)
@@ -153,7 +152,7 @@ def test_a_compiler_that_ends_its_process(monkeypatch):
     monkeypatch.setattr(compiled, '_child', print)  # it ends without an answer
     monkeypatch.setattr(libtpu, 'versions', lambda: 'libtpu 0')
     with pytest.raises(ValueError, match='v5e:2x2, libtpu 0: the compiler ended its process'):
-        compiled.found(run_of(), topology.topology('v5e:2x2'))
+        compiled.found(None, topology.topology('v5e:2x2'))
 
 
 def fake(run, state):
@@ -171,15 +170,16 @@ def fake(run, state):
 def test_fit_changes_one_thing_after_another(monkeypatch, state):
     seen = []
     monkeypatch.setattr(topology, 'plan', lambda run, name: seen.append(run) or fake(run, state))
-    console = Console(record=True, width=200)
-    assert topology.command(run_of(sharding='ddp', mesh={'data': 8}), 'h100:8', True, console) == 0
+    console, small = Console(record=True, width=200), {'pattern': ('gqa',), 'num_layers': 1}
+    start = run_of(sharding='ddp', mesh={'data': 8}, model=small)
+    assert topology.command(start, 'h100:8', True, console) == 0
     text = console.export_text()
     last = seen[-1]
     assert fake(last, state).fits and not any(fake(run, state).fits for run in seen[:-1])
     assert last.model.remat == 'full' and last.step.accumulate > 1
     assert f'--config.model.remat=full --config.step.accumulate={last.step.accumulate}' in text
     assert ('--config.sharding=fsdp' in text) == (state > 80e9)
-    assert topology.command(run_of(sharding='ddp', mesh={'data': 8}), 'h100:8', False, Console(record=True)) == 1
+    assert topology.command(start, 'h100:8', False, Console(record=True)) == 1
 
 
 @pytest.mark.parametrize('size, billions', [('1b', 1), ('7b', 7), ('70b', 70)])
