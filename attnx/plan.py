@@ -6,8 +6,11 @@
 
 import os
 
-if __name__ != 'attnx.plan':  # as a command: said before jax looks for devices
+if __name__ != 'attnx.plan':  # as a command: said before jax looks for devices, and refused before it is imported
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    from attnx.train import early
+
+    early.plan()
 
 import contextlib
 import dataclasses
@@ -332,7 +335,7 @@ def main(argv) -> int:
     from attnx.train import config as train_config
     from attnx.train import optim
 
-    run = config_lib.build(train_config.Config, _CONFIG.value, 'config')
+    run = config_lib.build(train_config.Config, flags.FLAGS.config, 'config')
     if flags.FLAGS.topology:
         from attnx.train import topology
 
@@ -355,12 +358,6 @@ def main(argv) -> int:
 
 
 if __name__ == '__main__':
-    from ml_collections import config_flags
-
-    flags.DEFINE_enum('platform', 'cuda', explanation.PLATFORMS, 'where the run is to happen')
-    flags.DEFINE_string('topology', '', 'chips that are not here: v5p:8x8x8 (compiled by libtpu), h100:8 (modelled)')
-    flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')
-    _CONFIG = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
 
     def _main(argv):
         try:

@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import glob
 import importlib
-import importlib.util
 import json
 import math
 import os
@@ -33,7 +32,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from pallas_kernels import blocks
+from pallas_kernels import blocks, libtpu
 from pallas_kernels import elementwise as ew
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
@@ -43,26 +42,6 @@ from pallas_kernels.softmax_attention import paged_tpu
 
 TOPOLOGIES = ('v5e:1x1', 'v5p:1x1x1', 'v6e:1x1')
 bf16, f32 = jnp.bfloat16, jnp.float32
-
-
-def missing() -> str | None:
-    """Why nothing can be compiled here, or None."""
-    if importlib.util.find_spec('libtpu') or os.environ.get('TPU_LIBRARY_PATH'):
-        return None
-    return "libtpu is not installed: pip install 'libtpu>=0.0.50,<0.1' (the extra tpu-aot)"
-
-
-def prepare(**flags):
-    """Sets what libtpu reads when it is first loaded."""
-    here = {
-        'TPU_SKIP_MDS_QUERY': '1',  # no cloud to ask
-        'TPU_ACCELERATOR_TYPE': 'v5litepod-4',  # any valid one: silences the search for workers
-        'TPU_WORKER_HOSTNAMES': 'localhost',
-        'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
-    }
-    os.environ.update(here)  # where libtpu finds no TPU, jax has written complaints there
-    os.environ['LIBTPU_INIT_ARGS'] = ' '.join(f'--{name}={value}' for name, value in flags.items())
-    jax.config.update('jax_platforms', 'cpu')
 
 
 def compiled(function: Callable, args, topology: str):
@@ -266,7 +245,7 @@ def _splash(T, size, side):
 def bundles(topology: str, T: int = 8192, H: int = 128):
     """Prints bundles and spills of a head's forward and backward pass, ours and splash attention's."""
     with tempfile.TemporaryDirectory() as folder:
-        prepare(
+        libtpu.prepare(
             xla_jf_dump_to=folder,
             xla_jf_dump_llo_text='true',
             xla_jf_dump_llo_pass_label_regex='.*(final_hlo-static).*',
@@ -312,14 +291,14 @@ def main(argv: list[str]) -> int:
     if command not in ('compile', 'bundles'):
         print(__doc__)
         return 2
-    if reason := missing():
+    if reason := libtpu.missing():
         print(reason)
         return 3
     if command == 'bundles':
         for name in [topology] if topology else ('v5e:1x1', 'v6e:1x1'):
             bundles(name)
         return 0
-    prepare()
+    libtpu.prepare()
     failed = 0
     for case in cases():
         if (case.slow and '--slow' not in options and not words) or (words and not any(w in case.name for w in words)):

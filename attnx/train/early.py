@@ -4,13 +4,15 @@ import contextlib
 import pathlib
 import sys
 
-from ml_collections import ConfigDict
+from absl import flags
+from ml_collections import ConfigDict, config_flags
 
 from attnx import config as config_lib
 from attnx import light, tasks
 from attnx.light import Heavy, Hollow
 from attnx.names import nearest, printable
-from attnx.train import seal
+from attnx.train import chips, seal
+from pallas_kernels import libtpu
 
 
 @contextlib.contextmanager
@@ -56,6 +58,25 @@ def check(read) -> tasks.Task | None:
         folder = config.checkpoint.folder or run_dir / 'checkpoints'
         seal.check(folder, config.checkpoint.fallback, settings, parts.free)
         return task
+
+
+def plan() -> None:
+    """The flags of `python -m attnx.plan`; ends the process where they, the config or its mesh are refused."""
+    flags.DEFINE_enum('platform', 'cuda', light.module('attnx.explanation').PLATFORMS, 'where the run is to happen')
+    flags.DEFINE_string('topology', '', 'chips that are not here: v5p:8x8x8 (compiled by libtpu), h100:8 (modelled)')
+    flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')
+    with refusals():
+        config = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
+        flags.FLAGS(sys.argv, known_only=True)
+        name, parts = flags.FLAGS.topology, light.module('attnx.train.config')
+        if name and chips.topology(name).tpu and (reason := libtpu.missing()):
+            raise ValueError(f'{name}: {reason}')
+        with contextlib.suppress(Heavy):
+            run = parts.build(config.value)
+            parts.check(run, _to_first_parameter)
+            if name:
+                sizes = light.module('attnx.sharding').mesh_shape(run.mesh, chips.topology(name).size)
+                light.module('attnx.train.program').check_rows(run, sizes)
 
 
 def _to_first_parameter(build) -> None:

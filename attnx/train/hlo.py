@@ -93,9 +93,32 @@ def parse(text: str) -> tuple[Program, str]:
             op, opened = rest[: rest.index('(')], rest.index('(')
             close = _closing(rest, opened)
             inside = rest[opened + 1 : close - 1]
-            operands = tuple(re.findall(r'%([\w.\-]+)', inside)) if op not in ('constant', 'parameter') else (inside,)
+            operands = tuple(re.findall(r'%([\w.\-#]+)', inside)) if op not in ('constant', 'parameter') else (inside,)
+            for operand in operands if '#' in inside else ():
+                _element(operand, current)
             current[given[1]] = Instruction(given[1], kind, op, operands, rest[close:])
     return found, entry
+
+
+def _element(name: str, current: dict[str, Instruction]) -> None:
+    """Makes 'x#3', short for the third element of x, an instruction of its own, which other texts write out."""
+    whole, _, at = name.rpartition('#')
+    if whole and name not in current:
+        _element(whole, current)
+        kind = _elements(current[whole].type)[int(at)]
+        current[name] = Instruction(name, kind, 'get-tuple-element', (whole,), f', index={at}')
+
+
+def _elements(kind: str) -> list[str]:
+    """The types of a tuple."""
+    found, depth = [''], 0
+    for c in re.sub(r'/\*.*?\*/', '', kind)[1:-1]:
+        depth += (c in '([{') - (c in ')]}')
+        if c == ',' and not depth:
+            found.append('')
+        else:
+            found[-1] += c
+    return [x.strip() for x in found]
 
 
 def _closing(text: str, start: int) -> int:
@@ -137,7 +160,7 @@ def _called(rest: str) -> list[str]:
 def flops_of(i: Instruction, types: Mapping[str, Instruction]) -> float:
     """Of one instruction by itself: dot, convolution, or a kernel with an estimate."""
     if i.op == 'custom-call':
-        told = re.search(r'"cost_estimate":\{"flops":"(\d+)"', i.rest)
+        told = re.search(r'"cost_estimate":\{[^}]*"flops":"(\d+)"', i.rest)
         return float(told[1]) if told else 0.0
     if i.op not in ('dot', 'convolution'):
         return 0.0
@@ -330,4 +353,3 @@ def _stacks(body: Mapping[str, Instruction], n: int) -> tuple[Counter, Counter]:
         if len(dims) > 1 and dims[0] == n:
             (read if same else made)[re.sub(r'\{[^}]*\}', '', i.type)] += 1
     return made, read
-

@@ -104,7 +104,7 @@ def placed(mesh: jax.sharding.Mesh, preset: str, ndim: int) -> NamedSharding:
 
 def check_rows(config: Config, sizes: Mapping[str, int]) -> None:
     """Raises ValueError unless every device has whole rows of every micro-batch."""
-    rows = sharding.parts(sizes, sharding.partition(('batch',), sharding.rules(config.sharding))[0])
+    rows = sharding.parts(sizes, sharding.axes_of(sharding.rules(config.sharding), 'batch'))
     if config.data.batch_size % (rows * config.step.accumulate):
         raise ValueError(
             f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '

@@ -5,112 +5,18 @@ compiled program (`attnx.train.hlo`). `plan(run, 'h100:8')` estimates from shape
 times are rooflines over published peaks. Use `python -m attnx.plan --topology=…`.
 """
 
-import collections
 import dataclasses
-import hashlib
-import importlib.metadata
-import json
 import math
-import multiprocessing
-import os
-import pathlib
-import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
-
-from attnx import dispatch, models, sharding, tasks
 from attnx import plan as plan_lib
-from attnx.names import nearest
-from attnx.train import hlo
-from attnx.train import optim as optim_lib
+from attnx import sharding, tasks
+from attnx.train import compiled, modelled
+from attnx.train.chips import LINKS, MEMORY, PRODUCTS, Topology, topology
 from attnx.train.config import Config, completed
-from attnx.train.program import check_rows, placed, program, training
-from pallas_kernels import aot_tpu
-
-# Chips --------------------------------------------------------------------------------------------------------------
-
-
-class Chip(NamedTuple):
-    """A device as JAX sees it; published peaks."""
-
-    flops: float  # dense bfloat16, FLOP/s
-    memory: float  # bytes that a program may use
-    bandwidth: float  # of main memory, bytes/s
-    link: float  # bytes/s of one link to a neighbour, each way; GPU: of all links to the others of its node, each way
-    sides: tuple[str, ...]  # topologies on offer; GPU: none
-    wraps: int  # a side of a multiple of this many chips is a ring
-    source: str
-
-
-_CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x4', '8x8x8', '8x8x16', '8x16x16', '16x16x16')
-_SQUARES = ('1x1', '2x2', '2x4', '4x4', '4x8', '8x8', '8x16', '16x16')
-_CLOUD = 'cloud.google.com/tpu/docs'
-CHIPS = {
-    'v4': Chip(275e12, 30.75 * 2**30, 1228e9, 50e9, _CUBES, 4, f'{_CLOUD}/v4'),
-    'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 50e9, _SQUARES, 16, f'{_CLOUD}/v5e'),
-    'v5p': Chip(459e12, 95.73 * 2**30, 2765e9, 100e9, _CUBES, 4, f'{_CLOUD}/v5p'),
-    'v6e': Chip(918e12, 31.24 * 2**30, 1638e9, 100e9, _SQUARES, 16, f'{_CLOUD}/v6e'),
-    'a100': Chip(312e12, 80e9, 2039e9, 300e9, (), 0, 'NVIDIA A100 80GB SXM data sheet'),
-    'h100': Chip(989e12, 80e9, 3350e9, 450e9, (), 0, 'NVIDIA H100 SXM data sheet'),
-    'h200': Chip(989e12, 141e9, 4800e9, 450e9, (), 0, 'NVIDIA H200 SXM data sheet'),
-    'b200': Chip(2250e12, 180e9, 7700e9, 900e9, (), 0, 'NVIDIA DGX B200 data sheet'),
-}
-NODE, NETWORK = 8, 50e9  # GPUs that share NVLink, and bytes/s each way of a GPU's network card (400 Gbit/s)
-# Shares of the peaks that a good program gets: products, main memory, links.
-PRODUCTS, MEMORY, LINKS = 0.9, 0.85, 0.85
-
-
-class Topology(NamedTuple):
-    name: str
-    chip: Chip
-    kind: str  # key of CHIPS
-    sides: tuple[int, ...]
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.sides)
-
-    @property
-    def tpu(self) -> bool:
-        return bool(self.chip.sides)
-
-
-def known() -> str:
-    tpus = [f'{name}:{"|".join(chip.sides)}' for name, chip in CHIPS.items() if chip.sides]
-    gpus = [f'{name}:<number>' for name, chip in CHIPS.items() if not chip.sides]
-    return '; '.join((*tpus, *gpus))
-
-
-def topology(name: str) -> Topology:
-    """'v5p:8x8x8' or 'h100:8'.
-
-    Raises:
-      ValueError: it is none; with the list.
-    """
-    found = re.fullmatch(r'(\w+):(\d+(?:x\d+)*)', name.lower())
-    if not found or found[1] not in CHIPS:
-        near = nearest(found[1] if found else name.lower().split(':')[0], tuple(CHIPS))
-        raise ValueError(f'unknown topology {name!r}; {near}; topologies: {known()}')
-    chip, sides = CHIPS[found[1]], tuple(map(int, found[2].split('x')))
-    if (chip.sides and found[2] not in chip.sides) or min(sides) < 1:
-        count = lambda side: math.prod(map(int, side.split('x')))
-        valid = sorted(chip.sides, key=lambda side: abs(math.log(count(side) / max(math.prod(sides), 1))))
-        near = ', '.join(f'{found[1]}:{side}' for side in valid[:3])
-        raise ValueError(f'unknown topology {name!r}; nearest: {near}; topologies: {known()}')
-    if not chip.sides and len(sides) > 1:
-        raise ValueError(f'unknown topology {name!r}: a number of GPUs is expected, such as {found[1]}:{math.prod(sides)}')
-    return Topology(name.lower(), chip, found[1], sides)
-
-
-# What a plan says ---------------------------------------------------------------------------------------------------
+from attnx.train.program import check_rows, program
+from pallas_kernels import libtpu
 
 
 class Exchange(NamedTuple):
@@ -192,13 +98,13 @@ def plan(run: Config, name: str) -> Found:
       ValueError: an unknown topology, libtpu that is missing or fails, and what the run itself would be refused for.
     """
     where = topology(name)
-    if where.tpu and (reason := aot_tpu.missing()):
+    if where.tpu and (reason := libtpu.missing()):
         raise ValueError(f'{name}: {reason}')
     run, task = prepared(run, where)
     made = program(run.model, packed=task.packed)
     tokens = run.data.batch_size * task.length
     useful = plan_lib.flops_per_token(run.model, made.axes, made.shapes, task.length) * tokens / where.size
-    found = _in_child(run, where) if where.tpu else _modelled(run, task, where)
+    found = compiled.found(run, where) if where.tpu else modelled.found(run, task, where)
     exchanges = tuple(Exchange(*e) for e in found.pop('exchanges', ()))
     return Found(
         topology=where.name,
@@ -211,235 +117,6 @@ def plan(run: Config, name: str) -> Found:
         exchanges=exchanges,
         **found,
     )
-
-
-def seconds_of(work: Iterator[tuple[float, float, bool]], chip: Chip) -> float:
-    """A roofline over (FLOPs, bytes, background): one after another, each bound by products or by memory."""
-    products, memory = PRODUCTS * chip.flops, MEMORY * chip.bandwidth
-    done = list(work)
-    front = sum(max(flops / products, moved / memory) for flops, moved, background in done if not background)
-    return max(front, sum(moved for _, moved, _ in done) / memory)
-
-
-# TPU: compiled ------------------------------------------------------------------------------------------------------
-
-
-def versions() -> str:
-    return f'libtpu {importlib.metadata.version("libtpu")}, jax {jax.__version__}'
-
-
-def _in_child(run: Config, where: Topology) -> dict:
-    """What `_compiled` finds, in a process of its own, which libtpu ends on some errors."""
-    context = multiprocessing.get_context('spawn')
-    mine, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_child, args=(theirs, run, where.name))
-    child.start()
-    theirs.close()
-    try:
-        kind, found = mine.recv()
-    except EOFError:
-        kind, found = 'error', {}
-    child.join()
-    if kind == 'found':
-        return found
-    why = found or f'the compiler ended its process (code {child.exitcode}; its words stand above)'
-    raise ValueError(f'{where.name}, {versions()}: {why}')
-
-
-def _child(send, run: Config, name: str) -> None:
-    os.environ.pop('XLA_FLAGS', None)  # of this machine, not of that one
-    aot_tpu.prepare()
-    try:
-        send.send(('found', _compiled(run, topology(name))))
-    except Exception as error:
-        send.send(('error', f'{type(error).__name__}: {str(error)[:2000]}'))
-
-
-def _compiled(run: Config, where: Topology) -> dict:
-    options = {'chip_config_name': 'megacore'} if where.kind == 'v4' else {}
-    devices = topologies.get_topology_desc(where.name, platform='tpu', **options).devices
-    task = tasks.outline(run.data.task, length=run.data.length, seed=run.data.seed)
-    mesh = sharding.make_mesh(run.mesh, devices)
-    with sharding.use(mesh.abstract_mesh, run.sharding, run.context), dispatch.target('tpu'):
-        trained = training(run, program(run.model, packed=task.packed), mesh)
-        place = lambda shapes, where: jax.tree.map(
-            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, where
-        )
-        single, rows = NamedSharding(mesh, P()), run.data.batch_size
-        key = place(jax.eval_shape(lambda: jax.random.key(0)), single)
-        state = place(jax.eval_shape(lambda key: trained.init(key, None), key), trained.where)
-        batch = {
-            name: jax.ShapeDtypeStruct((rows, *x.shape), x.dtype, sharding=placed(mesh, run.sharding, x.ndim + 1))
-            for name, x in ((name, np.asarray(x)) for name, x in task.train[0].items())
-        }
-        lowered = trained.update.lower(state, batch, key)
-        kept = _cache(where, lowered.as_text())
-        if kept.exists():
-            return json.loads(kept.read_text())
-        held = {
-            'parameters': _share(state['params']),
-            'optimizer': _share(state['opt']),
-            'batch': _share(batch),
-        }
-        found = _read(lowered, held, where, mesh)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    partial = kept.with_suffix(f'.{os.getpid()}')
-    partial.write_text(json.dumps(found))
-    partial.replace(kept)
-    return found
-
-
-def _cache(where: Topology, text: str) -> pathlib.Path:
-    """Where the findings about a program are kept: by what the compiler is given, who it is, and how it is read."""
-    own = [pathlib.Path(hlo.__file__).read_text(), pathlib.Path(__file__).read_text()]
-    key = hashlib.sha256('\n'.join([where.name, versions(), text, *own]).encode()).hexdigest()
-    folder = jax.config.jax_compilation_cache_dir
-    folder = pathlib.Path(folder) if folder else pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
-    return folder / 'attnx' / 'plans' / f'{key[:32]}.json'
-
-
-def _share(tree: Any) -> int:
-    """Bytes of the part of a pytree that one device holds."""
-    leaves = jax.tree.leaves(tree)
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * jnp.dtype(x.dtype).itemsize for x in leaves)
-
-
-def _read(lowered, held: dict[str, float], where: Topology, mesh: jax.sharding.Mesh) -> dict:
-    how = f'compiled by {versions()}'
-    try:
-        compiled = lowered.compile()
-    except jax.errors.JaxRuntimeError as error:
-        total = too_large(str(error))
-        if total is None:
-            raise
-        return {'how': how, 'memory': held | {'activations and temporaries': max(total - sum(held.values()), 0)}}
-    sizes = compiled.memory_analysis()
-    cost = hlo.cost(compiled.as_text(), where.size)
-    beyond = sizes.peak_memory_in_bytes - sizes.argument_size_in_bytes
-    kept = min(cost.kept, beyond)
-    memory = held | {'activations': kept, 'temporaries': beyond - kept, 'program': sizes.generated_code_size_in_bytes}
-    devices = list(mesh.devices.flat)
-    groups: dict[tuple, list[float]] = collections.defaultdict(lambda: [0.0, 0.0, 0.0, 0.0])
-    for c in cost.collectives:
-        total = groups[c.kind, _axes(c.group, mesh.shape), len(c.group)]
-        rate = LINKS * where.chip.link * _links([devices[i].coords for i in c.group], where)
-        slower = max(1.0, len(c.group) / 4) if 'all-to-all' in c.kind else 1.0  # most of it passes by others
-        for n, x in enumerate((1.0, c.payload, c.wire, c.wire * slower / rate)):
-            total[n] += c.times * x
-    kernels: collections.Counter = collections.Counter()
-    for w in cost.work:
-        if w.kernel:
-            kernels[re.sub(r'\.\d+$', '', w.name).strip('_')] += w.times
-    exchanges = sorted((kind, axes, size, *total) for (kind, axes, size), total in groups.items())
-    work = ((w.times * w.flops, w.times * w.bytes, w.background) for w in cost.work)
-    notes = [f'the rounds of {len(cost.unknown)} loops are unknown and count once'] if cost.unknown else []
-    return {
-        'how': how,
-        'memory': memory,
-        'flops': cost.flops,
-        'moved': cost.bytes,
-        'local': seconds_of(work, where.chip),
-        'exchanges': exchanges,
-        'kernels': dict(sorted(kernels.items())),
-        'notes': notes,
-    }
-
-
-def too_large(message: str) -> float | None:
-    """Bytes that a program would need, of the compiler's refusal; None: it refuses something else."""
-    needs = re.search(r'\(([\d.]+)([KMGT])\) exceeds available HBM', message)
-    return float(needs[1]) * 2 ** {'K': 10, 'M': 20, 'G': 30, 'T': 40}[needs[2]] if needs else None
-
-
-def _axes(group: tuple[int, ...], shape: Mapping[str, int]) -> str:
-    """The axes of the mesh along which the devices of a group differ."""
-    places = np.stack(np.unravel_index(group, tuple(shape.values())))
-    return ' x '.join(name for name, row in zip(shape, places) if len(set(row.tolist())) > 1) or 'none'
-
-
-def _links(coords, where: Topology) -> int:
-    """Links over which a device sends at once: two along each side of the torus that is a ring, else one."""
-    total = 0
-    for axis, side in enumerate(where.sides):
-        places = {c[axis] for c in coords}
-        total += 0 if len(places) == 1 else 2 if len(places) == side and side % where.chip.wraps == 0 else 1
-    return max(total, 1)
-
-
-# GPU: a model of shapes ---------------------------------------------------------------------------------------------
-
-
-def _modelled(run: Config, task: tasks.Task, where: Topology) -> dict:
-    """Memory, work and traffic by rules of thumb; see the notes that it returns."""
-    model, sizes, accumulate = run.model, run.mesh, run.step.accumulate
-    mesh, rules = sharding.abstract_mesh(sizes), sharding.rules(run.sharding)
-    made = program(model, packed=task.packed)
-    transform, _ = optim_lib.build(run.optim, run.steps, made.axes)
-    lie = sharding.param_shardings(mesh, run.sharding, made.axes, {n: s.shape for n, s in made.shapes.items()})
-    place = lambda shapes, lie: jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, lie)
-    parameters = _share(place(made.shapes, lie))
-    opt = jax.eval_shape(transform.init, made.shapes)
-    optimizer = _share(place(opt, optim_lib.state_shardings(transform, made.shapes, lie, mesh)))
-    parts = lambda name: sharding.parts(sizes, sharding.axes_of(rules, name))
-    rows, cut, tensor = run.data.batch_size // accumulate, parts('batch') * parts('length'), parts('heads')
-    abstract = jax.eval_shape(lambda: models.build(model, rngs=nnx.Rngs(0)))
-    residuals = plan_lib.residuals(abstract, model, rows, task.length, task.packed)
-    weights = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(abstract))
-    activations = 0.0
-    for x in residuals:
-        if weights[x.shape, x.dtype]:
-            weights[x.shape, x.dtype] -= 1
-            continue
-        whole = x.ndim and x.shape[-1] == model.width  # of the residual stream, which the tensor axis leaves whole
-        activations += plan_lib.size(x) / cut / (1 if whole else tensor)
-    outputs = model.num_classes or model.vocab_size or model.input_dim
-    logits = 0 if model.num_classes else 2 * 4 * rows * task.length * outputs / cut / tensor
-    tokens = run.data.batch_size * task.length
-    again = {'none': 1.0, 'dots': 1.0, 'full': 4 / 3}[model.remat]
-    flops = again * plan_lib.flops_per_token(model, made.axes, made.shapes, task.length) * tokens / where.size
-    count = sum(s.size for s in made.shapes.values())
-    gathered = 2 * count / tensor  # bfloat16 copies of what a device multiplies by
-    passes = 3 if model.remat == 'full' else 2
-    moved = 7 * parameters + accumulate * ((passes + 1) * gathered + 4 * activations)
-
-    def exchange(kind, axes, times, payload):
-        """A ring within a node, else over its network cards; the mesh's last axes are neighbours."""
-        names = [a for a in axes if sizes[a] > 1]
-        g = math.prod(sizes[a] for a in names)
-        if g == 1:
-            return []
-        inner = math.prod([*sizes.values()][[*sizes].index(names[0]) :])
-        rate = LINKS * (where.chip.link if inner <= NODE else NETWORK)
-        wire = payload * (g - 1) / g * (2 if kind == 'all-reduce' else 1)
-        return [(kind, ' x '.join(names), g, times, times * payload, times * wire, times * wire / rate)]
-
-    shards = [a for a in ('fsdp', 'context') if a in sharding.axes_of(rules, 'embed')]
-    copies = [a for a in ('data', 'fsdp', 'expert', 'context') if a not in shards]
-    layer = 2 * rows * task.length * model.width / cut
-    exchanges = [
-        *exchange('all-gather', shards, passes * accumulate, gathered),
-        *exchange('reduce-scatter', shards, accumulate, 2 * gathered),
-        *exchange('all-reduce', copies, 1, parameters),
-        *(exchange('all-reduce', ['tensor'], 2 * passes * accumulate * model.num_layers, layer) if tensor > 1 else []),
-    ]
-    notes = ['an analytic model of shapes, neither compiled nor measured: expect errors of tens of per cent']
-    notes += [f'nodes of {NODE} GPUs by NVLink, {NETWORK / 1e9:.0f} GB/s a GPU between them']
-    if parts('length') > 1:
-        notes += ['what softmax attention and recurrences send along a sequence that is cut is not in it']
-    return {
-        'how': 'analytic model',
-        'memory': {
-            'parameters': parameters,
-            'optimizer': optimizer,
-            'activations': activations,
-            'temporaries': parameters + logits,  # gradients in float32
-        },
-        'flops': flops,
-        'moved': moved,
-        'local': seconds_of(iter([(flops, moved, False)]), where.chip),
-        'exchanges': exchanges,
-        'notes': notes,
-    }
 
 
 # What to change when it does not fit --------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from attnx import dispatch
 from attnx.ops import delta_rule, gated_linear, masks, paged_attention, scores, softmax_attention
-from pallas_kernels import aot_tpu, blocks
+from pallas_kernels import aot_tpu, blocks, libtpu
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
@@ -267,7 +267,7 @@ def test_auto_on_tpu_takes_the_kernels():
 
 
 def compiled(topology, *arguments):
-    if reason := aot_tpu.missing():
+    if reason := libtpu.missing():
         pytest.skip(reason)
     command = [sys.executable, '-m', 'pallas_kernels.aot_tpu', 'compile', f'--topology={topology}', *arguments]
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}

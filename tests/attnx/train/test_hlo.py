@@ -137,3 +137,32 @@ def test_what_the_tpu_compiler_prints():
     (scatter,) = cost.collectives
     assert (scatter.kind, scatter.times, scatter.payload) == ('reduce-scatter', 14, 64 * 32 * 2)
     assert by_name['conv'].flops == 2 * 4 * 64 * 128 * 32  # a product of 4 pairs, written as a dilated convolution
+
+
+def test_elements_of_tuples_written_short():
+    """XLA's files write get-tuple-element(%x), index=1 as %x#1."""
+    text = """HloModule m
+
+%body (p: (s32[], f32[7,4,8], f32[8,8])) -> (s32[], f32[7,4,8], f32[8,8]) {
+  %p = (s32[], f32[7,4,8]{2,1,0}, /*index=2*/f32[8,8]{1,0:T(8,128)}) parameter(0)
+  %x = f32[4,8]{1,0} constant({...})
+  %y = f32[4,8]{1,0} dot(%x, %p#2), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %t = (s32[], f32[7,4,8]{2,1,0}, f32[8,8]{1,0}) tuple(%p#0, %p#1, %p#2)
+}
+
+%condition (q: (s32[], f32[7,4,8], f32[8,8])) -> pred[] {
+  %q = (s32[], f32[7,4,8]{2,1,0}, f32[8,8]{1,0}) parameter(0)
+  %n = s32[] constant(7)
+  ROOT %c = pred[] compare(%q#0, %n), direction=LT
+}
+
+ENTRY %main (a: (s32[], f32[7,4,8], f32[8,8])) -> (s32[], f32[7,4,8], f32[8,8]) {
+  %a = (s32[], f32[7,4,8]{2,1,0}, f32[8,8]{1,0}) parameter(0)
+  ROOT %w = (s32[], f32[7,4,8]{2,1,0}, f32[8,8]{1,0}) while(%a), condition=%condition, body=%body
+}
+"""
+    program, _ = hlo.parse(text)
+    assert program['body']['p#2'].type == 'f32[8,8]{1,0:T(8,128)}' and list(program['body'])[-1] == 't'
+    cost = hlo.cost(text, 1)
+    assert cost.flops == 7 * 2 * 4 * 8 * 8 and not cost.unknown
+    assert cost.bytes == 7 * 4 * (4 * 8 + 8 * 8 + 4 * 8)

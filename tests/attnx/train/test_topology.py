@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import pathlib
+import subprocess
+import sys
 import time
 
 import pytest
@@ -11,17 +13,17 @@ from rich.console import Console
 from attnx import config as config_lib
 from attnx import plan as plan_lib
 from attnx import sharding
-from attnx.train import topology
+from attnx.train import chips, compiled, topology
 from attnx.train.config import Config
-from pallas_kernels import aot_tpu
+from pallas_kernels import libtpu
 
 PATH = pathlib.Path(__file__).parents[3] / 'configs' / 'sizes.py'
-needs_libtpu = pytest.mark.skipif(aot_tpu.missing() is not None, reason=str(aot_tpu.missing()))
+needs_libtpu = pytest.mark.skipif(libtpu.missing() is not None, reason=str(libtpu.missing()))
 
 
 def run_of(**changes):
     given = {
-        'model': {'width': 256, 'num_layers': 4, 'pattern': ('gla', 'gqa'), 'dtype': 'bfloat16', **changes.pop('model', {})},
+        'model': {'width': 256, 'num_layers': 2, 'pattern': ('gla', 'gqa'), 'dtype': 'bfloat16', **changes.pop('model', {})},
         'data': {'length': 512, 'batch_size': 64, 'task': {'kind': 'tokens', 'vocab_size': 1024}},
         'mesh': {'fsdp': -1},
         'sharding': 'fsdp',
@@ -53,7 +55,7 @@ def test_unknown_topologies(name, message):
 
 
 def test_without_libtpu_the_pip_line(monkeypatch):
-    monkeypatch.setattr(aot_tpu, 'missing', lambda: "libtpu is not installed: pip install 'libtpu>=0.0.50,<0.1'")
+    monkeypatch.setattr(libtpu, 'missing', lambda: "libtpu is not installed: pip install 'libtpu>=0.0.50,<0.1'")
     with pytest.raises(ValueError, match="v5p:8x8x8: libtpu is not installed: pip install 'libtpu"):
         topology.plan(run_of(), 'v5p:8x8x8')
 
@@ -76,28 +78,27 @@ def test_gpus_are_modelled():
     run = run_of()
     found = topology.plan(run, 'h100:8')
     assert found.how == 'analytic model' and 'neither compiled nor measured' in found.notes[0]
-    _, task = topology.prepared(run, topology.topology('h100:8'))
-    made = topology.program(topology.prepared(run, topology.topology('h100:8'))[0].model, packed=task.packed)
+    ready, task = topology.prepared(run, topology.topology('h100:8'))
+    made = topology.program(ready.model, packed=task.packed)
     whole = 4 * sum(s.size for s in made.shapes.values())
     assert found.memory['parameters'] == pytest.approx(whole / 8, rel=0.01)  # vectors without a model width are whole
     assert found.memory['optimizer'] == pytest.approx(whole / 4, rel=0.01)
-    assert found.useful * 8 == plan_lib.flops_per_token(
-        topology.prepared(run, topology.topology('h100:8'))[0].model, made.axes, made.shapes, 512
-    ) * 64 * 512
+    useful = plan_lib.flops_per_token(ready.model, made.axes, made.shapes, 512) * 64 * 512
+    assert found.useful * 8 == useful
     assert {e.kind for e in found.exchanges} == {'all-gather', 'reduce-scatter'}
     full = topology.plan(run_of(model={'remat': 'full'}), 'h100:8')
     assert full.memory['activations'] < found.memory['activations'] and full.flops == pytest.approx(found.flops * 4 / 3)
     nodes = topology.plan(run_of(mesh={'data': 2, 'fsdp': 8}), 'h100:16')
     across = next(e for e in nodes.exchanges if e.axes == 'data')
-    assert across.wire / across.seconds == pytest.approx(topology.LINKS * topology.NETWORK)
+    assert across.wire / across.seconds == pytest.approx(chips.LINKS * chips.NETWORK)
 
 
 def test_links_of_a_torus():
     v5p, v5e = topology.topology('v5p:4x4x8'), topology.topology('v5e:4x8')
     line = [(x, 0, 0) for x in range(4)]
-    assert topology._links(line, v5p) == 2 and topology._links(line[:2], v5p) == 1
-    assert topology._links([(x, y, 0) for x in range(4) for y in range(4)], v5p) == 4
-    assert topology._links([(x, 0, 0) for x in range(4)], v5e) == 1  # no ring below 16
+    assert chips.links(line, v5p) == 2 and chips.links(line[:2], v5p) == 1
+    assert chips.links([(x, y, 0) for x in range(4) for y in range(4)], v5p) == 4
+    assert chips.links([(x, 0, 0) for x in range(4)], v5e) == 1  # no ring below 16
 
 
 def test_the_refusal_of_the_compiler_is_read():
@@ -105,15 +106,53 @@ def test_the_refusal_of_the_compiler_is_read():
         'RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO temporaries '
         '(18.64G) exceeds available HBM (15.75G). HLO module: jit__lambda.'
     )
-    assert topology.too_large(message) == 18.64 * 2**30
-    assert topology.too_large('INTERNAL: something else') is None
+    assert compiled.too_large(message) == 18.64 * 2**30
+    assert compiled.too_large('INTERNAL: something else') is None
+
+
+def test_buffers_of_a_program_are_counted():
+    """Arguments, and what else lies in main memory: not what fusions hold, nor what lies on the chip."""
+    buffers = """BufferAssignment:
+allocation 0: size 4, color 8, page 0, thread-local:
+ value: <4930 call-start.1{2} @8> (size=4,offset=0): u32[]{:S(8)}
+allocation 1: size 999, page 0, thread-local:
+allocation 2: size 100, page 0, parameter 20, shape |f32[5,5]| at ShapeIndex {}, maybe-live-out:
+allocation 3: size 7, page 0, constant:
+allocation 4: size 3, page 0, maybe-live-out:
+allocation 5: size 5000, color 1, page 0, preallocated-temp:
+allocation 6: size 400, page 0, preallocated-temp:
+"""
+    assert compiled.sizes_of(buffers) == (100, 410)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--topology=v9:2x2'], "unknown topology 'v9:2x2'"),
+        (['--topology=h100:8', '--config.mesh.tensor=3'], "the nearest that does: {'data': 4, 'tensor': 2}"),
+        (['--topology=h100:8', '--config.data.batch_size=12'], 'batch_size 12 must be a multiple of 8'),
+    ],
+)
+def test_the_command_refuses_before_it_imports_jax(arguments, message):
+    code = """
+import sys
+from attnx.train import early
+try:
+    early.plan()
+finally:
+    assert not {'jax', 'flax', 'optax'} & set(sys.modules)
+"""
+    root = PATH.parents[1]
+    command = [sys.executable, '-c', code, f'--config={root}/configs/base.py', *arguments]
+    out = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert out.returncode == 2 and message in out.stderr, out.stderr
 
 
 def test_a_compiler_that_ends_its_process(monkeypatch):
-    monkeypatch.setattr(topology, '_child', print)  # it ends without an answer
-    monkeypatch.setattr(topology, 'versions', lambda: 'libtpu 0')
+    monkeypatch.setattr(compiled, '_child', print)  # it ends without an answer
+    monkeypatch.setattr(libtpu, 'versions', lambda: 'libtpu 0')
     with pytest.raises(ValueError, match='v5e:2x2, libtpu 0: the compiler ended its process'):
-        topology._in_child(run_of(), topology.topology('v5e:2x2'))
+        compiled.found(None, topology.topology('v5e:2x2'))
 
 
 def fake(run, state):
@@ -131,15 +170,16 @@ def fake(run, state):
 def test_fit_changes_one_thing_after_another(monkeypatch, state):
     seen = []
     monkeypatch.setattr(topology, 'plan', lambda run, name: seen.append(run) or fake(run, state))
-    console = Console(record=True, width=200)
-    assert topology.command(run_of(sharding='ddp', mesh={'data': 8}), 'h100:8', True, console) == 0
+    console, small = Console(record=True, width=200), {'pattern': ('gqa',), 'num_layers': 1}
+    start = run_of(sharding='ddp', mesh={'data': 8}, model=small)
+    assert topology.command(start, 'h100:8', True, console) == 0
     text = console.export_text()
     last = seen[-1]
     assert fake(last, state).fits and not any(fake(run, state).fits for run in seen[:-1])
     assert last.model.remat == 'full' and last.step.accumulate > 1
     assert f'--config.model.remat=full --config.step.accumulate={last.step.accumulate}' in text
     assert ('--config.sharding=fsdp' in text) == (state > 80e9)
-    assert topology.command(run_of(sharding='ddp', mesh={'data': 8}), 'h100:8', False, Console(record=True)) == 1
+    assert topology.command(start, 'h100:8', False, Console(record=True)) == 1
 
 
 @pytest.mark.parametrize('size, billions', [('1b', 1), ('7b', 7), ('70b', 70)])
