@@ -68,9 +68,11 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         y = x.astype(jnp.float32)
-        y = y - jnp.mean(y, axis=-1, keepdims=True)
-        y = y * jax.lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        mean = jnp.mean(y, axis=-1, keepdims=True)
+        root = jax.lax.rsqrt(jnp.mean(jnp.square(y - mean), axis=-1, keepdims=True) + self.eps)
+        # The backward pass finds these two numbers a row: else XLA computes y again for the scale's gradient and stores it.
+        mean, root = jax.lax.optimization_barrier((mean, root))
+        return ((y - mean) * root * self.scale[...] + self.bias[...]).astype(x.dtype)
 
 
 NORMS = {'rmsnorm': RMSNorm, 'layernorm': LayerNorm}

@@ -83,9 +83,10 @@ class MLP(nnx.Module):
 
     def hidden(self, x: jax.Array) -> jax.Array:
         """x [B, T, M] -> [B, T, hidden], what `down` reads."""
-        up = self.up(x)
-        hidden = PLAIN[self.kind](up) if self.gate is None else GATED[self.kind](self.gate(x)) * up
-        return constrain(hidden, ('batch', 'length', 'mlp'))
+        given = (self.up(x),) if self.gate is None else (self.gate(x), self.up(x))
+        hidden = jax.checkpoint(PLAIN[self.kind] if self.gate is None else lambda g, u: GATED[self.kind](g) * u)
+        # Computed again in the backward pass: an activation's derivative is as large as it, and dearer to store and read.
+        return constrain(hidden(*given), ('batch', 'length', 'mlp'))
 
     def __call__(self, x: jax.Array, *, rate: float = 0.0, key: jax.Array | None = None, segment_ids=None, inputs=None):
         """x [B, T, M] -> (y [B, T, M], {}): nothing auxiliary; documents and side inputs are all the same to it."""
