@@ -8,7 +8,8 @@ Paper: Lightning attention-2: a free lunch for handling unlimited sequence lengt
 Differs: the release's decay is the default; decay='paper' is the formula of the text, exp(-(8 h / N) (1 - l / L)). LRPE
     positions (2307.09270) are an option: the release has them in its first layer only, so give that layer a mixer of its own.
     With them a decay makes LRPE-d. So are the activations that later modules put on v and on the gate u.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H H numbers at any length, 2 N H H with unitary LRPE.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H H numbers at any length, 2 N
+    H H with unitary LRPE.
 """
 
 import dataclasses
