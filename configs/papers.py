@@ -76,6 +76,7 @@ SCORES = {
     'softcap': one('2408.00118', 'gqa', scores=(('softcap', 50.0),)),
 }
 
+UNION = {'kind': 'moe', 'hidden': 48, 'bias': False, 'experts': 8, 'top_k': 4, 'gates': 'select'}
 DUAL = {'sensory_heads': 4, 'relational_heads': 4}
 HEADS = {
     'mha': one('1706.03762', 'mha', num_heads=8),
@@ -117,7 +118,17 @@ HEADS = {
     },
     'smha': {  # unions of experts, in attention and in the MLP
         **one('2503.02495', 'smha', num_heads=8),
-        'mlp': {'kind': 'moe', 'hidden': 48, 'bias': False, 'experts': 8, 'top_k': 4, 'gates': 'select'},
+        'mlp': UNION,
+    },
+    'uoe_data': {  # experts choose half of a row's tokens
+        **one('2503.02495', 'mha', num_heads=8),
+        **IMAGES,
+        'mlp': {**UNION, 'capacity': 1.0, 'order': 'probability'},
+    },
+    'uoe_experts': {  # a row chooses half of the experts
+        **one('2503.02495', 'mha', num_heads=8),
+        **IMAGES,
+        'mlp': {**UNION, 'router': 'row'},
     },
     'echo': {
         'paper': '2409.14595',

@@ -158,7 +158,7 @@ class ModelConfig(StackConfig):
         """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         for index, layer in enumerate((*self.layers(), *encoder)):
-            most = layer.spec.documents(layer.config)
+            most = 1 if (layer.mlp or self.mlp).looks_ahead else layer.spec.documents(layer.config)
             if most is not None and most < documents:
                 raise ValueError(
                     f'layer {index} ({layer.name}) keeps {most} documents of a packed row apart, the data pack up to '
@@ -203,7 +203,9 @@ class ModelConfig(StackConfig):
             same = given.get('kind', self.mlp.kind) == self.mlp.kind  # another kind begins with its own defaults
             given = (config_lib.to_dict(self.mlp) if same else {}) | given
             layers[layer] = layers[layer]._replace(mlp=config_lib.build(mlp_lib.Config, given, where))
-        layers = tuple(layers)
+        layers, both = tuple(layers), self.kind == 'encoder' or stack is not self
+        if not both and (ahead := [i for i, layer in enumerate(layers) if (layer.mlp or self.mlp).looks_ahead]):
+            raise ValueError(f'{path}: the experts of layer {ahead[0]} look ahead (order, router): encoders alone have such')
         _check_shared(layers, len(stack.pattern), path, {'embedding', 'fixed'} if self.fixed else {'embedding'})
         return layers
 
