@@ -82,6 +82,7 @@ def layer_calls(
     """
     x = jax.ShapeDtypeStruct((batch, length, dims.width), dims.dtype)
     ids = jax.ShapeDtypeStruct((batch, length), jnp.int32) if packed else None
+    rows = jax.ShapeDtypeStruct((batch,), jnp.int32)
     memory = x if 'memory' in spec.needs else None
     inputs = {name: side_input(kind, batch, length) for name, kind in spec.inputs.items()}
 
@@ -91,7 +92,7 @@ def layer_calls(
         return dict(mixer(x, ctx).shared)
 
     with dispatch.record() as calls:
-        published = jax.eval_shape(run, x, ids, memory, inputs, {'embedding': x, **(shared or {})})
+        published = jax.eval_shape(run, x, ids, memory, inputs, {'embedding': x, 'fixed': rows, **(shared or {})})
     return calls, published
 
 

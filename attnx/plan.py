@@ -243,7 +243,7 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
 
     axes, shapes: of the flat parameters. Tables that are only looked up cost nothing.
     """
-    count, visited = 0, {}  # of the experts of a layer a token visits some
+    count, visited, rows = 0, {}, 2 if config.fixed else 1  # of the experts of a layer a token visits some
     for stack, layers, pattern in (('body', config.layers(), config.pattern), ('encoder', *_encoder(config))):
         for i, (unit, _) in enumerate(units(layers, len(pattern))):
             for j, layer in enumerate(unit):
@@ -254,12 +254,13 @@ def flops_per_token(config: ModelConfig, axes: Mapping, shapes: Mapping, length:
         leaf, matrix = name.rsplit('/', 1)[-1], len([a for a in names if a != 'layers']) > 1
         looked_up = leaf == 'table' or (leaf == 'embedding' and not config.tied)
         share = visited[name.rsplit('/', 1)[0]] if 'expert' in names else 1
+        share *= rows if name.startswith('body/') else 1
         count += share * shapes[name].size if matrix and not looked_up else 0
     mixing = 0.0
     for _, layers, causal in groups(config):
         dims = config.dims(causal=causal, num_layers=len(layers))
         mixing += sum(layer.spec.flops(layer.config, dims, length) for layer in layers)
-    return 6.0 * count + 3.0 * mixing
+    return 6.0 * count + 3.0 * rows * mixing
 
 
 def _encoder(config: ModelConfig) -> tuple[tuple[Layer, ...], tuple]:

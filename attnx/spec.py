@@ -41,7 +41,7 @@ class Context:
     step: jax.Array | None = None  # int32 []: number of the training step, for what alternates; None outside training
     inputs: Mapping[str, jax.Array] = dataclasses.field(default_factory=dict)  # side inputs by name, see Spec.inputs
     shared: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # what earlier layers published in this pass
-    # ^ the model publishes 'embedding' [B, T, M], the input of its first layer
+    # ^ the model publishes 'embedding' [B, T, M], the input of its first layer, and may publish 'fixed', see models/fixed.py
     impl: str = dataclasses.field(default='auto', metadata={'static': True})  # implementation of the ops, see dispatch
 
     def side(self, name: str) -> jax.Array:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 WIDTH, PLACES = 128, 16  # heads of width 8: the sizes that the sparse query attention variants are named after
 KV = {'kv': {'kind': 'cla'}, 'q': {'kind': 'cla', 'source': 'shared'}}
 SCENE = {'data.task': {'kind': 'scene'}}  # has every side input
+TEXT = 'Values come from what is read here, and who attends to whom from what was written down before it. '
 FILMS = {'kind': 'encoder', 'data.task': {'kind': 'scene', 'classify': True}}
 IMAGES = {'kind': 'encoder', 'data.task': {'kind': 'digits'}}
 
@@ -34,7 +35,9 @@ SCORES = {
     'no_mixing': half('2510.11602', 'no_mixing'),
     'approximate': half('2510.11602', 'linear_transformer', feature_map='taylor'),
     'non_approximate': half('2510.11602', 'key_only'),
-    'random_fixed': half('2510.11602', 'static_queries', source='noise'),
+    'random_fixed': {**half('2510.11602', 'static_queries', source='fixed'), 'fixed': 'noise'},
+    'random_maps': half('2510.11602', 'static_queries', source='noise'),
+    'text_fixed': {**half('2510.11602', 'static_queries', source='fixed'), 'fixed': TEXT},
     'static_embedding': half('2510.11602', 'static_queries'),
     'minimal': {**one('2410.13732', 'minimal_attention', similarity='cholesky'), **IMAGES, 'mlp': {'kind': 'none'}},
     'symmetric': {**one('2410.13732', 'minimal_attention', similarity='shared', values=True, output=True, num_heads=8)},
@@ -73,6 +76,8 @@ SCORES = {
     'softcap': one('2408.00118', 'gqa', scores=(('softcap', 50.0),)),
 }
 
+UNION = {'kind': 'moe', 'hidden': 48, 'bias': False, 'experts': 8, 'top_k': 4, 'gates': 'select'}
+DUAL = {'sensory_heads': 4, 'relational_heads': 4}
 HEADS = {
     'mha': one('1706.03762', 'mha', num_heads=8),
     'moh': one('2410.11842', 'moh', num_heads=8, shared_heads=2, top_k=4),  # 75% of the heads
@@ -86,7 +91,12 @@ HEADS = {
     'efficient': one('2403.01643', 'super_attention', layout='efficient'),
     'super': one('2403.01643', 'super_attention'),
     'guided_heads': one('2112.05364', 'guided_heads', num_heads=8, patterns=('matching', 'sentence', 'previous')),
-    'dual': one('2405.16727', 'dual', sensory_heads=4, relational_heads=4),
+    'dual': {  # one retriever of symbols for all layers
+        'paper': '2405.16727',
+        'pattern': ('a',),
+        'mixers': {'first': {'kind': 'dual', **DUAL}, 'a': {'kind': 'dual', **DUAL, 'retriever': 'shared'}},
+        'overrides': {0: 'first'},
+    },
     'mae': one('2005.06537', 'mae', num_heads=8),
     'mhe_add': one('2310.07911', 'mhe', num_heads=8, form='add'),
     'mhe_mul': one('2310.07911', 'mhe', num_heads=8, form='mul'),
@@ -108,7 +118,17 @@ HEADS = {
     },
     'smha': {  # unions of experts, in attention and in the MLP
         **one('2503.02495', 'smha', num_heads=8),
-        'mlp': {'kind': 'moe', 'hidden': 48, 'bias': False, 'experts': 8, 'top_k': 4, 'gates': 'select'},
+        'mlp': UNION,
+    },
+    'uoe_data': {  # experts choose half of a row's tokens
+        **one('2503.02495', 'mha', num_heads=8),
+        **IMAGES,
+        'mlp': {**UNION, 'capacity': 1.0, 'order': 'probability'},
+    },
+    'uoe_experts': {  # a row chooses half of the experts
+        **one('2503.02495', 'mha', num_heads=8),
+        **IMAGES,
+        'mlp': {**UNION, 'router': 'row'},
     },
     'echo': {
         'paper': '2409.14595',
@@ -175,7 +195,10 @@ POSITIONS = {
     'rope': one('2104.09864', 'gqa'),
     'yarn': one('2309.00071', 'gqa', rope={'scaling': 'yarn', 'factor': 2.0, 'original_length': 128}),
     'axial_rope': {**one('2403.13298', 'gqa', rope={'base': 100.0, 'grid': 4}), **IMAGES},
-    'lrpe': one('2307.09270', 'lightning', decay='none', lrpe=True),
+    'lrpe': one('2307.09270', 'lightning', decay='none', lrpe='unitary'),
+    'lrpe_orthogonal': one('2307.09270', 'lightning', decay='none', lrpe='orthogonal'),
+    'lrpe_permutation': one('2307.09270', 'lightning', decay='none', lrpe='permutation'),
+    'lrpe_d': one('2307.09270', 'lightning', lrpe='unitary'),
     'dynamic_bias': one('2108.00154', 'dynamic_bias'),
     'dynamic_bias_grid': {**one('2108.00154', 'dynamic_bias', grid=4), **IMAGES},
     'attention_buckets': {**one('2312.04455', 'gqa'), 'sample': {'bases': (10_000.0, 17_500.0, 25_000.0)}},

@@ -53,7 +53,7 @@ class Case:
             rows = jnp.tile(self.memory, (copies, 1, 1))
             memory = {'memory': rows, 'memory_mask': jnp.ones(rows.shape[:2], bool)}
         inputs = {name: side_input(kind, name, x) for name, kind in self.spec.inputs.items()}
-        shared = {'embedding': jnp.asarray(x)[..., ::-1]}
+        shared = {'embedding': jnp.asarray(x)[..., ::-1], 'fixed': jnp.arange(x.shape[0])}
         return Context(segment_ids=ids, positions=positions, layer=1, inputs=inputs, shared=shared, **memory)
 
     def plain(self, module, x, ids):

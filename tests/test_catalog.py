@@ -102,7 +102,7 @@ THROW_AWAY = '''"""A leaky mean of past tokens, for a test.
 Equation: s_t = decay s_{t-1} + x_t W;  y_t = s_t.
 Paper: none; a throw-away mechanism.
 Differs: is in no paper.
-Cost: O(T) time; decode keeps M numbers.
+Cost: O(T) time in plain XLA; decode keeps M numbers.
 """
 
 import dataclasses

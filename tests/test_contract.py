@@ -305,6 +305,7 @@ def test_documented(c):
     doc = c.entry.path.read_text().split('"""')[1]
     for section in ('Equation', 'Paper', 'Differs', 'Cost'):
         assert re.search(rf'^{section}:', doc, re.M), f'the docstring has no {section}: section'
+    assert re.search('fused|XLA', c.entry.sections['Cost']), 'Cost does not say what computes it: a fused op, or XLA'
     assert c.entry.paper
     assert c.entry.family in catalog.FAMILIES
     assert c.entry.summary.endswith('.')

@@ -4,7 +4,7 @@
     python -m attnx.ablate.claims run --workers=8     trains all studies; the same command goes on where it was
     python -m attnx.ablate.claims run s014 s034       these alone
     python -m attnx.ablate.claims measure             throughput of S030's arms: on an accelerator with nothing else on it
-    python -m attnx.ablate.claims collect             writes gallery/claims from the runs in runs/ablations/claims
+    python -m attnx.ablate.claims collect             adds the runs in runs/ablations/claims to gallery/claims
 
 Exit codes: 0 done, 2 bad input, 143 stopped.
 """
@@ -201,12 +201,23 @@ def outcomes_of(name: str, study: Study) -> list[list]:
 
 
 def collect() -> None:
-    """Writes gallery/claims: results.csv and README.md."""
-    rows = [row for name, study in studies().items() for row in outcomes_of(name, study)]
+    """Writes gallery/claims: README.md, and results.csv, where outcomes of runs/ablations/claims join or replace others."""
+    made, path = studies(), GALLERY / 'results.csv'
+    order = {(name, arm): i for i, (name, arm) in enumerate((n, a.name) for n, study in made.items() for a in study.resolved())}
+    known: dict[tuple, list] = {}
+    if path.exists():
+        with path.open(newline='') as stream:
+            for study, arm, metric, seed, value, device in list(csv.reader(stream))[1:]:
+                known[study, arm, metric, int(seed)] = [study, arm, metric, int(seed), value, device]
+    for row in (row for name, study in made.items() for row in outcomes_of(name, study)):
+        if row[5] != 'counted' or tuple(row[:4]) not in known:
+            known[tuple(row[:4])] = row
+    rows = [row for row in known.values() if (row[0], row[1]) in order]
+    rows.sort(key=lambda row: (order[row[0], row[1]], row[3]))
     GALLERY.mkdir(parents=True, exist_ok=True)
-    with (GALLERY / 'results.csv').open('w', newline='') as stream:
+    with path.open('w', newline='') as stream:
         csv.writer(stream, lineterminator='\n').writerows([['study', 'arm', 'metric', 'seed', 'value', 'device'], *rows])
-    (GALLERY / 'README.md').write_text(page(GALLERY / 'results.csv'))
+    (GALLERY / 'README.md').write_text(page(path))
 
 
 def run(names: Sequence[str], worker: int, workers: int) -> None:

@@ -60,6 +60,7 @@ class ModelConfig(StackConfig):
     norm: str = 'rmsnorm'  # rmsnorm, layernorm
     norm_position: str = 'pre'  # pre: x + f(norm x); post: norm(x + f(x))
     positions: str = 'none'  # added to the embeddings: none, learned, sinusoidal
+    fixed: str = ''  # a sequence beside each row, see models/fixed.py: 'noise', or a text, whose bytes are repeated; '': none
     tie_embeddings: bool | None = None  # logits through the token embedding; None: where a model has both
     logit_softcap: float = 0.0  # c: logits become c tanh(logits / c); 0: off
     dropout: float = 0.0  # of embeddings, mixer and MLP outputs, in training
@@ -98,6 +99,10 @@ class ModelConfig(StackConfig):
             raise ValueError(f'a classifier of continuous inputs has no vocabulary; vocab_size is {self.vocab_size}')
         if self.tie_embeddings and not self.tied:
             raise ValueError('tie_embeddings: a classifier or a model of continuous inputs has no embedding to read logits by')
+        if self.fixed and (self.kind == 'encoder_decoder' or self.input_dim):
+            raise ValueError(f'fixed is a sequence of tokens in one stack; kind is {self.kind!r}, input_dim {self.input_dim}')
+        if self.vocab_size and self.fixed != 'noise' and (high := max(self.fixed.encode(), default=0)) >= self.vocab_size:
+            raise ValueError(f'fixed: its bytes are tokens, one is {high}; the vocabulary is 0…{self.vocab_size - 1}')
         used = {*self.pattern, *config_lib.as_dict(self.overrides, 'overrides').values()}
         if self.kind == 'encoder_decoder':
             used |= {self.cross, *self.encoder.pattern, *config_lib.as_dict(self.encoder.overrides, 'overrides').values()}
@@ -124,7 +129,10 @@ class ModelConfig(StackConfig):
 
     def layers(self) -> tuple[Layer, ...]:
         """The mixer of every layer of the decoder (or of an encoder-only model)."""
-        return self._expand(self, 'model')
+        found = self._expand(self, 'model')
+        if self.fixed and not any('fixed' in layer.spec.reads(layer.config) for layer in found):
+            raise ValueError(f'fixed={self.fixed!r}, but no layer reads it; static_queries with source fixed does')
+        return found
 
     def encoder_layers(self) -> tuple[Layer, ...]:
         return self._expand(self.encoder, 'model.encoder')
@@ -150,7 +158,7 @@ class ModelConfig(StackConfig):
         """Raises ValueError if a layer can't keep the documents of a packed row apart, at most `documents` of them."""
         encoder = self.encoder_layers() if self.kind == 'encoder_decoder' else ()
         for index, layer in enumerate((*self.layers(), *encoder)):
-            most = layer.spec.documents(layer.config)
+            most = 1 if (layer.mlp or self.mlp).looks_ahead else layer.spec.documents(layer.config)
             if most is not None and most < documents:
                 raise ValueError(
                     f'layer {index} ({layer.name}) keeps {most} documents of a packed row apart, the data pack up to '
@@ -195,8 +203,10 @@ class ModelConfig(StackConfig):
             same = given.get('kind', self.mlp.kind) == self.mlp.kind  # another kind begins with its own defaults
             given = (config_lib.to_dict(self.mlp) if same else {}) | given
             layers[layer] = layers[layer]._replace(mlp=config_lib.build(mlp_lib.Config, given, where))
-        layers = tuple(layers)
-        _check_shared(layers, len(stack.pattern), path)
+        layers, both = tuple(layers), self.kind == 'encoder' or stack is not self
+        if not both and (ahead := [i for i, layer in enumerate(layers) if (layer.mlp or self.mlp).looks_ahead]):
+            raise ValueError(f'{path}: the experts of layer {ahead[0]} look ahead (order, router): encoders alone have such')
+        _check_shared(layers, len(stack.pattern), path, {'embedding', 'fixed'} if self.fixed else {'embedding'})
         return layers
 
     def _single(self, stack: StackConfig, path: str, name: str) -> dict:
@@ -227,9 +237,9 @@ def units(layers: tuple[Layer, ...], period: int) -> list[tuple[tuple[Layer, ...
     return found
 
 
-def _check_shared(layers: tuple[Layer, ...], period: int, path: str) -> None:
+def _check_shared(layers: tuple[Layer, ...], period: int, path: str, known: set[str]) -> None:
     """Raises ValueError if a layer reads what no earlier layer that it sees publishes."""
-    known, index = {'embedding'}, 0
+    index = 0
     for unit, repeats in units(layers, period):
         inside = set(known)
         for layer in unit:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnx import ops
+from attnx.models import fixed as fixed_lib
 from attnx.models.block import Unit
 from attnx.models.config import DTYPES, Layer, ModelConfig, units
 from attnx.nn import NORMS, Linear, dropout, normal, param, stack
@@ -140,11 +141,11 @@ class Transformer(nnx.Module):
         self.head = None if config.tied else Linear(dims.width, outputs, axes, dims, rngs=rngs, bias=config.num_classes > 0)
         self.kind, self.classify, self.impl = config.kind, config.num_classes > 0, config.impl
         self.positions, self.softcap, self.rate = config.positions, config.logit_softcap, config.dropout
-        self.dtype = DTYPES[config.dtype]
+        self.dtype, self.fixed = DTYPES[config.dtype], config.fixed
 
     def init_state(self, batch: int, capacity: int, dtype: Any = None):
         """The state before the first token, with room for `capacity` tokens."""
-        return self.body.init_state(batch, capacity, dtype or self.dtype)
+        return self.body.init_state(batch * (2 if self.fixed else 1), capacity, dtype or self.dtype)
 
     def embed(self, inputs, positions, key=None):
         """tokens int32 [B, T], or [B, T, input_dim] -> [B, T, M]."""
@@ -162,6 +163,11 @@ class Transformer(nnx.Module):
             x = x + ops.positions.sinusoidal(positions, x.shape[-1]).astype(x.dtype)
         x = dropout(x, self.rate, None if key is None else jax.random.fold_in(key, 2**20))
         return constrain(x, ('batch', 'length', 'embed'))
+
+    def enter(self, tokens, ctx: Context):
+        """(the first layer's input, its context), with a fixed sequence beside each row where there is one."""
+        x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), ctx.key)
+        return fixed_lib.beside(self, self.fixed, x, ctx) if self.fixed else (x, ctx)
 
     def encode(self, inputs, *, mask=None, key=None):
         """The memory [B, S, M] that the decoder reads; mask bool [B, S], True where real."""
@@ -216,10 +222,10 @@ class Transformer(nnx.Module):
         if source is not None:
             memory, aux = self.encode(source, mask=source_mask, key=key)
         ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
-        if state is not None and positions is None and self.positions != 'none':
-            raise ValueError(f'positions={self.positions!r} with a state: give positions [B, T]')
-        x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
-        x, state, more = self.body(x, ctx, state, last)
+        if state is not None and positions is None and (self.fixed or self.positions != 'none'):
+            raise ValueError(f'positions={self.positions!r}, fixed={self.fixed!r} with a state: give positions [B, T]')
+        x, state, more = self.body(*self.enter(tokens, ctx), state, last)
+        x = x[::2] if self.fixed else x
         x, segment_ids = (x[:, -1:], None) if last else (x, segment_ids)
         aux = {k: aux.get(k, 0.0) + more.get(k, 0.0) for k in {**aux, **more}}
         return ModelOutput(self.read(self.norm(x), segment_ids), state, aux)
@@ -251,11 +257,11 @@ class Transformer(nnx.Module):
                 yield f'encoder/layer_{index}', memory
             memory = self.encoder_norm(memory)
         ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
-        x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
+        x, ctx = self.enter(tokens, ctx)
         yield 'embedding', x
         for index, y in self.body.trace(x, ctx):
             yield f'layer_{index}', y
-        yield 'logits', self.read(self.norm(y), segment_ids)
+        yield 'logits', self.read(self.norm(y[::2] if self.fixed else y), segment_ids)
 
 
 def build(config: ModelConfig, *, rngs: nnx.Rngs) -> Transformer:

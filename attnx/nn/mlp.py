@@ -29,6 +29,8 @@ class Config:
     capacity: float = 0.0  # moe: c: an expert takes c times its even share of a row's tokens, the rest pass by; 0: all
     router_z: float = 1e-3  # moe: weight of the router's z-loss
     balance: float = 1e-2  # moe: weight of the load-balance loss
+    order: str = 'place'  # moe with a capacity: whom experts take: the first by place, or of highest probability (encoders)
+    router: str = 'token'  # moe: token: each goes its way; row: all tokens of a row go one way, by a matrix for rows (encoders)
     gates: str = 'normed'  # moe: weight of the chosen: normed, plain probabilities, select: 1 (2503.02495)
     tasks: int = 1  # moe: routers, chosen among by the side input 'task' where more than 1 (Mod-Squad: 2306.17165)
     task_weight: float = 5e-4  # moe of several tasks: weight of the loss that ties tasks to experts
@@ -45,6 +47,13 @@ class Config:
             raise ValueError(f'mlp top_k {self.top_k} must lie in [1, experts {self.experts}]')
         if self.gates not in ('normed', 'plain', 'select'):
             raise ValueError(f'unknown mlp gates {self.gates!r}; {nearest(self.gates, ("normed", "plain", "select"))}')
+        for name, valid in (('order', ('place', 'probability')), ('router', ('token', 'row'))):
+            if (given := getattr(self, name)) not in valid:
+                raise ValueError(f'unknown mlp {name} {given!r}; {nearest(given, valid)}')
+        if self.order == 'probability' and (not self.capacity or self.router == 'row'):
+            raise ValueError("mlp order 'probability': experts choose where they have a capacity, among a router's tokens")
+        if self.router == 'row' and (self.tasks > 1 or self.capacity):
+            raise ValueError("mlp router 'row': the row is one choice, without tasks of tokens or capacities for them")
         if self.tasks < 1 or (self.tasks == 1 and self.task_weight != 5e-4):
             raise ValueError(f'mlp tasks {self.tasks} must be at least 1, and more for task_weight {self.task_weight}')
         if self.gates == 'plain' and self.top_k == 1:
@@ -56,6 +65,11 @@ class Config:
             raise ValueError(f'mlp {set_[0]} belongs to kind moe; kind is {self.kind!r}')
         if self.kind == 'none' and (self.hidden or self.bias):
             raise ValueError(f"mlp kind 'none' has no hidden width and no biases; given hidden {self.hidden}, bias {self.bias}")
+
+    @property
+    def looks_ahead(self) -> bool:
+        """Whether where a token goes depends on later ones."""
+        return self.order == 'probability' or self.router == 'row'
 
     def width(self, model_width: int) -> int:
         if self.kind == 'boom':

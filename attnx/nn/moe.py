@@ -4,8 +4,11 @@
 
 w is p over the chosen, made to sum to 1; with one expert a token w is p itself (Switch), else the router would learn nothing.
 `gates` 'plain' is p itself too (Mod-Squad, arXiv:2212.08066); 'select' counts the chosen once each, p having the gradient of a
-factor 1 (union of experts, arXiv:2503.02495, whose experts are parts of one MLP; there experts choose among a row's tokens, or
-a row chooses its experts, both of which look ahead: here each token chooses).
+factor 1 (union of experts, arXiv:2503.02495, whose experts are parts of one MLP).
+
+Two more routings of union of experts look ahead, for encoders of one document a row: with a capacity and `order` 'probability'
+experts take, of the tokens that chose them, those of highest p (its data selection: capacity 1, top_k E / 2); with `router`
+'row' p = softmax(sum_t x_t W_t), and all tokens go to the row's top_k experts (its expert selection).
 
 With `tasks` > 1 each task has a router of its own, read by the side input `task` int32 [B, T], and a third loss
 
@@ -79,6 +82,14 @@ def losses(logits: jax.Array, routes: Routes, real: jax.Array) -> dict[str, jax.
     }
 
 
+def slots_by_probability(routes: Routes, real: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """As `slots`, an expert's slots going to the tokens of highest probability among those that chose it."""
+    chosen = jnp.any(routes.experts[..., None] == jnp.arange(routes.probabilities.shape[-1]), axis=2) & real[..., None]
+    order = jnp.argsort(jnp.where(chosen, -routes.probabilities, 1), axis=1, stable=True)  # [B, T, E]
+    place = jnp.take_along_axis(jnp.argsort(order, axis=1), routes.experts, axis=2)
+    return place, (place < capacity) & real[..., None]
+
+
 def slots(experts: jax.Array, real: jax.Array, num_experts: int, capacity: int) -> tuple[jax.Array, jax.Array]:
     """(which slot of its expert each choice takes: int32 [B, T, k], whether it has one: bool [B, T, k])."""
     chosen = jax.nn.one_hot(experts, num_experts, dtype=jnp.int32) * real[..., None, None]  # [B, T, k, E]
@@ -96,8 +107,11 @@ class MoE(nnx.Module):
         self.config, self.activation, self.dtype = config, activation, dims.dtype
         E, M, hidden = config.experts, dims.width, config.width(dims.width)
         into = lambda: param(normal(rngs, (E, M, hidden), M**-0.5, dims.param_dtype), ('expert', 'embed', 'mlp'))
-        tasks, names = ((config.tasks,), (None,)) if config.tasks > 1 else ((), ())
-        self.router = param(normal(rngs, (*tasks, M, E), M**-0.5, dims.param_dtype), (*names, 'embed', 'features'))
+        rows = config.router == 'row'
+        several = dims.max_length if rows else config.tasks if config.tasks > 1 else 0  # matrices of places, or tasks
+        shape, names = ((several,), (None,)) if several else ((), ())
+        scale = (dims.max_length * M if rows else M) ** -0.5
+        self.router = param(normal(rngs, (*shape, M, E), scale, dims.param_dtype), (*names, 'embed', 'features'))
         self.up = into()
         self.gate = into() if gated else None
         scale = (2 * dims.num_layers * hidden) ** -0.5
@@ -107,7 +121,7 @@ class MoE(nnx.Module):
         """x [B, T, M] -> (y [B, T, M], aux); inputs: side inputs, of which routers of tasks read 'task'."""
         config = self.config
         real = jnp.ones(x.shape[:2], bool) if segment_ids is None else segment_ids > 0
-        logits = self.logits(x.astype(jnp.float32), inputs)
+        logits = self.logits(x.astype(jnp.float32), inputs, real)
         routes = route(logits, config.top_k, config.gates)
         aux = losses(logits, routes, real)
         aux |= {'router_z_loss': config.router_z * aux['router_z_loss'], 'balance_loss': config.balance * aux['balance_loss']}
@@ -119,16 +133,23 @@ class MoE(nnx.Module):
         matrices = {name: m[...].astype(self.dtype) for name, m in matrices.items() if m is not None}
         if config.capacity:
             limit = max(1, math.ceil(config.capacity * config.top_k * x.shape[1] / config.experts))
-            place, kept = slots(routes.experts, real, config.experts, limit)
+            if config.order == 'probability':
+                place, kept = slots_by_probability(routes, real, limit)
+            else:
+                place, kept = slots(routes.experts, real, config.experts, limit)
             y = self.fixed(x, routes, place, kept, limit, matrices)
             aux['expert_dropped'] = jnp.where(real[..., None], ~kept, False).sum() / jnp.maximum(real.sum() * config.top_k, 1)
         else:
             y = self.dropless(x, routes, matrices)
         return dropout(y.astype(self.dtype), rate, key), aux
 
-    def logits(self, x, inputs):
+    def logits(self, x, inputs, real):
         """float32 [B, T, E] of the router, or of each token's task's; NaN for a task that does not exist."""
         router = self.router[...].astype(jnp.float32)
+        if self.config.router == 'row':
+            head = jnp.where(real[..., None], x, 0)[:, : router.shape[0]]  # cut, or filled with zeros, to the router's length
+            row = jnp.einsum('btm,tme->be', head, router[: head.shape[1]], precision='highest')
+            return jnp.broadcast_to(row[:, None], (*x.shape[:2], row.shape[-1]))
         if router.ndim == 2:
             return jnp.matmul(x, router, precision='highest')
         task = Context(inputs=inputs).side('task')

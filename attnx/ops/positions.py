@@ -267,6 +267,60 @@ def lrpe(x, positions, frequencies):
     return jnp.concatenate([wide * jnp.cos(angles), wide * jnp.sin(angles)], axis=-1).astype(x.dtype)
 
 
+def reflect(x, normals):
+    """Each head mirrored at the plane of a vector: x - 2 n (n·x) / |n|², an orthogonal map that may be learned.
+
+    With a rotation after it, it is LRPE's orthogonal type: the rotation turns pairs of a learned basis, not of channels.
+
+    Args:
+      x: [B, T, N, H].
+      normals: [N, H], any length but 0.
+
+    Paper: 2307.09270.
+    """
+    _fits('reflect', x, normals, 'normals')
+    wide, normals = x.astype(_wide(x)), normals.astype(_wide(x))
+    normals = normals / jnp.linalg.norm(normals, axis=-1, keepdims=True)
+    along = jnp.einsum('btnh,nh->btn', wide, normals, precision='highest')
+    return (wide - 2 * along[..., None] * normals).astype(x.dtype)
+
+
+def permute(x, positions, permutations):
+    """Powers of permutations, LRPE's third type: channel h of the token at p is its channel π_n^p(h), so that q·k depends
+    on the difference of positions, as of rotations.
+
+    Args:
+      x: [B, T, N, H].
+      positions: [B, T] or [T], integers >= 0.
+      permutations: NumPy int [N, H], each row a permutation of 0 … H - 1.
+
+    Paper: 2307.09270.
+    """
+    positions, permutations = _check('permute', x, positions, 'B T'), np.asarray(permutations)
+    _fits('permute', x, permutations, 'permutations')
+    if not jnp.issubdtype(positions.dtype, jnp.integer) or (np.sort(permutations) != np.arange(x.shape[-1])).any():
+        raise ValueError('permute: expected integer positions, and rows that hold every channel once')
+    # Along its cycle a channel moves on by p: π^p(h) = ring[first + (place + p) mod length], h = ring[first + place].
+    ring, first, place, length = np.zeros((4, *permutations.shape), np.int32)
+    for n, row in enumerate(permutations):
+        seen = []
+        for h in range(len(row)):
+            begin = len(seen)
+            while h not in seen:
+                place[n, h], ring[n, len(seen)] = len(seen) - begin, h
+                seen.append(h)
+                h = row[h]
+            first[n, seen[begin:]], length[n, seen[begin:]] = begin, len(seen) - begin
+    moved = first + (place + positions[..., None, None]) % length  # [B, T, N, H]
+    source = jnp.take_along_axis(jnp.broadcast_to(ring, moved.shape), moved, axis=-1)
+    return jnp.take_along_axis(x, jnp.broadcast_to(source, x.shape), axis=-1)
+
+
+def _fits(name, x, given, what):
+    if x.ndim != 4 or given.shape != x.shape[2:]:
+        raise ValueError(f'{name}: {what} has shape {given.shape}, expected [N, H] = {x.shape[2:]}')
+
+
 def _rotary(x, rotary_dim):
     rotary = x.shape[-1] if rotary_dim is None else rotary_dim
     if not 0 < rotary <= x.shape[-1] or rotary % 2:

@@ -4,7 +4,8 @@ Equation: o_t = sum_s softmax_s(scale q_t . k_s) v_s, q from the tokens, k and v
 Paper: Attention is all you need, 2017, arXiv 1706.03762.
 Differs: key/value heads may be shared by query heads; QK-norm, sinks and softcap are options, off by default. No
     position code: the memory brings its own. All documents of a packed row read that row's memory.
-Cost: train O(T S) time, O(T + S) memory; decode keeps and reads 2 K H numbers for each memory token, none for its own.
+Cost: train O(T S) time, O(T + S) memory, through the fused op; decode keeps and reads 2 K H numbers for each memory token,
+    none for its own.
 """
 
 import dataclasses

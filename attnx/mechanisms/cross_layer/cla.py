@@ -7,7 +7,8 @@ Paper: Reducing transformer key-value cache size with cross-layer attention, 202
 Differs: keys are shared rotated, which is the same as rotating in each layer. YOCO's second half, whose layers all read
     one pair of keys and values made from RMSNorm(x): the norm is the block's, its scale folded into W_k and W_v; in the
     layer that makes them, queries of all tokens are computed, also for a prompt, whose later layers see its last token alone.
-Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer with its own keys, none in one that reads.
+Cost: train O(T²) time, O(T) memory, through the fused op; decode keeps 2 K H numbers a token in a layer with its own keys,
+    none in one that reads.
 """
 
 import dataclasses

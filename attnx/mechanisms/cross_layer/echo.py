@@ -7,7 +7,8 @@ Differs: what is shared are queries, keys, masks and scores, from which the fuse
     no [T, S] array exists: W_q and W_k are saved, the products of scores are not. Dropout is each layer's own. Which layers
     copy is the pattern's choice (`('own', 'copy')` are blocks of two); the paper finds them by
     similarity, which `attnx.interop.prune.map_similarity` measures.
-Cost: train O(T²) time, O(T) memory; decode keeps 2 K H numbers a token in a layer that computes, K H in one that copies.
+Cost: train O(T²) time, O(T) memory, through the fused op; decode keeps 2 K H numbers a token in a layer that computes, K H
+    in one that copies.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ Equation: S_t = S_{t-1} + beta_t k_t^T (v_t - k_t S_{t-1});  o_t = H^-1/2 q_t S_
 Paper: Parallelizing linear transformers with the delta rule over sequence length, 2024, arXiv 2406.06484.
 Differs: the output gate (silu) is an option of the authors' library, off by default; negative eigenvalues (beta in
     [0, 2], arXiv 2411.12537) likewise.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 convolution inputs whatever
-    the length.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H Hv numbers and 3 convolution
+    inputs whatever the length.
 """
 
 import dataclasses

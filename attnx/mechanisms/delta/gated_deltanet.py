@@ -6,8 +6,8 @@ Equation: S' = exp(g_t) S_{t-1};  S_t = S' + beta_t k_t^T (v_t - k_t S');  o_t =
 Paper: Gated delta networks: improving Mamba2 with delta rule, 2024, arXiv 2412.06464.
 Differs: initial rates are drawn from U(1e-4, 16) where the authors' U(0, 16) has infinite logarithms; negative
     eigenvalues (beta in [0, 2], arXiv 2411.12537) are an option.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers and 3 convolution inputs whatever
-    the length.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H Hv numbers and 3 convolution
+    inputs whatever the length.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ Equation: A = pool(Q) in n places;  V_A = softmax(H^-1/2 A K^T + B1) V;  O = sof
 Paper: Agent attention: on the integration of softmax and linear attention, 2023, arXiv 2312.08874.
 Differs: sequences (`grid` = 0) beside images; no class token; biases are interpolated to any size, fine ones too. A row
     may hold `documents` packed documents, each with its own agents; the output of further ones is NaN: they have none.
-Cost: train O(T n) time and memory a document slot; it needs the whole sequence and can not decode.
+Cost: train O(T n) time and memory a document slot, through the fused op; it needs the whole sequence and can not decode.
 """
 
 import dataclasses

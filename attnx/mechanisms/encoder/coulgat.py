@@ -7,7 +7,8 @@ Equation: per head, z_l = W h_l + b_l;  m_j = sum_l softmax_l(A_jl) z_l;  h'_i =
 Paper: CoulGAT: an experiment on interpretability of graph attention networks, 2019, arXiv 1912.08409.
 Differs: the form of any size is ours; without its a' every node of a graph would get the same. Base A lies in [1e-5, 1e3],
     1e3 between a node and itself with slots, 1 without. A document is a graph, a token's slot its place in it.
-Cost: O(T²) time and memory, quadratic as the distances that it is given; it needs the whole graph and can not decode.
+Cost: O(T²) time and memory in plain XLA, quadratic as the distances that it is given; it needs the whole graph and can not
+    decode.
 """
 
 import dataclasses

@@ -9,7 +9,8 @@ Paper: DeepSeek-V2, 2024, arXiv 2405.04434; DeepSeek-V3 technical report, 2024, 
     made from a trained model by SVD (`attnx.interop.convert`): X-EcoMLA, 2025, arXiv 2503.11132.
 Differs: the rotation pairs channels by halves, the released code neighbours; widths of 0 keep the paper's ratios to the
     width of a head.
-Cost: train O(T²) time, O(T) memory; decode keeps R + Hr numbers a token, and reads them once for all heads.
+Cost: train O(T²) time, O(T) memory, through the fused op; decode keeps R + Hr numbers a token, and reads them once for all
+    heads.
 """
 
 import dataclasses

@@ -4,7 +4,8 @@ Equation: S_t = diag(exp g_t) S_{t-1} + k_t^T v_t;  o_t = H^-1/2 q_t S_t;  y = W
     g_t = logsigmoid(W_2 W_1 x + b) / temperature per key channel.
 Paper: Gated linear attention transformers with hardware-efficient training, 2023, arXiv 2312.06635.
 Differs: nothing but the initial values of the projections; head counts, widths and the rank of the decay are free.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers whatever the length.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H Hv numbers whatever the
+    length.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Equation: e_s = H^-1/2 silu(W_q x_s) . W_k x_s;  o_t = sum_{s <= t} exp(e_s) W_v
 Paper: Deconstructing attention: investigating design principles for effective language modeling, 2025, arXiv 2510.11602
     (the variant 'non-approximate').
 Differs: a bidirectional model takes the mean over the whole document, where the paper is causal.
-Cost: train O(T) time and memory (`gated_linear`, chunked); decode keeps N (H + 2) numbers whatever the length.
+Cost: train O(T) time and memory through the fused op (`gated_linear`); decode keeps N (H + 2) numbers whatever the length.
 """
 
 import dataclasses

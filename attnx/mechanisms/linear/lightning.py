@@ -6,9 +6,10 @@ Equation: S_t = lambda S_{t-1} + k_t^T v_t;  o_t = q_t S_t;  y = W_o (u * o / rm
 Paper: Lightning attention-2: a free lunch for handling unlimited sequence lengths in large language models, 2024,
     arXiv 2401.04658; TransNormerLLM, 2023, arXiv 2307.14995.
 Differs: the release's decay is the default; decay='paper' is the formula of the text, exp(-(8 h / N) (1 - l / L)). LRPE
-    positions are an option: the release has them in its first layer only, so give that layer a mixer of its own. So are
-    the activations that later modules put on v and on the gate u.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H H numbers at any length, 2 N H H with LRPE.
+    positions (2307.09270) are an option: the release has them in its first layer only, so give that layer a mixer of its own.
+    With them a decay makes LRPE-d. So are the activations that later modules put on v and on the gate u.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H H numbers at any length, 2 N
+    H H with unitary LRPE.
 """
 
 import dataclasses
@@ -18,10 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from attnx import ops
-from attnx.nn import Linear, Recurrent, merge_heads, param, rms_normalize, split_heads
+from attnx.nn import Linear, Recurrent, merge_heads, normal, param, rms_normalize, softmax, split_heads
 from attnx.nn.recurrence import document_positions
 from attnx.spec import Context, Dims, Mixer, Output, Spec
 
+LRPE = ('none', 'unitary', 'orthogonal', 'permutation')
 ACTIVATIONS = {'none': lambda x: x, 'silu': jax.nn.silu, 'sigmoid': jax.nn.sigmoid}
 
 
@@ -29,14 +31,19 @@ ACTIVATIONS = {'none': lambda x: x, 'silu': jax.nn.silu, 'sigmoid': jax.nn.sigmo
 class Config:
     num_heads: int = 4  # N
     decay: str = 'release'  # release: ALiBi slopes times a factor of the layer; paper: the text's formula; none: 1
-    lrpe: bool = False  # cosine positions on q and k, their angles learned; doubles the state
+    lrpe: str = 'none'  # positions on q and k: unitary (cosines, learned angles; doubles the state), orthogonal (a learned
+    # reflection, then half the channels turn by learned angles), permutation (of channels, its powers, fixed); none
+    seed: int = 0  # of the permutations
     value_activation: str = 'none'  # none, silu, sigmoid
     gate_activation: str = 'none'  # none, silu, sigmoid
 
     def __post_init__(self):
-        for field, valid in (('decay', DECAYS), ('value_activation', ACTIVATIONS), ('gate_activation', ACTIVATIONS)):
+        activations = (('value_activation', ACTIVATIONS), ('gate_activation', ACTIVATIONS))
+        for field, valid in (('decay', DECAYS), ('lrpe', LRPE), *activations):
             if (given := getattr(self, field)) not in valid:
                 raise ValueError(f'{field}: unknown {given!r}; valid: {", ".join(valid)}')
+        if self.lrpe != 'permutation':
+            softmax.refuse(self, f'lrpe {self.lrpe!r} draws nothing', 'seed')
 
 
 def release_decay(num_heads: int, layer, num_layers: int):
@@ -64,14 +71,20 @@ class Lightning(Mixer):
         self.value = Linear(width, width, ('embed', 'heads'), dims, rngs=rngs)
         self.gate = Linear(width, width, ('embed', 'heads'), dims, rngs=rngs)
         self.out = Linear(width, width, ('heads', 'embed'), dims, rngs=rngs, scale=(2 * dims.num_layers) ** -0.5)
-        theta = 10_000 ** (-2 * jnp.arange(width) / width)
-        self.theta = param(theta.astype(dims.param_dtype), ('heads',)) if config.lrpe else None
+        if config.lrpe == 'orthogonal' and width // n % 4:
+            raise ValueError(f"lrpe 'orthogonal' turns pairs of half a head: its width {width // n} must divide by 4")
+        count = {'unitary': width, 'orthogonal': width // 4}.get(config.lrpe, 0)
+        theta = 10_000 ** (-2 * jnp.arange(count) / width)
+        self.theta = param(theta.astype(dims.param_dtype), ('heads',)) if count else None
+        normals = config.lrpe == 'orthogonal'
+        self.normals = param(normal(rngs, (width,), 1.0, dims.param_dtype), ('heads',)) if normals else None
 
     def init_state(self, batch, capacity, dtype=None):
         n = self.config.num_heads
         head_dim = self.out.kernel.shape[-1] // n
-        memory = {'matrix': jnp.zeros((batch, n, head_dim * (2 if self.config.lrpe else 1), head_dim), jnp.float32)}
-        if self.config.lrpe:
+        key_dim = head_dim * (2 if self.config.lrpe == 'unitary' else 1)
+        memory = {'matrix': jnp.zeros((batch, n, key_dim, head_dim), jnp.float32)}
+        if self.config.lrpe != 'none':
             memory['position'] = jnp.zeros((batch,), jnp.int32)
         return Recurrent.init(memory)
 
@@ -80,10 +93,9 @@ class Lightning(Mixer):
         memory, ids = ({}, ctx.segment_ids) if state is None else state.resume(ctx, *x.shape[:2])
         query, key = (split_heads(jax.nn.silu(f(x)), n) for f in (self.query, self.key))
         new = {}
-        if self.theta is not None:
+        if config.lrpe != 'none':
             where = document_positions(ctx, ids, x.shape[1], memory.get('position'))
-            theta = self.theta[...].astype(jnp.float32).reshape(n, -1)
-            query, key = (ops.positions.lrpe(y, where, theta) for y in (query, key))
+            query, key = self.place(query, where), self.place(key, where)
             new['position'] = where[:, -1] + 1
         out, new['matrix'] = ops.gated_linear(
             query,
@@ -97,6 +109,18 @@ class Lightning(Mixer):
         y = self.out(rms_normalize(merge_heads(out)) * ACTIVATIONS[config.gate_activation](self.gate(x)))
         return Output(y, None if state is None else state.advance(new, ids))
 
+    def place(self, x, where):
+        """LRPE of queries or keys [B, T, N, H] at positions [B, T]."""
+        n, positions = self.config.num_heads, ops.positions
+        if self.config.lrpe == 'permutation':
+            draw = np.random.default_rng(self.config.seed)
+            return positions.permute(x, where, draw.permuted(np.tile(np.arange(x.shape[-1]), (n, 1)), axis=1))
+        theta = self.theta[...].astype(jnp.float32).reshape(n, -1)
+        if self.config.lrpe == 'unitary':
+            return positions.lrpe(x, where, theta)
+        x = positions.reflect(x, self.normals[...].reshape(n, -1))
+        return positions.rotate(x, where[..., None, None] * theta, interleaved=True)
+
 
 SPEC = Spec(
     module=Lightning,
@@ -105,6 +129,7 @@ SPEC = Spec(
     ops=('gated_linear',),
     state='matrix',
     causal='causal',
-    example=Config(num_heads=4, lrpe=True),
-    flops=lambda config, dims, length: 4 * dims.width**2 * (2 if config.lrpe else 1) / config.num_heads,
+    example=Config(num_heads=4, lrpe='unitary'),
+    variants={'seed': {'lrpe': 'permutation'}},
+    flops=lambda config, dims, length: 4 * dims.width**2 * (2 if config.lrpe == 'unitary' else 1) / config.num_heads,
 )

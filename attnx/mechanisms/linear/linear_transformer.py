@@ -6,8 +6,8 @@ Paper: Transformers are RNNs: fast autoregressive transformers with linear atten
     2103.13076, dpfp 2102.11174, hedgehog 2402.04347, taylor 2402.18668 (the 'approximate' attention of 2510.11602).
 Differs: without the denominator, and with a norm instead, it is the form of later work (2210.10340). Hedgehog's map is
     by default the softmax over its features, the stable variant of the paper's exponentials.
-Cost: train O(T C + T F) time per channel, O(T) memory, twice that over documents if bidirectional; decode keeps
-    N F (Hv + 1) numbers whatever the length.
+Cost: train O(T C + T F) time per channel, O(T) memory, through the fused op, twice that over documents if bidirectional;
+    decode keeps N F (Hv + 1) numbers whatever the length.
 """
 
 import dataclasses

@@ -5,8 +5,8 @@ Equation: h_t = exp(-dt_t exp(log_rate)) h_{t-1} + B_t^T (dt_t x_t);  y_t = C_t 
 Paper: Transformers are SSMs: generalized models and efficient algorithms through structured state space duality, 2024,
     arXiv 2405.21060.
 Differs: x, B and C have a projection and a convolution each in place of one for all: the same maps, sharded by heads.
-Cost: train O(T C + T S) time per channel, O(T) memory; decode keeps N S H numbers and 3 convolution inputs whatever
-    the length.
+Cost: train O(T C + T S) time per channel, O(T) memory, through the fused op; decode keeps N S H numbers and 3 convolution
+    inputs whatever the length.
 """
 
 import dataclasses

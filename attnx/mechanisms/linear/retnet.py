@@ -5,7 +5,8 @@ Equation: S_t = gamma_h S_{t-1} + k_t^T v_t;  o_t = H^-1/2 q_t S_t;  y = W_o (si
 Paper: Retentive network: a successor to transformer for large language models, 2023, arXiv 2307.08621.
 Differs: the released row scalings are left out: the norm per head removes them, but for its epsilon; the projections
     are initialised as everywhere here, not by Xavier with gain 2^-2.5.
-Cost: train O(T C + T H) time per channel, O(T) memory; decode keeps N H Hv numbers whatever the length.
+Cost: train O(T C + T H) time per channel, O(T) memory, through the fused op; decode keeps N H Hv numbers whatever the
+    length.
 """
 
 import dataclasses

@@ -7,7 +7,7 @@ Paper: Single headed attention RNN: stop thinking with your head, 2019, arXiv 19
 Differs: the block adds x to the LSTM's output, which the paper does not by default; its Boom layer is the model's MLP of kind
     'boom'. The paper attends in one layer: set `attention` False in the others. The fan-in initialisation of this library.
 Cost: train T sequential LSTM steps of 8 D² products a token, then O(T memory) time and O(T) memory of one head as wide as
-    the model; decode keeps M numbers for each of `memory` tokens, and the LSTM's 2 D.
+    the model, through the fused op; decode keeps M numbers for each of `memory` tokens, and the LSTM's 2 D.
 """
 
 import dataclasses

@@ -3,8 +3,8 @@
 Equation: o_t = sum_{t - w < s <= t} softmax_s(scale q_t . k_s) v_s; a bidirectional model reads |t - s| < w.
 Paper: Longformer: the long-document transformer, 2020, arXiv 2004.05150; as in Mistral 7B, 2023, arXiv 2310.06825.
 Differs: no global tokens, one set of projections, one window for all heads; key/value heads may be shared.
-Cost: train O(T w) time, empty tiles being skipped, O(T) memory; decode keeps and reads 2 K H numbers for each of the
-    last w tokens, in a ring.
+Cost: train O(T w) time through the fused op, empty tiles being skipped, O(T) memory; decode keeps and reads 2 K H numbers
+    for each of the last w tokens, in a ring.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Equation: a_s = softmax_s(w . f_s), y_t = sum_s a_s x_s over s <= t, or over the
 Paper: Attention-based conditioning methods for external knowledge integration, 2019, arXiv 1906.03674.
 Differs: the paper pools a sentence into one vector; here a token gets the mean up to it, or in a bidirectional model its
     document's. The scorer's bias, which the softmax cancels, is left out; affine starts near x itself (b = 1, d = 0).
-Cost: train O(T) time and memory (`gated_linear`, chunked); decode keeps M + 2 numbers whatever the length.
+Cost: train O(T) time and memory through the fused op (`gated_linear`); decode keeps M + 2 numbers whatever the length.
 """
 
 import dataclasses

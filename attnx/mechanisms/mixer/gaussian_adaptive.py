@@ -7,7 +7,7 @@ Paper: Gaussian adaptive attention is all you need (GAAM), 2024, arXiv 2401.1114
 Differs: the axis is the features of a head in causal models, each token by itself, and time inside a document in
     bidirectional ones (the paper: any axis); heads are groups of features in both. Gates are normalised by the softmax of
     their logarithm, the same without underflow.
-Cost: train O(T) time and memory; decode keeps nothing.
+Cost: train O(T) time and memory, in plain XLA; decode keeps nothing.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Equation: y_t = W_d (silu(W_g x_t) * W_u x_t).
 Paper: Deconstructing attention: investigating design principles for effective language modeling, 2025, arXiv 2510.11602
     (the variant 'MLP').
 Differs: nothing.
-Cost: that of its matrices, O(T); decode keeps nothing.
+Cost: that of its matrices, O(T), in plain XLA; decode keeps nothing.
 """
 
 import dataclasses

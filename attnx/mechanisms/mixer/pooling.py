@@ -4,7 +4,7 @@ Equation: y_t = mean_{s in P_t} x_s - x_t;  P_t: the last p tokens, itself inclu
     away, along the line, or in both dimensions of a grid. Nothing outside the document counts, in the divisor neither.
 Paper: MetaFormer is actually what you need for vision (PoolFormer), 2021, arXiv 2111.11418.
 Differs: the paper pools 3 x 3 on a grid (`grid` > 0) around each token; along a sequence, and causally, are extensions.
-Cost: train O(T p) sums a channel (p² on a grid), O(T) memory; decode keeps the last p - 1 inputs.
+Cost: train O(T p) sums a channel (p² on a grid), O(T) memory, in plain XLA; decode keeps the last p - 1 inputs.
 """
 
 import dataclasses

@@ -5,7 +5,7 @@ Equation: m_t = mean of x_s over s <= t, or over the document;  y = W_o mean(W_v
 Paper: Scratching visual transformer's back with uniform attention, 2022, arXiv 2210.08457.
 Differs: the paper puts the broadcast at the end of an MLP; here it is a layer's mixer. The causal form, and the exact form
     of the scaled one, are ours.
-Cost: train O(T) time and memory (`gated_linear`, chunked); decode keeps M + 2 numbers whatever the length.
+Cost: train O(T) time and memory through the fused op (`gated_linear`); decode keeps M + 2 numbers whatever the length.
 """
 
 import dataclasses

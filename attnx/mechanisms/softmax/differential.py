@@ -5,7 +5,8 @@ Equation: o_t = RMSNorm(sum_s (A1_ts - lambda A2_ts) v_s) (1 - lambda_init), Ai 
 Paper: Differential transformer, 2024, arXiv 2410.05258.
 Differs: query heads of both maps that share a value head share each map's own key head, where the released code (with
     fewer key/value heads than query heads) lets the two maps of a head read one key head.
-Cost: train O(T²) time, O(T) memory, the scores of 2 N heads of width H; decode reads and keeps 4 K H numbers a token.
+Cost: train O(T²) time, O(T) memory, through the fused op, the scores of 2 N heads of width H; decode reads and keeps 4 K H
+    numbers a token.
 """
 
 import dataclasses

@@ -8,8 +8,8 @@ Equation: sensory head: o_i = sum_j a_ij W_v x_j;  relational head h: o_i = W_r,
     Computed as sum_j a_ij r_ij,l = D^-1/2 (W_q,l x_i) . sum_j a_ij W_k,l x_j: no [T, T, R] array.
 Paper: Disentangling and integrating relational and sensory information in transformer architectures, 2024,
     arXiv 2405.16727.
-Differs: each layer has its own symbols and reads its normed input, where the paper shares one retriever; relations have no
-    activation (only then can the sum be taken first).
+Differs: a retriever reads the layer's normed input, the paper's the input before its norm; the paper's one retriever of all
+    layers is retriever = 'shared' in all but the first. Relations have no activation (only then can the sum be taken first).
 Cost: train O(T²) time, O(T) memory through the fused op, relational values being (Nr + 1) H wide; with symbols of distances
     relational heads run in XLA, some rows at a time, masked pairs too. Decode keeps 2 H numbers a token and sensory head, 3 H a
     relational one.
@@ -35,6 +35,7 @@ class Config(softmax.Options):
     symbols: str = 'symbolic'  # symbolic: retrieved by content; positional: one a position; relative: one a distance
     num_symbols: int = 16  # symbolic: size of the library; relative: L, distances told apart on each side
     symbol_heads: int = 2  # heads that retrieve symbols; divides the width
+    retriever: str = 'own'  # of symbols: own; shared: that of an earlier layer of the same `symbols`
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,8 +48,11 @@ class Config(softmax.Options):
             softmax.refuse(self, 'symbols of positions are looked up, not retrieved', 'symbol_heads')
         if self.symbols == 'positional':
             softmax.refuse(self, 'there is one symbol for each position', 'num_symbols')
+        softmax.check_choice('retriever', self.retriever, ('own', 'shared'))
+        if self.retriever == 'shared':
+            softmax.refuse(self, 'an earlier layer has the retriever', 'num_symbols', 'symbol_heads')
         if not self.relational_heads:
-            of_relations = 'num_relations', 'symmetric', 'symbols', 'num_symbols', 'symbol_heads'
+            of_relations = 'num_relations', 'symmetric', 'symbols', 'num_symbols', 'symbol_heads', 'retriever'
             softmax.refuse(self, 'there are no relational heads', *of_relations)
 
 
@@ -56,7 +60,7 @@ class Symbols(nnx.Module):
     """x [B, T, M] at positions [B or 1, T] -> symbols [B, T, M]."""
 
     def __init__(self, config: Config, dims: Dims, *, rngs):
-        width, self.num_heads = dims.width, config.symbol_heads
+        width, self.num_heads, self.kind = dims.width, config.symbol_heads, config.symbols
         softmax.heads_of(config.symbol_heads, 0, width)
         table = lambda rows: param(normal(rngs, (rows, width), 1.0, dims.param_dtype), ('features', 'embed'))
         content = config.symbols == 'symbolic'
@@ -93,7 +97,8 @@ class DualAttention(Mixer):
             self.out, self.core = out(n), core(n)
         if r:
             self.relation_query, self.relation_key = into(r), None if config.symmetric else into(r)
-            self.sender, self.symbols = into(r), Symbols(config, dims, rngs=rngs)
+            self.sender = into(r)
+            self.symbols = Symbols(config, dims, rngs=rngs) if config.retriever == 'own' else None
             self.attend_query, self.attend_key = into(r), into(r)
             shape = (r, self.relations, h)
             read = normal(rngs, shape, self.relations**-0.5, dims.param_dtype)
@@ -109,18 +114,25 @@ class DualAttention(Mixer):
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         sensory, relational = (None, None) if state is None else state
-        parts = []
+        parts, shared = [], {}
         if self.config.sensory_heads:
             heads = (split_heads(f(x), self.config.sensory_heads) for f in (self.query, self.key, self.value))
             out, sensory = self.core(*heads, ctx, sensory)
             parts.append(self.out(merge_heads(out)))
         if self.config.relational_heads:
             key = None if ctx.key is None else jax.random.fold_in(ctx.key, 1)
-            out, relational = self.relate(x, dataclasses.replace(ctx, key=key), relational)
+            symbols = self.symbols
+            if symbols is None:
+                symbols = ctx.published('retriever')
+                if symbols.kind != self.config.symbols:
+                    raise ValueError(f'symbols {self.config.symbols!r}: the shared retriever has {symbols.kind!r} ones')
+            else:
+                shared = {'retriever': symbols}
+            out, relational = self.relate(x, symbols, dataclasses.replace(ctx, key=key), relational)
             parts.append(self.relation_out(merge_heads(out)))
-        return Output(jnp.concatenate(parts, axis=-1), None if state is None else (sensory, relational))
+        return Output(jnp.concatenate(parts, axis=-1), None if state is None else (sensory, relational), shared=shared)
 
-    def relate(self, x, ctx, state):
+    def relate(self, x, symbols, ctx, state):
         """The relational heads: (out [B, T, Nr, H], next state)."""
         r, core = self.config.relational_heads, self.relation_core
         query, key = (split_heads(f(x), r) for f in (self.attend_query, self.attend_key))
@@ -128,12 +140,12 @@ class DualAttention(Mixer):
         receiver = sender if self.relation_key is None else split_heads(self.relation_key(x), self.relations)
         where = positions(ctx, x.shape[1], 0 if state is None else state.index)
         far = self.config.symbols == 'relative'
-        symbol = () if far else (split_heads(self.sender(self.symbols(x.astype(self.dtype), where)), r),)
+        symbol = () if far else (split_heads(self.sender(symbols(x.astype(self.dtype), where)), r),)
         query, keys, state = core.extend(query, key, (receiver, *symbol), ctx, state)
         key, receiver, *symbol = keys.arrays
         shared = jnp.broadcast_to(merge_heads(receiver)[:, :, None], (*key.shape[:3], r * self.head_dim))
         if far:
-            met, carried = self.read_by_distance(query, key, shared, keys, ctx)
+            met, carried = self.read_by_distance(query, key, shared, keys, ctx, symbols.library[...])
         else:
             value = jnp.concatenate([shared, *symbol], axis=-1)
             out = core.attend(query, key, value, ctx, core.mask(keys), core.score(keys))
@@ -142,11 +154,10 @@ class DualAttention(Mixer):
         relation = jnp.einsum('btnrd,btrd->btnr', met, sender) * met.shape[-1] ** -0.5
         return carried + jnp.einsum('btnr,nrh->btnh', relation, self.read[...].astype(relation.dtype)), state
 
-
-    def read_by_distance(self, query, key, value, keys, ctx):
+    def read_by_distance(self, query, key, value, keys, ctx, library):
         """(weighted values, weighted symbols of distances), [B, T, Nr, …], some rows of pairs at a time."""
-        (batch, length, n, _), size, core, reach = query.shape, keys.length, self.relation_core, self.config.num_symbols
-        table = split_heads(self.sender(self.symbols.library[...].astype(self.dtype)), n)  # [2 L + 1, Nr, H]
+        (batch, length, n, _), size, core, reach = query.shape, keys.length, self.relation_core, library.shape[0] // 2
+        table = split_heads(self.sender(library.astype(self.dtype)), n)  # [2 L + 1, Nr, H]
         mask, score, weights, dropout = core.mask(keys), core.score(keys), core.weights(), core.dropout(ctx)
         key, value = key.astype(query.dtype), value.astype(query.dtype)
 
@@ -175,5 +186,7 @@ SPEC = Spec(
     ops=('softmax_attention',),
     state='kv',
     example=Config(num_symbols=6),
+    publishes=lambda config: ('retriever',) if config.relational_heads and config.retriever == 'own' else (),
+    reads=lambda config: ('retriever',) if config.retriever == 'shared' else (),
     flops=_flops,
 )

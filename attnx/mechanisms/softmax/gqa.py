@@ -6,7 +6,8 @@ Paper: GQA: training generalized multi-query transformer models from multi-head 
     fewer query heads than width / H: Sparse query attention (SQA), 2025, arXiv 2510.01817. With P = width / H, sSQA has
     N = K = P / 2, xSQA N = K = P / 4, xSMQA N = P / 4 and K = 1; SQA any K <= N < P.
 Differs: positions, masks, scores, sinks and QK-norm are options that the papers do not have; their defaults are RoPE alone.
-Cost: train O(T²) time, N H products a pair, O(T) memory; decode reads and keeps 2 K H numbers a token.
+Cost: train O(T²) time, N H products a pair, O(T) memory, through the fused op; decode reads and keeps 2 K H numbers a
+    token.
 """
 
 import dataclasses

@@ -4,7 +4,7 @@ Equation: o_t = sum_s softmax_s(H^-1/2 q_t . k_s) v_s per head;  y = W_o [o_1 �
 Paper: Attention is all you need, 2017, arXiv 1706.03762.
 Differs: positions enter as RoPE in every layer, where the paper adds sinusoids to the embeddings (`model.positions`);
     masks, scores, sinks and QK-norm are options, off by default.
-Cost: train O(T²) time, O(T) memory; decode reads and keeps 2 N H numbers a token.
+Cost: train O(T²) time, O(T) memory, through the fused op; decode reads and keeps 2 N H numbers a token.
 """
 
 import dataclasses

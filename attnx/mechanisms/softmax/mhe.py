@@ -6,8 +6,8 @@ Paper: Pit one against many: leveraging attention-head embeddings for parameter-
     arXiv 2310.07911.
 Differs: RoPE turns keys that carry their embedding; without a position the key embedding of 'add' cancels in the softmax.
     Embeddings begin as N(0, 1/H) ('add') and N(0, 0.01) ('mul'); equations from the abstract's counts, not the code.
-Cost: train O(T²) time, O(T) memory, as multi-head attention; decode keeps 2 H + 1 numbers a token for all heads, and makes
-    keys and values of N heads from them at each step.
+Cost: train O(T²) time, O(T) memory, through the fused op, as multi-head attention; decode keeps 2 H + 1 numbers a token for
+    all heads, and makes keys and values of N heads from them at each step.
 """
 
 import dataclasses

@@ -4,9 +4,9 @@ Equation: o_t = sum_{s in R_t} softmax_s(scale q_t . k_s) v_s, R_t = {s <= t: bl
     top_t = the top_k - 1 complete past blocks i of largest q_t . mean_{s in i} k_s, chosen per query head in float32.
 Paper: MoBA: mixture of block attention for long-context LLMs, 2025, arXiv 2502.13189.
 Differs: top_k = 1 is attention inside the own block, where the released code falls back to full attention.
-Cost: train N T² / b gates (H products each), then the tiles that hold a chosen block: others are skipped, so all
-    causal tiles at worst; the mask is O(T top_k) numbers, no [T, S] array exists. Decode keeps and reads 2 K H numbers
-    a token, as full attention does: there the choice is a mask over the cache.
+Cost: train N T² / b gates (H products each), then, in the fused op, the tiles that hold a chosen block: others are skipped,
+    so all causal tiles at worst; the mask is O(T top_k) numbers, no [T, S] array exists. Decode keeps and reads 2 K H
+    numbers a token, as full attention does: there the choice is a mask over the cache.
 """
 
 import dataclasses

@@ -72,6 +72,23 @@ def test_the_interval_is_students():
     assert mean == 2 and (low, high) == pytest.approx((2 - 4.302653 / 3**0.5, 2 + 4.302653 / 3**0.5), rel=1e-6)
 
 
+def test_collecting_adds_to_what_is_there(tmp_path, monkeypatch):
+    """Rows of runs that are not here stay, those of runs that are here are replaced, sizes are no outcome."""
+    name, old, new = 's012_one_layer', 'a machine', 'another'
+    found = [[name, 'kv shifting', 'accuracy', 1, 0.5, new], [name, 'softmax', 'parameters', 0, 9, 'counted']]
+    there = [[name, 'softmax', 'parameters', 0, 7, old], [name, 'kv shifting', 'accuracy', 0, 0.25, old],
+             [name, 'kv shifting', 'accuracy', 1, 0.75, old], [name, 'gone', 'accuracy', 0, 0.5, old]]  # fmt: skip
+    line, made = lambda row: ','.join(map(str, row)) + '\n', {name: claims.studies()[name]}
+    (tmp_path / 'results.csv').write_text('study,arm,metric,seed,value,device\n' + ''.join(map(line, there)))
+    monkeypatch.setattr(claims, 'GALLERY', tmp_path)
+    monkeypatch.setattr(claims, 'studies', lambda: made)
+    monkeypatch.setattr(claims, 'outcomes_of', lambda name, study: found)
+    claims.collect()
+    rows = (tmp_path / 'results.csv').read_text().splitlines(keepends=True)[1:]
+    assert rows == [line(there[0]), line(there[1]), line(found[0])]
+    assert (tmp_path / 'README.md').exists()
+
+
 def test_what_is_shipped_follows_from_its_outcomes(capsys):
     assert (claims.GALLERY / 'README.md').read_text() == claims.page(claims.GALLERY / 'results.csv')
     assert claims.main([]) == 0

@@ -1,5 +1,6 @@
 """What is special to the delta-rule mechanisms: lookup, overwriting, and each as a case of the other."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -8,12 +9,13 @@ from flax import nnx
 import attnx
 from attnx.spec import Context, Dims
 from tests import tolerances
+from tests.attnx.mechanisms import oracle
 from tests.laws import close
 
 
 def build(name, width=16, **options):
     spec = attnx.get(name)
-    return spec.build(spec.config(**options), Dims(width=width, num_layers=2), rngs=nnx.Rngs(0))
+    return jax.jit(lambda: spec.build(spec.config(**options), Dims(width=width, num_layers=2), rngs=nnx.Rngs(0)))()
 
 
 def inputs(width=16, length=12):
@@ -60,7 +62,7 @@ def delta(mixer, x, n, decay=1.0, strength=1.0):
 def test_deltanet_is_its_step_recurrence(strength):
     mixer = build('deltanet', num_heads=2, conv_taps=0, negative_eigenvalues=strength == 2.0)
     x = inputs()
-    close(mixer(x, Context()).y, delta(mixer, x, 2, strength=strength) @ kernel(mixer.out), tolerances.FLOAT32)
+    close(oracle.run(mixer, x), delta(mixer, x, 2, strength=strength) @ kernel(mixer.out), tolerances.FLOAT32)
 
 
 def test_gated_deltanet_is_its_step_recurrence():
@@ -69,7 +71,7 @@ def test_gated_deltanet_is_its_step_recurrence():
     step = np.logaddexp(0, x @ kernel(mixer.decay) + np.asarray(mixer.dt_bias[...], np.float64))
     decay = np.exp(-np.exp(np.asarray(mixer.log_rate[...], np.float64)) * step)
     out = delta(mixer, x, 2, decay) * silu(x @ kernel(mixer.gate))
-    close(mixer(x, Context()).y, out @ kernel(mixer.out), tolerances.FLOAT32)
+    close(oracle.run(mixer, x), out @ kernel(mixer.out), tolerances.FLOAT32)
 
 
 def test_gated_deltanet_without_decay_is_deltanet():
@@ -82,7 +84,7 @@ def test_gated_deltanet_without_decay_is_deltanet():
         getattr(gated, name).kernel[...] = getattr(plain, name).kernel[...]
     gated.log_rate[...] = jnp.full((2,), -60.0)
     x = inputs()
-    close(gated(x, Context()).y, plain(x, Context()).y, tolerances.FLOAT32)
+    close(oracle.run(gated, x), oracle.run(plain, x), tolerances.FLOAT32)
 
 
 def test_deltanet_looks_up_exactly_and_overwrites():

@@ -1,5 +1,6 @@
 """Dual attention against relations that are written out, and what it is without relational heads."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -49,8 +50,8 @@ RELATIVE = {'symbols': 'relative', 'num_symbols': 3}
 def test_symbols_of_distances_decode():
     mixer, x = oracle.build('dual', **RELATIVE), oracle.inputs()
     state, found = mixer.init_state(x.shape[0], x.shape[1]), []
-    for part in (slice(0, 5), slice(5, 6), slice(6, x.shape[1])):
-        y, state = tuple(mixer(jnp.asarray(x[:, part], jnp.float32), Context(), state))[:2]
+    for part in (slice(0, 5), slice(5, 6), slice(6, 7), slice(7, 12)):
+        y, state = oracle.extend(mixer, x[:, part], Context(), state)
         found.append(y)
     close(jnp.concatenate(found, axis=1), oracle.run(mixer, x), tolerances.FLOAT32)
 
@@ -64,6 +65,22 @@ def test_is_its_definition(fields):
     q, k, v = (oracle.heads(x, f, 2) for f in (mixer.query, mixer.key, mixer.value))
     sensory = oracle.project(oracle.attend(oracle.turn(q), oracle.turn(k), v, oracle.causal(x.shape[1])), mixer.out)
     close(oracle.run(mixer, x), np.concatenate([sensory, relational(mixer, x)], axis=-1), tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize('fields', [{'num_symbols': 5}, RELATIVE], ids=['symbolic', 'relative'])
+def test_a_retriever_is_shared(fields):
+    first, own = (oracle.build('dual', **fields) for _ in range(2))
+    reader, x = oracle.build('dual', retriever='shared', symbols=fields.get('symbols', 'symbolic')), oracle.inputs()
+    first.symbols.library[...] = 2 * first.symbols.library[...]
+    published = jax.jit(lambda mixer, x: mixer(x, Context()).shared)(first, x)
+    for name in ('query', 'key', 'value', 'out', 'relation_query', 'relation_key', 'sender', 'attend_query', 'attend_key',
+                 'read', 'relation_out'):  # fmt: skip
+        setattr(own, name, getattr(reader, name))
+    own.symbols = first.symbols
+    close(oracle.run(reader, x, shared=published), oracle.run(own, x), tolerances.FLOAT32)
+    other = oracle.build('dual', retriever='shared', symbols='positional')
+    with pytest.raises(ValueError, match="symbols 'positional': the shared retriever has"):
+        oracle.run(other, x, shared=published)
 
 
 def test_without_relational_heads_it_is_multi_head_attention():

@@ -11,13 +11,14 @@ from attnx import catalog
 from attnx.nn.recurrence import document_positions
 from attnx.spec import Context, Dims
 from tests import tolerances
+from tests.attnx.mechanisms import oracle
 from tests.laws import close
 
 
 def build(name, width=16, num_layers=4, causal=True, **options):
     spec = attnx.get(name)
     dims = Dims(width=width, causal=causal, num_layers=num_layers)
-    return spec.build(spec.config(**options), dims, rngs=nnx.Rngs(0))
+    return jax.jit(lambda: spec.build(spec.config(**options), dims, rngs=nnx.Rngs(0)))()
 
 
 def inputs(width=16, batch=2, length=12, seed=0):
@@ -86,7 +87,7 @@ def test_retnet_is_its_parallel_form():
     scores = np.einsum('btnh,bsnh->bnts', q, k.conj()).real * decay / np.sqrt(8)
     out = np.einsum('bnts,bsnv->btnv', scores, v)
     expected = (merge(rms(out)) * silu(x @ kernel(mixer.gate))) @ kernel(mixer.out)
-    close(mixer(x, Context()).y, expected, tolerances.FLOAT32)
+    close(oracle.run(mixer, x), expected, tolerances.FLOAT32)
     # The released row scalings vanish in the norm, but for its epsilon.
     scores = scores / np.sqrt(decay.sum(-1, keepdims=True))
     scores = scores / np.clip(np.abs(scores).sum(-1, keepdims=True), 1, 5e4)
@@ -102,13 +103,13 @@ def test_retnet_is_gla_of_constant_decay_without_positions():
     gla.decay_up.kernel[...] = jnp.zeros_like(gla.decay_up.kernel[...])
     gla.decay_up.bias[...] = jnp.asarray(np.log(gamma / (1 - gamma)), jnp.float32)
     still = Context(positions=jnp.zeros((2, 12), jnp.int32))
-    close(mixer(x, still).y, gla(x, Context()).y, tolerances.FLOAT32)
+    close(mixer(x, still).y, oracle.run(gla, x), tolerances.FLOAT32)
 
 
 def test_retnet_sees_only_differences_of_positions():
     mixer, x = build('retnet', num_heads=2), inputs()
     steps = jnp.broadcast_to(jnp.arange(12), (2, 12))
-    close(mixer(x, Context(positions=steps + 100)).y, mixer(x, Context()).y, tolerances.FLOAT32)
+    close(oracle.run(mixer, x, positions=steps + 100), oracle.run(mixer, x), tolerances.FLOAT32)
 
 
 # Lightning
@@ -133,11 +134,11 @@ def test_lightning_is_its_recurrence(decay):
     log = {'release': -np.array([2.0**-4, 2.0**-8]) * (1 - 2 / 3 + 1e-5), 'paper': -np.array([0, 4]) * 0.5, 'none': 0}
     out = recurrence(silu(q), silu(k), v, np.exp(log[decay]))
     expected = (rms(merge(out)) * (x @ kernel(mixer.gate))) @ kernel(mixer.out)
-    close(mixer(x, Context(layer=2)).y, expected, tolerances.FLOAT32)
+    close(oracle.run(mixer, x, layer=2), expected, tolerances.FLOAT32)
 
 
 def test_lightning_lrpe_weighs_channels_by_cosines_of_the_distance():
-    mixer, x, n = build('lightning', num_heads=2, lrpe=True, decay='none'), inputs(), 2
+    mixer, x, n = build('lightning', num_heads=2, lrpe='unitary', decay='none'), inputs(), 2
     q, k, v = (heads(f, x, n) for f in (mixer.query, mixer.key, mixer.value))
     theta = (10_000 ** (-2 * np.arange(16) / 16)).reshape(2, 8)
     steps = np.arange(12)
@@ -145,7 +146,23 @@ def test_lightning_lrpe_weighs_channels_by_cosines_of_the_distance():
     scores = np.einsum('btnh,bsnh,tsnh->bnts', silu(q), silu(k), cosines) * np.tri(12)
     out = np.einsum('bnts,bsnv->btnv', scores, v)
     expected = (rms(merge(out)) * (x @ kernel(mixer.gate))) @ kernel(mixer.out)
-    close(mixer(x, Context()).y, expected, tolerances.FLOAT32)
+    close(oracle.run(mixer, x), expected, tolerances.FLOAT32)
+
+
+@pytest.mark.parametrize('lrpe', ['orthogonal', 'permutation'])
+def test_lightning_lrpe_keeps_products_and_their_differences(lrpe):
+    """Scores are those without positions at equal ones, depend on differences, and decoding counts on."""
+    mixer, x = build('lightning', num_heads=2, lrpe=lrpe, decay='none'), inputs()
+    q, k = (jnp.asarray(inputs(batch=1, length=1, seed=seed)).reshape(1, 1, 2, 8) for seed in (1, 2))
+    at = lambda q, k, i, j: np.sum(mixer.place(q, jnp.array([[i]])) * mixer.place(k, jnp.array([[j]])), axis=-1)
+    close(at(q, k, 7, 7), np.sum(q * k, axis=-1), tolerances.FLOAT32)
+    close(at(q, k, 9, 4), at(q, k, 6, 1), tolerances.FLOAT32)
+    assert np.abs(at(q, k, 9, 4) - at(q, k, 4, 4)).max() > 0.1
+    whole, state, found = oracle.run(mixer, x), mixer.init_state(2, 12, jnp.float32), []
+    for part in (x[:, :6], x[:, 6:]):
+        y, state = oracle.extend(mixer, part, Context(), state)
+        found.append(y)
+    close(np.concatenate(found, axis=1), whole, tolerances.FLOAT32)
 
 
 def test_lightning_refuses_unknown_options():
@@ -154,6 +171,8 @@ def test_lightning_refuses_unknown_options():
         config(decay='papr')
     with pytest.raises(ValueError, match='gate_activation'):
         config(gate_activation='relu6')
+    with pytest.raises(ValueError, match=r'seed=1: lrpe .unitary. draws nothing'):
+        config(lrpe='unitary', seed=1)
 
 
 # Mamba-2
@@ -170,7 +189,7 @@ def test_mamba2_is_its_step_recurrence():
     y = recurrence(c, b, step[..., None] * value, decay) + value  # D = 1
     y = merge(y) * silu(x @ kernel(mixer.gate))
     expected = rms(y.reshape(2, 12, 2, -1)).reshape(2, 12, -1) @ kernel(mixer.out)
-    close(mixer(x, Context()).y, expected, tolerances.FLOAT32)
+    close(oracle.run(mixer, x), expected, tolerances.FLOAT32)
 
 
 def test_mamba2_initial_values():
@@ -231,19 +250,19 @@ def test_linear_transformer_is_its_quadratic_form(name, causal):
     weights = weights * np.tri(12) if causal else weights
     out = np.einsum('bnts,bsnv->btnv', weights, v)
     out = out / (np.moveaxis(weights.sum(-1), 1, 2)[..., None] + 1e-6) if normalize else rms(out)
-    close(mixer(x, Context()).y, merge(out) @ kernel(mixer.out), tolerances.FLOAT32)
+    close(oracle.run(mixer, x), merge(out) @ kernel(mixer.out), tolerances.FLOAT32)
     ids = np.asarray([[1] * 12, [7] * 12], np.int32)  # one document, by the path for several
-    close(mixer(x, Context(segment_ids=ids)).y, mixer(x, Context()).y, tolerances.FLOAT32)
+    close(oracle.run(mixer, x, segment_ids=ids), oracle.run(mixer, x), tolerances.FLOAT32)
 
 
 def test_bidirectional_documents_do_not_see_each_other():
     mixer, x = build('linear_transformer', num_heads=2, causal=False), inputs()
     ids = np.asarray([[1] * 4 + [2] * 5 + [0] * 3, [3] * 12], np.int32)
-    y = mixer(x, Context(segment_ids=ids)).y
+    y = oracle.run(mixer, x, segment_ids=ids)
     for row, part in ((0, slice(0, 4)), (0, slice(4, 9)), (1, slice(0, 12))):
         alone = mixer(x[row : row + 1, part], Context()).y
         close(y[row, part], alone[0], tolerances.FLOAT32)
-    dx = jax.grad(lambda x: jnp.sum(mixer(x, Context(segment_ids=ids)).y[0, 4:9]))(jnp.asarray(x))
+    dx = jax.jit(jax.grad(lambda x: jnp.sum(oracle.run(mixer, x, segment_ids=ids)[0, 4:9])))(x)
     assert np.abs(dx[0, :4]).max() == np.abs(dx[0, 9:]).max() == np.abs(dx[1]).max() == 0
     with pytest.raises(ValueError, match='takes no state'):
         mixer(x, Context(), state=object())
@@ -254,14 +273,14 @@ def test_linear_transformer_weights_sum_to_one():
     constant = np.concatenate([x[..., :15], np.ones_like(x[..., :1])], axis=-1)
     mixer.value.kernel[...] = jnp.zeros((16, 16)).at[15].set(1.0)
     mixer.out.kernel[...] = jnp.eye(16)
-    close(mixer(constant, Context()).y, np.ones_like(x), tolerances.FLOAT32)
+    close(oracle.run(mixer, constant), np.ones_like(x), tolerances.FLOAT32)
 
 
 def test_hedgehog_of_zero_maps_is_the_running_mean():
     mixer, x = build('linear_transformer', num_heads=2, feature_map='hedgehog'), inputs()
     mixer.key_map.weight[...] = jnp.zeros_like(mixer.key_map.weight[...])
     mean = np.cumsum(x @ kernel(mixer.value), axis=1) / np.arange(1, 13)[:, None]
-    close(mixer(x, Context()).y, mean @ kernel(mixer.out), tolerances.FLOAT32)
+    close(oracle.run(mixer, x), mean @ kernel(mixer.out), tolerances.FLOAT32)
 
 
 def test_linear_transformer_refuses_what_has_no_effect_or_no_meaning():

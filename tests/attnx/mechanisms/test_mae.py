@@ -1,7 +1,5 @@
 """Mixture of attentive experts: identities of the mixture, and which parameters each phase trains."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,15 +53,15 @@ def test_gate_reads_the_mean(causal):
 def test_phases_train_gate_and_experts_in_turn():
     mixer, x = build(), oracle.inputs()
 
-    @functools.partial(jax.jit, static_argnums=1)
+    @jax.jit
     def run(mixer, step):
-        ctx = Context(key=jax.random.key(0), step=None if step is None else jnp.int32(step))
+        ctx = Context(key=jax.random.key(0), step=step)
         loss = lambda m, x: jnp.sum(jnp.sin(m(x, ctx).y))
         return mixer(jnp.asarray(x), ctx).y, *jax.grad(loss, argnums=(0, 1))(mixer, jnp.asarray(x))
 
     mixture = oracle.run(mixer, x)
     for step in (0, 1, 2, 3):
-        y, grads, dx = run(mixer, step)
+        y, grads, dx = run(mixer, jnp.int32(step))
         size = {name: np.abs(np.asarray(g)).max() for name, g in to_flat(grads).items()}
         gate = {name for name in size if 'gate' in name}
         idle, busy = (set(size) - gate, gate) if step % 3 == 0 else (gate, set(size) - gate)
@@ -72,6 +70,6 @@ def test_phases_train_gate_and_experts_in_turn():
         if step % 3 == 0:
             close(y, mixture, tolerances.FLOAT32)
     tilt(mixer, [0, 0, 60, 0])  # the expert that is drawn now
-    close(run(mixer, 1)[0], attention(mixer, x, without=2), tolerances.FLOAT32)
+    close(run(mixer, jnp.int32(1))[0], attention(mixer, x, without=2), tolerances.FLOAT32)
     with pytest.raises(ValueError, match='mae draws an expert'):
         oracle.run(mixer, x, step=jnp.int32(1))

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from attnx.mechanisms.encoder import steerable
-from attnx.spec import Context
 from tests.attnx.mechanisms import oracle
 from tests.laws import close
 
@@ -43,7 +42,7 @@ def test_equivariance(group, fields):
     mixer = oracle.build('steerable', width=steerable_width[group], causal=False, **options)
     x, r = oracle.inputs(width=steerable_width[group], length=7), turn(group)
     points = np.random.default_rng(1).standard_normal((2, 7, 3))
-    run = lambda x, points: mixer(x, Context(inputs={'coordinates': jnp.asarray(points, jnp.float32)})).y
+    run = lambda x, points: oracle.run(mixer, x, inputs={'coordinates': points.astype(np.float32)})
     y = run(jnp.asarray(x), points)
     moved = run(act(mixer, x, r, group), points @ r.T + np.array([0.3, -2.0, 0.0 if group == 'se2' else 1.0]))
     close(moved, act(mixer, y, r, group), 1e-4)

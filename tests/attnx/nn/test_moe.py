@@ -35,7 +35,10 @@ def x():
 
 def loop(module, x, kept=None):
     """Every expert on every token, then the weighted choices."""
-    routes = moe.route(x @ module.router[...], module.config.top_k)
+    return served(module, x, moe.route(x @ module.router[...], module.config.top_k), kept)
+
+
+def served(module, x, routes, kept=None):
     outs = []
     for e in range(module.config.experts):
         up = x @ module.up[...][e]
@@ -179,6 +182,40 @@ def test_experts_that_count_once_are_parts_of_one_mlp(x):
     assert np.abs(np.asarray(grads.router[...])).max() > 0
 
 
+def test_experts_take_the_likeliest_tokens(x):
+    module, ids = made(config(capacity=0.5, order='probability')), np.ones((B, T), np.int32)  # 4 of a row's tokens
+    ids[:, -3:] = 0
+    y, _ = jax.jit(lambda m, x: m(x, segment_ids=jnp.asarray(ids)))(module, x)
+    routes = moe.route(jnp.asarray(x) @ module.router[...], 2)
+    experts, p, kept = np.asarray(routes.experts), np.asarray(routes.probabilities), np.zeros((B, T, 2), bool)
+    for b, e in np.ndindex(B, 4):
+        who = [t for t in range(T - 3) if e in experts[b, t]]
+        for t in sorted(who, key=lambda t: -p[b, t, e])[:4]:
+            kept[b, t, list(experts[b, t]).index(e)] = True
+    assert 0 < kept.sum() < 2 * B * (T - 3)
+    close(y, loop(module, x, kept), tolerances.FLOAT32)
+
+
+def test_a_row_goes_to_its_experts(x):
+    module = mlp.build(config(router='row'), dataclasses.replace(DIMS, max_length=12), rngs=nnx.Rngs(0))
+    logits = np.einsum('btm,tme->be', x[:, :12], module.router[...])
+    routes = moe.route(jnp.broadcast_to(logits[:, None], (B, T, 4)), 2)
+    y, short = (jax.jit(lambda m, x: m(x)[0])(module, a) for a in (x, x[:, :12]))
+    close(y, served(module, x, routes), tolerances.FLOAT32)
+    close(short, y[:, :12], tolerances.FLOAT32)
+
+
+def test_experts_that_look_ahead_are_of_encoders():
+    fields = {'width': 16, 'num_layers': 2, 'pattern': ('mha',), 'vocab_size': 8}
+    ahead = mlp.Config(kind='moe', router='row')
+    with pytest.raises(ValueError, match='the experts of layer 0 look ahead'):
+        models.ModelConfig(**fields, mlp=ahead).layers()
+    encoder = models.ModelConfig(**fields, mlp=ahead, kind='encoder', num_classes=2)
+    encoder.check_packing(1)
+    with pytest.raises(ValueError, match='keeps 1 documents of a packed row apart'):
+        encoder.check_packing(2)
+
+
 def test_each_task_has_its_router(x):
     given = config(tasks=3, gates='plain', task_weight=0.1)
     module, one = made(given), made(config(gates='plain'))
@@ -215,6 +252,9 @@ def test_a_model_asks_for_the_task():
         ({'gates': 'norm'}, "unknown mlp gates 'norm'"),
         ({'gates': 'plain', 'top_k': 1}, 'plain as they are'),
         ({'task_weight': 0.1}, 'mlp tasks 1 must be'),
+        ({'order': 'probability'}, 'where they have a capacity'),
+        ({'order': 'position'}, "unknown mlp order 'position'; valid: place, probability"),
+        ({'router': 'row', 'tasks': 2}, 'the row is one choice'),
     ],
 )
 def test_gates_and_tasks_that_are_refused(change, message):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnx.ops import positions
-from attnx.ops.positions import Scaling, axial_rope, lrpe, mixed_rope, rope, rope_frequencies, rotate
+from attnx.ops.positions import Scaling, axial_rope, lrpe, mixed_rope, permute, reflect, rope, rope_frequencies, rotate
 from tests import tolerances
 from tests.attnx.ops.recurrences import assert_close
 
@@ -181,6 +181,27 @@ def test_lrpe_is_a_sum_of_cosines():
     assert_close(found, expected, tolerances.FLOAT64)
 
 
+def test_permute_is_the_power_of_a_permutation():
+    rng = np.random.default_rng(0)
+    rows = np.stack([rng.permutation(9), np.roll(np.arange(9), 3)])
+    x, at = normal(1, 6, 2, 9), np.array([0, 1, 2, 3, 50, 470])
+    found = permute(x, at, rows)
+    for t, p in enumerate(at):
+        for n, row in enumerate(rows):
+            power = np.arange(9)
+            for _ in range(p):
+                power = row[power]
+            assert np.array_equal(found[0, t, n], x[0, t, n][power])
+
+
+def test_reflect_is_its_own_inverse():
+    x, normals = normal(2, 5, 3, 8), normal(3, 8, seed=1)
+    found = reflect(x, normals)
+    assert_close(reflect(found, normals), x, tolerances.FLOAT64)
+    assert_close(reflect(normals[None, None], normals), -normals[None, None], tolerances.FLOAT64)
+    assert_close((found * found).sum(-1), (x * x).sum(-1), tolerances.FLOAT64)
+
+
 def test_positions_per_row_and_vmap():
     x, at = normal(2, 5, 3, 8), jnp.asarray([[0, 1, 2, 3, 4], [2, 3, 4, 5, 6]])
     found = rope(x, at)
@@ -206,6 +227,8 @@ def test_bad_input():
         (lambda: axial_rope(x, jnp.zeros((5, 2)), sections=(1, 2)), r'sections \(1, 2\), expected 2 counts .* 4 pairs'),
         (lambda: mixed_rope(x, jnp.zeros((5, 2)), jnp.zeros((2, 4, 4))), r'frequencies has shape \(2, 4, 4\)'),
         (lambda: lrpe(x, at, jnp.zeros((8,))), r'expected \[N, H\] = \(3, 8\)'),
+        (lambda: reflect(x, jnp.zeros((8,))), r'normals has shape \(8,\), expected \[N, H\] = \(3, 8\)'),
+        (lambda: permute(x, at, np.zeros((3, 8), int)), 'rows that hold every channel once'),
         (lambda: rotate(x, jnp.zeros((2, 5, 5))), 'H at least 10'),
         (lambda: positions.sinusoidal(at, 5), 'rotary_dim is 5, expected a positive even number'),
     ]
