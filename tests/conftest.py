@@ -1,5 +1,6 @@
 """Eight simulated CPU devices, cheap compiles, a persistent compilation cache. Set before jax starts."""
 
+import gc
 import os
 import pathlib
 import re
@@ -18,11 +19,32 @@ jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_CACHE', str(
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 
+MOST_MAPS = 20_000  # Linux gives a process 65,530
+
+
+def forget_if_many():
+    """Lets go of what was compiled if it takes many memory maps, of which a process has a limited number."""
+    maps = pathlib.Path('/proc/self/maps')
+    if not maps.exists() or maps.read_bytes().count(b'\n') > MOST_MAPS:
+        jax.clear_caches()
+
+
+@pytest.fixture(scope='session')
+def let_go():
+    return forget_if_many
+
+
 @pytest.fixture(scope='module', autouse=True)
 def forget():
-    """Lets go of what a file compiled: programs take memory maps, of which a process has a limited number."""
     yield
-    jax.clear_caches()
+    forget_if_many()
+
+
+def pytest_collection_finish():
+    """Libraries and tests stay: the collector, a tenth of the suite's time otherwise, looks at what comes after only."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 @pytest.hookimpl(optionalhook=True)
