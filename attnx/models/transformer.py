@@ -218,6 +218,9 @@ class Transformer(nnx.Module):
         ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
         if state is not None and positions is None and self.positions != 'none':
             raise ValueError(f'positions={self.positions!r} with a state: give positions [B, T]')
+        if tokens.ndim != (2 if self.project is None else 3):
+            wanted = 'tokens must be integers [B, T]' if self.project is None else 'inputs must be [B, T, input_dim]'
+            raise ValueError(f'{wanted}, were given {tokens.dtype}{list(tokens.shape)}')
         x = self.embed(tokens, positions_of(ctx, tokens.shape[1]), key)
         x, state, more = self.body(x, ctx, state, last)
         x, segment_ids = (x[:, -1:], None) if last else (x, segment_ids)

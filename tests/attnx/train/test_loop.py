@@ -400,7 +400,7 @@ def test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of 2'),
+        ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of steps 2'),
         ({'data.batch_size': 12}, 'data.batch_size 12 must be a multiple of 8'),
         ({'sharding': 'fdsp'}, "unknown sharding preset 'fdsp'; did you mean 'fsdp'"),
         ({'compiler': {'xla_gpu_enable_hiding': True}}, r"config.compiler: .*No such compile option: 'xla_gpu_enable_hiding'"),
@@ -464,6 +464,8 @@ def test_a_resolved_config_runs_again_from_json_alone(config, tmp_path):
     made = config(**change)
     text = config_lib.to_json(made)
     assert config_lib.from_json(loop.Config, text) == made
+    sparse = config(**{'model.mlp_overrides': {1: {'kind': 'moe', 'experts': 4}}})
+    assert config_lib.from_json(loop.Config, config_lib.to_json(sparse)) == sparse
     loop.run(made)
     written = pathlib.Path(made.run_dir, 'config.json').read_text()
     again = config_lib.from_json(loop.Config, written.replace(made.run_dir, str(tmp_path / 'again')))
@@ -516,7 +518,7 @@ BAD = {
     'type': ("--config.model.overrides={'a': 3}", 'overrides'),
     'number': ('--config.steps=0', 'steps 0 must be >= 1'),
     'choice': ('--config.optim.kind=adam', "unknown kind 'adam'; did you mean 'adamw'? valid: adamw, lion, muon"),
-    'schedule': ('--config.optim.decay=1000', 'exceed the run of 400'),
+    'schedule': ('--config.optim.decay=1000', 'exceed the run of steps 400'),
     'preset': ('--config.sharding=fsdpp', "unknown sharding preset 'fsdpp'; did you mean 'fsdp'?"),
     'method': ('--config.context=rings', "unknown context method 'rings'; did you mean 'ring'?"),
     'mirror': ('--config.log.wandb=True', 'log.wandb is True, but wandb is not installed: pip install wandb'),
