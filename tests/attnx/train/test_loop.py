@@ -19,7 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import attnx
 from attnx import config as config_lib
+from attnx.nn import to_flat
 from attnx.train import checkpoint, data, health, loop, metrics, report
 from pallas_kernels.softmax_attention import tiles, tune
 
@@ -112,11 +114,23 @@ def test_a_run_leaves_everything_and_the_second_command_says_so(config, whole, t
     assert result.status == 'already complete'
     assert 'is complete: 6 of 6 steps' in result.message
     assert '--config.steps=12' in result.message
+    other = loop.run(config(run_dir=str(whole), **{'sample.tokens': 8, 'sample.prompt': 'class '}))
+    assert other.status == 'already complete' and other.sample.startswith('class ')  # another prompt is no other run
     longer = loop.run(config(run_dir=str(whole), steps=8, **{'sample.tokens': 8, 'sample.prompt': 'def '}))
     assert (longer.status, longer.step) == ('complete', 8)
     assert longer.sample.startswith('def ')
     assert (whole / 'sample.txt').read_text() == longer.sample
     assert [e['step'] for e in metrics.read(whole) if e['split'] == 'train'] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_trained_model_is_loaded(whole):
+    found = attnx.load(whole)
+    assert found.step == 6 and found.config.model.vocab_size == 257
+    for name, value in to_flat(found.model).items():
+        np.testing.assert_array_equal(value, state_of(whole, 6)['params'][name])
+    for wrong, message in (((whole, 5), 'has no checkpoint 5; there is: '), (('nowhere',), 'nowhere/config.json')):
+        with pytest.raises(ValueError, match=message):
+            attnx.load(*wrong)
 
 
 @pytest.mark.parametrize('how', ['signal', 'crash'])
