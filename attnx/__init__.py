@@ -4,6 +4,7 @@ Public names load on first use, so that `import attnx` costs next to nothing:
   attnx.get('gla')                 a mechanism: its module, config, paper and limits
   attnx.list(family=…, has=…)      the catalogue, filtered
   attnx.explain(...)               which implementation runs, and why others do not
+  attnx.load('runs/base')          a trained model, its config and step
   attnx.ops                        the pure functions: arrays in, arrays out
   attnx.Context, Dims, Output      what a mechanism is called with, and what it returns
 """
@@ -23,6 +24,7 @@ _PUBLIC = {
     'ModelConfig': 'attnx.models.ModelConfig',
     'build_model': 'attnx.models.build',
     'generate': 'attnx.models.generate',
+    'load': 'attnx.train.load.load',
 }
 _MODULES = (
     'ablate', 'catalog', 'config', 'dispatch', 'mechanisms', 'models', 'nn', 'ops', 'sharding', 'spec', 'tasks', 'train',

@@ -114,14 +114,16 @@ def from_json(cls: type, text: str) -> Any:
         raise ValueError(f'expected a JSON object of settings, got {text[:40]!r}')
     nested: dict = {}
     for name, value in flat.items():
-        *folders, last = name.split('.')
+        # JSON has strings for keys only, where those of overrides are layers, and lists where configs have tuples.
+        parts = name.split('.')
+        layer = [before in ('overrides', 'mlp_overrides') and part.isdecimal() for before, part in zip(['', *parts], parts)]
+        *folders, last = (int(part) if is_layer else part for part, is_layer in zip(parts, layer))
         inner = nested
         for folder in folders:
             inner = inner.setdefault(folder, {})
             if not isinstance(inner, dict):
                 raise ValueError(f'{name}: {folder!r} is a value and can not hold settings')
-        # JSON has strings for keys only, where those of overrides are layers, and lists where configs have tuples.
-        inner[int(last) if folders[-1:] == ['overrides'] and last.isdecimal() else last] = _tuples(value)
+        inner[last] = _tuples(value)
     return build(cls, nested)
 
 

@@ -251,6 +251,8 @@ def param_shardings(
                     f'parameter {name}: dimension {dim} ({names[dim]}) of size {size} is not divisible by the '
                     f'{parts(mesh.shape, entry)} parts that preset {preset!r} cuts it into on mesh {shown(mesh.shape)}; '
                     f'the nearest mesh that works: {shown(smaller)}'
+                    # Ids that no token has cost little: a table may be taller than the vocabulary.
+                    + (f'; or model.vocab_size {size + -size % parts(mesh.shape, entry)}' if names[dim] == 'vocab' else '')
                 )
         found[name] = NamedSharding(mesh, spec)
     return found

@@ -63,16 +63,16 @@ class Mask:
     params: tuple[Hashable, ...] = ()
 
     def __and__(self, other):
-        return Mask(_and, (self, as_mask(other)))
+        return self if other is None else Mask(_and, (self, as_mask(other)))
 
     def __rand__(self, other):
-        return Mask(_and, (as_mask(other), self))
+        return self if other is None else Mask(_and, (as_mask(other), self))
 
     def __or__(self, other):
-        return Mask(_or, (self, as_mask(other)))
+        return Mask(_or, (self, _given(other)))
 
     def __ror__(self, other):
-        return Mask(_or, (as_mask(other), self))
+        return Mask(_or, (_given(other), self))
 
     def __invert__(self):
         return Mask(_not, (self,))
@@ -94,10 +94,10 @@ class Score:
     parts: tuple[Term, ...] = ()
 
     def __rshift__(self, other):
-        return Score(self.parts + as_score(other).parts)
+        return self if other is None else Score(self.parts + as_score(other).parts)
 
     def __rrshift__(self, other):
-        return Score(as_score(other).parts + self.parts)
+        return self if other is None else Score(as_score(other).parts + self.parts)
 
 
 jax.tree_util.register_dataclass(Operand, data_fields=['array'], meta_fields=['index'])
@@ -127,6 +127,12 @@ def as_mask(x) -> Mask | None:
     if callable(x):
         return Mask(x)
     raise ValueError(f'a mask is None, a Mask or a function of an Index, given {_what(x)}; for an array: masks.array')
+
+
+def _given(x) -> Mask | None:
+    if x is None:
+        raise ValueError('mask | None: None stands for all pairs, and so would the whole; leave it out')
+    return as_mask(x)
 
 
 def as_score(x) -> Score | None:

@@ -191,6 +191,8 @@ class ModelConfig(StackConfig):
                 )
 
     def _expand(self, stack: StackConfig, path: str) -> tuple[Layer, ...]:
+        if isinstance(stack.pattern, str):
+            raise ValueError(f"{path}.pattern = {stack.pattern!r}: expected a tuple of names, such as ('gla', 'gqa')")
         if not stack.pattern:
             raise ValueError(f'{path}.pattern is empty; give at least one name of model.mixers or of a mechanism')
         names = [stack.pattern[i % len(stack.pattern)] for i in range(stack.num_layers)]

@@ -92,7 +92,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     min_p: float = 0.0,
-    stop: Sequence[int] = (),
+    stop: Sequence[int] | int = (),
     pad: int = 0,
     key: jax.Array | None = None,
     source: jax.Array | None = None,
@@ -118,7 +118,10 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, an option out of range, a layer that can't decode.
     """
-    rows = [np.asarray(p, np.int32).reshape(-1) for p in prompts]
+    rows = [np.asarray(p) for p in prompts]
+    if wrong := [p for p in rows if p.ndim != 1 or (p.size and not np.issubdtype(p.dtype, np.integer))]:
+        raise ValueError(f'prompts: a sequence of token ids for each row, such as [[1, 2], [3]]; one row is {wrong[0]!r:.60}')
+    stop = (stop,) if isinstance(stop, int) else stop
     if not rows or any(p.size == 0 for p in rows):
         raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
     if model.kind in ('encoder', 'pointer') or model.classify or model.embedding is None:

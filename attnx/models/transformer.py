@@ -224,6 +224,9 @@ class Transformer(nnx.Module):
         ctx = self.context(tokens, positions, segment_ids, memory, source_mask, key, step, inputs)
         if state is not None and positions is None and (self.fixed or self.positions != 'none'):
             raise ValueError(f'positions={self.positions!r}, fixed={self.fixed!r} with a state: give positions [B, T]')
+        if tokens.ndim != (2 if self.project is None else 3):
+            wanted = 'tokens must be integers [B, T]' if self.project is None else 'inputs must be [B, T, input_dim]'
+            raise ValueError(f'{wanted}, were given {tokens.dtype}{list(tokens.shape)}')
         x, state, more = self.body(*self.enter(tokens, ctx), state, last)
         x = x[::2] if self.fixed else x
         x, segment_ids = (x[:, -1:], None) if last else (x, segment_ids)

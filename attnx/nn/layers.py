@@ -31,6 +31,8 @@ class Linear(nnx.Module):
         self.dtype = dims.dtype
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        if x.shape[-1:] != self.kernel.shape[:1]:
+            raise ValueError(f'expected [..., {self.kernel.shape[0]}], as wide as the layer was built, given {list(x.shape)}')
         y = x.astype(self.dtype) @ self.kernel[...].astype(self.dtype)
         return kept(y if self.bias is None else y + self.bias[...].astype(self.dtype))
 

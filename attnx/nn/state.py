@@ -9,6 +9,7 @@ from typing import Any, dataclass_transform
 
 import jax
 import jax.numpy as jnp
+from jax import core
 
 from attnx.spec import Context
 
@@ -33,6 +34,8 @@ class Recurrent:
     def resume(self, ctx: Context, batch: int, length: int) -> tuple[Any, jax.Array]:
         """(memory to go on from: zero in rows that begin another document, segment ids [B, T])."""
         ids = ctx.segment_ids
+        if self.segment.shape[0] != batch:
+            raise ValueError(f'the state has {self.segment.shape[0]} rows, the input {batch}')
         if ids is None:  # the document of the last token goes on
             ids = jnp.broadcast_to(jnp.maximum(self.segment, 1)[:, None], (batch, length))
         same = self.segment == ids[:, 0]
@@ -128,8 +131,18 @@ class Cache:
         return jnp.broadcast_to(jnp.maximum(last, 1), (batch, length))
 
     def extend(self, ctx: Context, arrays: tuple[jax.Array, ...]) -> tuple['Cache', Keys]:
-        """Appends tokens [B, T, …]. Writing past the capacity of a cache that is no ring is the caller's error."""
-        length, capacity = arrays[0].shape[1], self.segment_ids.shape[1]
+        """Appends tokens [B, T, …].
+
+        Raises:
+          ValueError: there is no room, in a cache that is no ring. Under `jit`, where the number of tokens seen is not known,
+            only more tokens than fit in all are refused; further ones would overwrite the last.
+        """
+        length, (batch, capacity) = arrays[0].shape[1], self.segment_ids.shape
+        if arrays[0].shape[0] != batch:
+            raise ValueError(f'the state has {batch} rows, the input {arrays[0].shape[0]}')
+        seen = 0 if isinstance(self.index, core.Tracer) else int(self.index)
+        if not self.ring and seen + length > capacity:
+            raise ValueError(f'the state has room for {capacity} tokens, its capacity; {seen} were seen, {length} are given')
         ids = self.segments(ctx, length)
         new = tuple(a.astype(old.dtype) for a, old in zip(arrays, self.arrays))
         old = (*self.arrays, self.segment_ids)

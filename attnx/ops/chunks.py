@@ -33,6 +33,8 @@ matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
 
 def require_shape(op: str, name: str, array, letters: str, sizes: dict[str, int], *, floating: bool = True):
     """Raises ValueError unless `array` has one dimension per letter, equal to `sizes`, which learns the new letters."""
+    if not hasattr(array, 'dtype'):
+        raise ValueError(f'{op}: {name} must be an array, given {type(array).__name__}')
     shape, names = jnp.shape(array), letters.split()
     layout = f'[{", ".join(names)}]'
     if len(shape) != len(names):
@@ -56,14 +58,14 @@ def require_range(op: str, name: str, array, low: float, high: float, hint: str)
         raise ValueError(f'{op}: {name} holds {float(outside.flat[0]):.6g}, expected values in [{low}, {high:.6g}]: {hint}')
 
 
-def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, chunk) -> None:
+def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, scale, chunk) -> None:
     """The checks that gated_linear and delta_rule share; N value heads may share K query and key heads."""
     sizes = {}
     require_shape(op, 'value', value, 'B T N Hv', sizes)
     require_shape(op, 'query', query, 'B T K H', sizes)
     require_shape(op, 'key', key, 'B T K H', sizes)
-    if not sizes['T']:
-        raise ValueError(f'{op}: query has shape {jnp.shape(query)}, expected at least one token')
+    if 0 in sizes.values():
+        raise ValueError(f'{op}: a dimension is 0: query has shape {jnp.shape(query)}, value {jnp.shape(value)}')
     if sizes['N'] % sizes['K']:
         raise ValueError(f'{op}: query and key have {sizes["K"]} heads, expected a divisor of the {sizes["N"]} heads of value')
     if log_decay is not None:
@@ -76,6 +78,8 @@ def require_recurrence(op, query, key, value, log_decay, initial_state, segment_
         require_shape(op, 'initial_state', initial_state, 'B N H Hv', sizes)
     if segment_ids is not None:
         require_shape(op, 'segment_ids', segment_ids, 'B T', sizes, floating=False)
+    if scale is not None and (jnp.ndim(scale) or isinstance(scale, str)):
+        raise ValueError(f'{op}: scale must be one number, given {scale!r}')
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)):
         nearest = 2 ** max(0, round(float(np.log2(chunk)))) if isinstance(chunk, int) and chunk > 0 else 64
         raise ValueError(f'{op}: chunk is {chunk!r}, expected a power of two, such as {nearest}')

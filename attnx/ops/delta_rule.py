@@ -53,7 +53,7 @@ def delta_rule(
 
     Memory: O(T), forward and backward. Paper: 2406.06484, 2412.06464.
     """
-    chunks.require_recurrence('delta_rule', query, key, value, log_decay, initial_state, segment_ids, chunk)
+    chunks.require_recurrence('delta_rule', query, key, value, log_decay, initial_state, segment_ids, scale, chunk)
     sizes = dict(zip('BTN', value.shape))
     chunks.require_shape('delta_rule', 'beta', beta, 'B T N', sizes)
     chunks.require_range('delta_rule', 'beta', beta, 0, 2 + 1e-3, 'beyond it a unit key makes the state grow')

@@ -50,7 +50,7 @@ def gated_linear(
 
     Memory: O(T), forward and backward. Paper: 2006.16236, 2307.08621, 2312.06635, 2405.21060.
     """
-    chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, chunk)
+    chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, scale, chunk)
     forms = {'reference': reference, 'xla': xla}
     options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
     out, state = parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)

@@ -5,8 +5,11 @@
 Any function of an index is a mask too: `masks.causal() & (lambda i: i.k % 2 == 0)`. Below, q and k are positions. Where
 the numbers of queries T and keys S differ, they are aligned at the end (bottom right): query r stands at r + (S - T).
 Masks made of positions take `query_positions` [B, T] and `key_positions` [B, S] (int) instead, as decoding with a cache
-needs; a key position below 0 marks an empty slot, which nothing sees.
+needs; a key position below 0 marks an empty slot, which nothing sees. `~` is of the whole rule: it shows what was hidden,
+empty slots and padding too. `mask & None` is the mask, since None is all pairs.
 """
+
+import operator
 
 import jax.numpy as jnp
 import numpy as np
@@ -196,15 +199,21 @@ def _value(i, visible):
 
 
 def _count(mask, name, value, least=1) -> int:
-    if isinstance(value, bool) or not hasattr(value, '__index__') or value < least:
-        raise ValueError(f'masks.{mask}: {name} must be an int of at least {least}, given {value!r}')
-    return int(value)
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:  # what is traced included: the program depends on it
+        count = -1
+    if count < least:
+        raise ValueError(f'masks.{mask}: {name} must be a Python int of at least {least}, given {value!r}')
+    return count
 
 
 def _integers(mask, name, x, letters):
     shape = ', '.join({'b': 'B', 'q': 'T', 'k': 'S'}[c] for c in letters)
     if x is None:
         raise ValueError(f'masks.{mask}: needs {name}, int [{shape}]; given None')
+    if isinstance(x, Index):
+        raise ValueError(f'masks.{mask} makes a mask and is none: call it, masks.{mask}(…)')
     x = jnp.asarray(x)
     if x.ndim != len(letters) or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f'masks.{mask}: {name} must be int [{shape}], given {x.dtype}{x.shape}')

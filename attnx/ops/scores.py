@@ -3,7 +3,8 @@
     scores.alibi(slopes) >> scores.softcap(30.)
 
 Any function of a logit and an index is a score too: `lambda s, i: s - 0.1 * abs(i.q - i.k)`. Floating operand arrays
-get gradients in every implementation. Relative positions are k - q, sequences of different lengths aligned at the end.
+get gradients in every implementation. `score >> None` is the score. Relative positions are k - q, sequences of different
+lengths aligned at the end.
 """
 
 import math
@@ -132,7 +133,7 @@ def relative(strip) -> Score:
 
 def softcap(cap: float) -> Score:
     """cap · tanh(s / cap): bounded logits (Gemma 2, arXiv:2408.00118)."""
-    if not isinstance(cap, int | float) or not 0 < cap < math.inf:
+    if not isinstance(cap, int | float | np.number) or not 0 < cap < math.inf:
         raise ValueError(f'scores.softcap: cap must be a positive number, given {cap!r}')
     return Score((Term(_softcap, (), (float(cap),)),))
 

@@ -36,9 +36,8 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=No
     sizes = {}
     chunks.require_shape('short_conv', 'x', x, 'B T D', sizes)
     chunks.require_shape('short_conv', 'kernel', kernel, 'W D', sizes)
-    if not sizes['W'] or not sizes['T']:
-        empty = f'x has shape {jnp.shape(x)} and kernel {jnp.shape(kernel)}'
-        raise ValueError(f'short_conv: {empty}, expected at least one token and one tap')
+    if 0 in sizes.values():
+        raise ValueError(f'short_conv: a dimension is 0: x has shape {jnp.shape(x)}, kernel {jnp.shape(kernel)}')
     if initial_state is not None:
         sizes['W-1'] = sizes['W'] - 1
         chunks.require_shape('short_conv', 'initial_state', initial_state, 'B W-1 D', sizes)

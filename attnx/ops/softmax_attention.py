@@ -50,7 +50,7 @@ def softmax_attention(
     """Softmax attention (arXiv:1706.03762) with grouped heads (arXiv:2305.13245): head n reads key head n // (N / K).
 
     Args:
-      query: [B, T, N, H], of a floating dtype; logits, softmax and sums are float32 at least.
+      query: [B, T, N, H], of a floating dtype of 16 bits or more; logits, softmax and sums are float32 at least.
       key: [B, S, K, H], K divides N.
       value: [B, S, K, Hv].
       mask: what `attnx.ops.masks` builds, or a function of an Index; None: all pairs.
@@ -126,6 +126,9 @@ def xla(
 
 def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dict:
     """The options in one form (mask a Mask, bias at the head of the score, scale a float), or a ValueError."""
+    for name, x in {'query': query, 'key': key, 'value': value, 'sinks': sinks}.items():
+        if x is not None and not hasattr(x, 'dtype'):
+            raise ValueError(f'softmax_attention: {name} must be an array, given {type(x).__name__}')
     q, k, v = jnp.shape(query), jnp.shape(key), jnp.shape(value)
     given = f'given query {q}, key {k}, value {v}'
     if not len(q) == len(k) == len(v) == 4:
@@ -144,9 +147,10 @@ def _checked(query, key, value, mask, score, bias, scale, sinks, dropout) -> dic
     if 0 in (*q, *k, *v):
         raise ValueError(f'softmax_attention: a dimension is 0; {given}')
     dtypes = [jnp.result_type(x) for x in (query, key, value)]
-    if not all(jnp.issubdtype(d, jnp.floating) for d in dtypes) or len(set(dtypes)) > 1:
+    if not all(jnp.issubdtype(d, jnp.floating) and d.itemsize > 1 for d in dtypes) or len(set(dtypes)) > 1:
         raise ValueError(
-            f'softmax_attention: query, key and value must have one floating dtype, given {", ".join(map(str, dtypes))}'
+            'softmax_attention: query, key and value must have one floating dtype of at least 16 bits, given '
+            + ', '.join(map(str, dtypes))
         )
     if sinks is not None and (jnp.shape(sinks) != (N,) or not jnp.issubdtype(jnp.result_type(sinks), jnp.floating)):
         raise ValueError(

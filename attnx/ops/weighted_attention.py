@@ -70,6 +70,8 @@ def check(op: str, query, key, value) -> None:
         raise ValueError(
             f'{op}: expected query [B, T, N, H], key [B, S, K, H], value [B, S, K, Hv], given {q}, {k}, {v}'
         )
+    if 0 in (*q, *k, *v):
+        raise ValueError(f'{op}: a dimension is 0; given query {q}, key {k}, value {v}')
     if q[3] != k[3] or q[2] % k[2]:
         raise ValueError(f'{op}: query {q} and key {k} differ in width, or heads do not divide')
 

@@ -86,10 +86,14 @@ def _read(root: pathlib.Path, names: list[str], key: str) -> Documents:
             if not line.strip():
                 continue
             try:
-                text = json.loads(line)[key]
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise ValueError(f'{root / name}, line {i}: expected a JSON object with the field {key!r} '
-                                 f'({type(error).__name__}: {error}); got {line[:80]!r}') from None
+                given = json.loads(line)
+            except ValueError:
+                given = None
+            if not isinstance(given, dict) or key not in given:
+                known = f'its fields are {[*given]!r:.80}; task.key names that of the text' if isinstance(given, dict) else ''
+                raise ValueError(f'{root / name}, line {i}: expected a JSON object with the field {key!r}; '
+                                 + (known or f'got {line[:80]!r}'))
+            text = given[key]
             require(isinstance(text, str), f'{root / name}, line {i}: field {key!r} must be a string, got {text!r:.80}')
             out.append((f'{name}:{i}', text.encode('utf-8', 'surrogatepass')))
     return out

@@ -142,6 +142,7 @@ def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
         stop = Stop(active=True)
         stack.callback(stop.restore)
         for run in undone.values():
+            run.note()
             run.log.open(None)
         keys = jnp.stack([run.key for run in runs])
         state = jax.jit(jax.vmap(first._init, in_axes=(0, None)))(keys, None)
@@ -232,8 +233,20 @@ class _Run:
         peak = config.log.peak_flops or metrics.peak_flops(jax.devices()[0].device_kind)
         cost = plan.flops_per_token(config.model, made.axes, made.shapes, task.length)
         self.mfu_per_token = cost / (peak * self.mesh.size) if peak else None
+
+    def note(self):
+        """Writes the config down, once it is known to be that of the run."""
         if jax.process_index() == 0:
-            (run_dir / 'config.json').write_text(config_lib.to_json(config) + '\n')
+            (self.run_dir / 'config.json').write_text(config_lib.to_json(self.config) + '\n')
+
+    def sampled(self) -> bool:
+        """Whether the sample in the run directory was drawn as the config says."""
+        try:
+            written = json.loads((self.run_dir / 'config.json').read_text())
+        except (OSError, ValueError):
+            return False
+        of_sample = lambda flat: {name: value for name, value in flat.items() if name.startswith('sample.')}
+        return of_sample(written) == of_sample(json.loads(config_lib.to_json(self.config)))
 
     def tuned(self, stack: contextlib.ExitStack) -> dict:
         """Pins the tiles of this run's attention until it ends: those of its run_dir, or else the fastest, timed now."""
@@ -301,9 +314,15 @@ class _Run:
         again = f'To continue it, give more steps: --config.steps={2 * max(number, config.steps)}'
         if number >= config.steps and artefacts[0].exists():
             sample = artefacts[1].read_text() if artefacts[1].exists() else None
+            if not self.sampled():
+                self.progress = metrics.Progress(config.steps, number)
+                sample = self.finish(state['params'])
+                self.progress.close()
+                self.note()
             last = [entry for entry in metrics.read(self.run_dir) if entry['split'] == 'eval']
             message = f'{self.run_dir} is complete: {number} of {config.steps} steps. {again}, or another run_dir.'
             return Result(number, 'already complete', last[-1] if last else {}, sample, message)
+        self.note()
         self.log.open(None if state is None else number)
         state = self.init() if state is None else state
         self.bad = int(state['bad'])

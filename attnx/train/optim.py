@@ -126,8 +126,9 @@ def schedule(config: Config, num_steps: int) -> Callable[[jax.Array], jax.Array]
     stable = num_steps - warmup - decay - hold
     if stable < 0:
         raise ValueError(
-            f'schedule {config.schedule}: warmup {warmup} + decay {decay} + hold {hold} steps '
-            f'exceed the run of {num_steps}'
+            f'schedule {config.schedule}: optim.warmup {warmup} + decay {decay} + hold {hold} steps exceed the run of '
+            f'steps {num_steps}: at least {warmup + decay + hold}, or shorter phases, such as optim.warmup {num_steps // 10}'
+            + f', optim.decay {num_steps // 4}' * (config.schedule != 'cosine')
         )
     return trapezoid(config.learning_rate, warmup=warmup, stable=stable, decay=decay, floor=config.floor, shape=shape)
 

@@ -73,6 +73,8 @@ def test_filters():
     'given, expected',
     [
         ({'prompts': [[]]}, 'at least one token'),
+        ({'prompts': [1, 2]}, 'a sequence of token ids for each row'),
+        ({'prompts': ['text']}, 'a sequence of token ids for each row'),
         ({'prompts': [[31]]}, 'the vocabulary is 0…30'),
         ({'top_p': 0.0}, 'top_p 0.0 is not in'),
         ({'top_k': 99}, 'top_k 99'),

@@ -88,6 +88,11 @@ def test_masks_of_data():
     np.testing.assert_array_equal(pairs(masks.array(visible[0, 0]), 1, 1, 3, 5)[0, 0], visible[0, 0])
 
 
+def test_none_is_all_pairs():
+    mask = masks.causal()
+    assert mask & None is mask and None & mask is mask
+
+
 leaf = st.sampled_from(list(STANDARD))
 trees = st.recursive(
     leaf,
@@ -135,6 +140,9 @@ WRONG = {
     'array of biases': (lambda: masks.array(jnp.ones((4, 4))), 'scores.bias'),
     'window': (lambda: masks.window(0), 'at least 1, given 0'),
     'window size': (lambda: masks.window(2.5), 'given 2.5'),
+    'traced size': (lambda: jax.eval_shape(lambda n: masks.window(n) and None, 3), 'a Python int'),
+    'not called': (lambda: elementwise.check(masks.as_mask(masks.causal), 1, 1, 4, 4), r'call it, masks.causal\('),
+    'or all pairs': (lambda: masks.causal() | None, 'leave it out'),
     'stride': (lambda: masks.strided(-1), 'stride'),
     'summary': (lambda: masks.fixed(4, 5), 'at most block=4'),
     'positions': (lambda: masks.causal(jnp.arange(4)), r'causal: query_positions must be int \[B, T\]'),

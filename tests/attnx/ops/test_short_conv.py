@@ -149,7 +149,7 @@ def test_dtypes():
     [
         ({'x': np.ones((2, 17))}, r'x has shape \(2, 17\), expected 3 dimensions \[B, T, D\]'),
         ({'kernel': np.ones((4, 5))}, r'kernel has shape \(4, 5\), expected \[W, D\] = \(4, 3\)'),
-        ({'kernel': np.ones((0, 3))}, 'at least one token and one tap'),
+        ({'kernel': np.ones((0, 3))}, 'a dimension is 0'),
         ({'initial_state': np.ones((2, 4, 3))}, r'initial_state has shape .* \[B, W-1, D\] = \(2, 3, 3\)'),
         ({'segment_ids': np.ones((2, 16), int)}, r'segment_ids has shape \(2, 16\)'),
         ({'x': np.ones((2, 17, 3), int)}, 'x has dtype int64, expected a floating one'),

@@ -405,6 +405,8 @@ WRONG = {
     'length': (lambda: softmax_attention(Q, K, jax.ShapeDtypeStruct((2, 6, 2, 5), jnp.float32)), 'disagree'),
     'dtype': (lambda: softmax_attention(jax.ShapeDtypeStruct((2, 6, 4, 8), jnp.int32), K, V), 'int32'),
     'dtypes': (lambda: softmax_attention(jax.ShapeDtypeStruct((2, 6, 4, 8), jnp.bfloat16), K, V), 'one floating dtype'),
+    'one byte': (lambda: softmax_attention(*(jnp.ones((1, 2, 2, 8), jnp.float8_e4m3fn) for _ in 'qkv')), 'at least 16 bits'),
+    'list': (lambda: softmax_attention([[[[1.0]]]], K, V), 'query must be an array, given list'),
     'empty': (lambda: softmax_attention(jax.ShapeDtypeStruct((2, 0, 4, 8), jnp.float32), K, V), 'is 0'),
     'mask operand': (
         lambda: softmax_attention(Q, K, V, mask=masks.segments(jnp.ones((2, 6), int))),

@@ -19,7 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+import attnx
 from attnx import config as config_lib
+from attnx.nn import to_flat
 from attnx.train import checkpoint, data, health, loop, metrics, report
 from pallas_kernels.softmax_attention import tiles, tune
 
@@ -112,11 +114,23 @@ def test_a_run_leaves_everything_and_the_second_command_says_so(config, whole, t
     assert result.status == 'already complete'
     assert 'is complete: 6 of 6 steps' in result.message
     assert '--config.steps=12' in result.message
+    other = loop.run(config(run_dir=str(whole), **{'sample.tokens': 8, 'sample.prompt': 'class '}))
+    assert other.status == 'already complete' and other.sample.startswith('class ')  # another prompt is no other run
     longer = loop.run(config(run_dir=str(whole), steps=8, **{'sample.tokens': 8, 'sample.prompt': 'def '}))
     assert (longer.status, longer.step) == ('complete', 8)
     assert longer.sample.startswith('def ')
     assert (whole / 'sample.txt').read_text() == longer.sample
     assert [e['step'] for e in metrics.read(whole) if e['split'] == 'train'] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_a_trained_model_is_loaded(whole):
+    found = attnx.load(whole)
+    assert found.step == 6 and found.config.model.vocab_size == 257
+    for name, value in to_flat(found.model).items():
+        np.testing.assert_array_equal(value, state_of(whole, 6)['params'][name])
+    for wrong, message in (((whole, 5), 'has no checkpoint 5; there is: '), (('nowhere',), 'nowhere/config.json')):
+        with pytest.raises(ValueError, match=message):
+            attnx.load(*wrong)
 
 
 @pytest.mark.parametrize('how', ['signal', 'crash'])
@@ -400,7 +414,7 @@ def test_wandb_mirrors_the_log_and_a_resumed_run_keeps_its_id(monkeypatch, tmp_p
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of 2'),
+        ({'steps': 2, 'optim.warmup': 5}, 'exceed the run of steps 2'),
         ({'data.batch_size': 12}, 'data.batch_size 12 must be a multiple of 8'),
         ({'sharding': 'fdsp'}, "unknown sharding preset 'fdsp'; did you mean 'fsdp'"),
         ({'compiler': {'xla_gpu_enable_hiding': True}}, r"config.compiler: .*No such compile option: 'xla_gpu_enable_hiding'"),
@@ -464,6 +478,8 @@ def test_a_resolved_config_runs_again_from_json_alone(config, tmp_path):
     made = config(**change)
     text = config_lib.to_json(made)
     assert config_lib.from_json(loop.Config, text) == made
+    sparse = config(**{'model.mlp_overrides': {1: {'kind': 'moe', 'experts': 4}}})
+    assert config_lib.from_json(loop.Config, config_lib.to_json(sparse)) == sparse
     loop.run(made)
     written = pathlib.Path(made.run_dir, 'config.json').read_text()
     again = config_lib.from_json(loop.Config, written.replace(made.run_dir, str(tmp_path / 'again')))
@@ -516,7 +532,7 @@ BAD = {
     'type': ("--config.model.overrides={'a': 3}", 'overrides'),
     'number': ('--config.steps=0', 'steps 0 must be >= 1'),
     'choice': ('--config.optim.kind=adam', "unknown kind 'adam'; did you mean 'adamw'? valid: adamw, lion, muon"),
-    'schedule': ('--config.optim.decay=1000', 'exceed the run of 400'),
+    'schedule': ('--config.optim.decay=1000', 'exceed the run of steps 400'),
     'preset': ('--config.sharding=fsdpp', "unknown sharding preset 'fsdpp'; did you mean 'fsdp'?"),
     'method': ('--config.context=rings', "unknown context method 'rings'; did you mean 'ring'?"),
     'mirror': ('--config.log.wandb=True', 'log.wandb is True, but wandb is not installed: pip install wandb'),

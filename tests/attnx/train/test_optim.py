@@ -90,7 +90,7 @@ def test_refused_settings(settings, message):
 
 
 def test_refuses_a_schedule_longer_than_the_run():
-    with pytest.raises(ValueError, match='warmup 100 \\+ decay 5 \\+ hold 0 steps exceed the run of 50'):
+    with pytest.raises(ValueError, match='warmup 100 \\+ decay 5 \\+ hold 0 steps exceed the run of steps 50'):
         optim.schedule(optim.Config(warmup=100), 50)
 
 
