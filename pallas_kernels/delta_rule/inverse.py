@@ -90,7 +90,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
         A *= common.col(plgpu.load(strength_ref.at[b, h, c], layout=COL, optimized=False), SQUARE)
         if decay_ref is not None:
             at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
-            A *= accumulate.factors(decay_ref.at[*at], reverse=False)[0]
+            A *= accumulate.Decay(decay_ref.at[*at], reverse=False).pairs()
         A = jnp.where(tile(0) > tile(1), -A, 0.0)
         high = A.astype(f16)
         a_smem[...] = (A - high.astype(f32)).astype(f16)

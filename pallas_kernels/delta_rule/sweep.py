@@ -115,11 +115,6 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                         s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
                 plgpu.commit_smem()
 
-            def factors(slot):
-                if decay_ref is None:
-                    return None, None, None, None
-                return accumulate.factors(g_smem.at[slot], reverse)
-
             def visible():
                 i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
@@ -131,9 +126,6 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
                 return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
 
-            def times(x, vector):
-                return x if vector is None else x * common.row(vector, SQUARE)
-
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
                 here = wg if interpret else wg + common.opaque_zero()
@@ -141,8 +133,9 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
-                between, read, written, total = factors(slot)
-                own_strength = plgpu.load(b_smem.at[slot], layout=ROW, optimized=False)
+                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+                strong = lambda x: x * common.row(plgpu.load(b_smem.at[slot], layout=ROW, optimized=False), SQUARE)
+                found = lambda x: x if decays is None else x * common.row(decays.read(), SQUARE)
                 value = None if v_smem is None else v_smem.at[slot, :, mine]
                 Z_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
 
@@ -154,7 +147,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                         if b_low is not None:
                             acc.add(a.at[slot], b_low.at[slot].T)
                         weights = acc.load(0)
-                        weights = weights if between is None else weights * between
+                        weights = weights if decays is None else weights * decays.pairs()
                         return jnp.where(visible(), weights, 0.0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
@@ -168,11 +161,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                         if kl_smem is not None:
                             acc.add(kl_smem.at[slot], s_smem.at[here, 0])
                         if not reverse:
-                            predicted = times(acc.load(0), read)
+                            predicted = found(acc.load(0))
                             return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
                         weights = split(weigh(k_smem, q_smem, kl_smem, ql_smem))
-                        if read is not None:
-                            acc.set(times(acc.load(0), read))
+                        if decays is not None:
+                            acc.set(found(acc.load(0)))
                         for term in weights:
                             acc.add(term, value)
                         return acc.load(0)
@@ -194,8 +187,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                keep(split(times(right_side(), own_strength)))
-                keep(split(times(solve(), own_strength)))
+                keep(split(strong(right_side())))
+                keep(split(strong(solve())))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate((u_ref, low_ref)):
                     if ref is not None:
@@ -205,8 +198,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     def run(out):
                         out.add(q_smem.at[slot], s_smem.at[here, 0])
                         high, low = split(weigh(q_smem, e_smem, None, el_smem))
-                        if read is not None:
-                            out.set(times(out.load(0), read))
+                        if decays is not None:
+                            out.set(found(out.load(0)))
                         out.add(high, r_smem.at[here, 0])
                         if c_smem is not None:  # q and the key were rounded once more already, by their decays
                             out.add(low, r_smem.at[here, 0])
@@ -217,9 +210,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 o = output() if has_out else None
 
+                written = None if decays is None else decays.write()
+
                 def update(*accumulators):
                     for i, acc in enumerate(accumulators):
-                        acc.set(S[i] if total is None else S[i] * total)
+                        acc.set(S[i] if decays is None else S[i] * decays.total())
                     for i, acc in enumerate(accumulators):
                         high_of_u, low_of_u = r_smem.at[here, 0], r_smem.at[here, 1]
                         sources = [(e_smem, el_smem, high_of_u, low_of_u, -1.0 if reverse else 1.0)]

@@ -58,18 +58,41 @@ def split(x, terms: int, dtype) -> list:
     return found
 
 
-def factors(ref, reverse: bool):
-    """What decays pairs of tokens, a tile; reads of the state, a row; writes to it, a column; and the state, a scalar.
+class Decay:
+    """What decays within a chunk, in either direction of time, read where it is used: registers are few.
 
     ref: float32 [2, chunk], sums of base-2 logarithms, coarse and fine. Differences of the coarse ones are exact.
     """
-    chunk = ref.shape[1]
-    rows = [plgpu.load(ref.at[part], layout=ROW, optimized=False) for part in range(2)]
-    cols = [plgpu.load(ref.at[part], layout=COL, optimized=False) for part in range(2)]
-    ends = [ref[part, chunk - 1] for part in range(2)]
-    square, exp2 = (chunk, chunk), lambda terms: jnp.exp2(terms[0] + terms[1])
-    minus = lambda xs, ys: [x - y for x, y in zip(xs, ys)]
-    i, j = [common.row(x, square) for x in rows], [common.col(x, square) for x in cols]
-    if reverse:
-        return exp2(minus(j, i)), exp2(minus(ends, rows)), exp2(cols), exp2(ends)
-    return exp2(minus(i, j)), exp2(rows), exp2(minus(ends, cols)), exp2(ends)
+
+    def __init__(self, ref, reverse: bool):
+        self.ref, self.reverse, self.chunk = ref, reverse, ref.shape[1]
+
+    def _vectors(self, layout):
+        return [plgpu.load(self.ref.at[part], layout=layout, optimized=False) for part in range(2)]
+
+    def _exp2(self, x, less=(0.0, 0.0)):
+        return jnp.exp2((x[0] - less[0]) + (x[1] - less[1]))
+
+    def _to_end(self, x):
+        return self._exp2([self.ref[part, self.chunk - 1] for part in range(2)], x)
+
+    def pairs(self):
+        """Of token j (columns) as token i (rows) finds it, a tile."""
+        square = (self.chunk, self.chunk)
+        i = [common.row(x, square) for x in self._vectors(ROW)]
+        j = [common.col(x, square) for x in self._vectors(COL)]
+        return self._exp2(j, i) if self.reverse else self._exp2(i, j)
+
+    def read(self):
+        """Of the state as each token finds it, a row."""
+        x = self._vectors(ROW)
+        return self._to_end(x) if self.reverse else self._exp2(x)
+
+    def write(self):
+        """Of what each token adds to the state, a column."""
+        x = self._vectors(COL)
+        return self._exp2(x) if self.reverse else self._to_end(x)
+
+    def total(self):
+        """Of the state over the chunk, a scalar."""
+        return self._to_end((0.0, 0.0))

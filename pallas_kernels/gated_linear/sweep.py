@@ -93,7 +93,8 @@ def sweep(
     groups = common.cdiv(chunks, every)
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
-    copies = 0 if q is None else 3 if partner is not None else 1 + precise
+    best = 3 if k_low is None else 2  # 16-bit terms of what is to be good to float32; keys of two terms are no better
+    copies = 0 if q is None else best if partner is not None else 1 + precise
     given = lambda *arrays: sum(x is not None for x in arrays)
     outputs = int(q is not None and not wide)
     ring = min(stages(K, V, given(q, k, q_low, k_low), given(v, v_low), copies, outputs), max(chunks, 1))
@@ -119,12 +120,6 @@ def sweep(
                 plgpu.set_max_registers(232, action='increase')
             mine = pl.ds(wg * 64, 64)
             cols = pl.ds(part * width + wg * 64, 64)
-
-            def factors(slot):
-                """What decays pairs, reads and writes: tiles or vectors; and the scalar of the whole chunk."""
-                if decay_ref is None:
-                    return None, None, None, None
-                return accumulate.factors(g_smem.at[slot], reverse)
 
             def visible():
                 i = plgpu.broadcasted_iota(jnp.int32, SQUARE, 0, layout=TILE)
@@ -160,7 +155,7 @@ def sweep(
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
 
-                between, read, write, total = factors(slot)
+                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
@@ -170,12 +165,14 @@ def sweep(
                 def write_to(S, first):
                     """The state's rows from `first` on after the chunk; the products are issued, `load` waits for them."""
 
+                    write = None if decays is None else decays.write()
+
                     def run(*accumulators):
                         for i, acc in enumerate(accumulators):
                             part = (slot, slice(None), pl.ds(64 * (first + i), 64))
                             terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (k_smem, kl_smem) if x is not None]
                             if write is not None:
-                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE), 3)
+                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE), best)
                             if value_low is not None:
                                 acc.add(terms[0], value_low)
                             for term in reversed(terms):
@@ -184,8 +181,8 @@ def sweep(
 
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     written = accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
-                    before = S[first : first + pair] if total is None else [x * total for x in S[first : first + pair]]
-                    return tuple(x + y for x, y in zip(before, written))
+                    total = 1.0 if decays is None else decays.total()
+                    return tuple(total * x + y for x, y in zip(S[first : first + pair], written))
 
                 def write_state(S):
                     return sum((write_to(S, first) for first in range(0, depth, pair)), ())
@@ -198,7 +195,7 @@ def sweep(
                         if ql_smem is not None:
                             acc.add(ql_smem.at[slot], k_smem.at[slot].T)
                         weights = acc.load(0)
-                        weights = weights if between is None else weights * between
+                        weights = weights if decays is None else weights * decays.pairs()
                         return jnp.where(visible(), weights, 0.0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
@@ -215,7 +212,7 @@ def sweep(
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def compare():
-                    """The weights of pairs, as terms; the partner, and its dots with what tokens have from others of the chunk."""
+                    """The weights of pairs, as terms; the partner; its dots with what tokens have from others of the chunk."""
                     other = dots = None
                     if partner_ref is not None:
                         place = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
@@ -235,8 +232,8 @@ def sweep(
                     for term in reversed(range(copies)):
                         out.add(q_smem.at[slot], s_smem.at[here, term])
                     weights, other, dots = compared or compare()
-                    if read is not None or dots is not None:
-                        before = out.load(0) if read is None else out.load(0) * common.row(read, SQUARE)
+                    if decays is not None or dots is not None:
+                        before = out.load(0) if decays is None else out.load(0) * common.row(decays.read(), SQUARE)
                         if dots is not None:
                             dots += (before * other.astype(jnp.float32)).sum(axis=1)
                         out.set(before)
