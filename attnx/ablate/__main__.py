@@ -4,7 +4,9 @@
   … --plan          says what would run, matched and validated, and stops
   … --only_report   writes the report from what is finished, and trains nothing
   … --workers=2     processes on this machine; start the command on further machines for more
-  … --slurm=8       submits 8 workers as a SLURM array (needs submitit)
+  … --slurm=8 --slurm_options="timeout_min=240,slurm_partition=gpu,gpus_per_node=1"
+                    submits 8 workers as a SLURM array through submitit, with its options; without a time SLURM ends them
+                    after five minutes, and the same command goes on
 
 Exit codes: 0 complete, 2 bad input, 143 stopped; the same command goes on where it was.
 """
@@ -20,6 +22,7 @@ REPORT = flags.DEFINE_bool('report', True, 'write the report; --noreport: leave 
 ONLY = flags.DEFINE_bool('only_report', False, 'write the report from what is finished, and train nothing')
 WORKERS = flags.DEFINE_integer('workers', 1, 'processes on this machine', lower_bound=1)
 SLURM = flags.DEFINE_integer('slurm', 0, 'workers to submit as a SLURM array', lower_bound=0)
+OPTIONS = flags.DEFINE_list('slurm_options', [], 'options of submitit: timeout_min=240,slurm_partition=gpu,…')
 
 
 def describe(study) -> str:
@@ -32,6 +35,11 @@ def describe(study) -> str:
     return '\n'.join([study.question, '', *lines, '', f'{len(study.cells())} runs in {study.run_dir}'])
 
 
+def alone(study) -> None:
+    if study.halving.rungs:
+        raise ValueError('halving compares all arms at a rung: run it with --workers=1')
+
+
 def main(argv):
     from attnx import config as config_lib
     from attnx.ablate import runner
@@ -39,7 +47,7 @@ def main(argv):
 
     if not flags.FLAGS['verbosity'].present:
         logging.set_verbosity(logging.WARNING)
-    arguments = [a for a in sys.argv[1:] if not a.startswith(('--workers', '--slurm', '--noreport'))]
+    arguments = sys.argv[1:]
     try:
         if argv[1:]:
             raise ValueError(f'unexpected arguments {argv[1:]}; settings look like --config.seeds="(0,)"')
@@ -50,14 +58,15 @@ def main(argv):
             print(describe(study))
             return
         if SLURM.value:
+            options = runner.slurm_options(OPTIONS.value)
+            alone(study)
             study.cells()
-            jobs = runner.submit(arguments, SLURM.value, runner.folder(study))
+            jobs = runner.submit(arguments, SLURM.value, runner.folder(study), options)
             print(f'submitted {len(jobs)} workers; write the report later with --only_report')
             return
         if not ONLY.value:
             if WORKERS.value > 1:
-                if study.halving.rungs:
-                    raise ValueError('halving compares all arms at a rung: run it with --workers=1')
+                alone(study)
                 study.cells()
                 if code := runner.workers_of(arguments, WORKERS.value):
                     sys.exit(code)

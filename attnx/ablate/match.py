@@ -70,8 +70,11 @@ def solve(cost: Callable[[int], float], target: float, match: Match) -> tuple[in
             raise ValueError(
                 f'no {match.by} up to {high * match.step} brings {match.what} to {target:,.0f}; there it is {at(high):,.0f}'
             )
-    while high - low > 1:
-        middle = (low + high) // 2
+    turn = 0
+    while high - low > 1:  # where a straight line through both ends meets the target; every third time halfway
+        turn += 1
+        share = (target - at(low)) / (at(high) - at(low)) if low and turn % 3 else 0.5
+        middle = min(max(round(low + share * (high - low)), low + 1), high - 1)
         low, high = (middle, high) if at(middle) < target else (low, middle)
     best = min((n for n in (low, high) if n), key=lambda n: abs(at(n) - target))
     off = at(best) / target - 1

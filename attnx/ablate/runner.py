@@ -15,10 +15,12 @@ import json
 import os
 import pathlib
 import platform
+import shutil
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from attnx import config as config_lib
@@ -254,10 +256,14 @@ def hopeless(study: Study, cells: list[Cell], step: int) -> list[Cell]:
     return dropped
 
 
+def worker(arguments: list[str]) -> list[str]:
+    """The command of one worker: of a flag given twice the last counts."""
+    return [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--slurm=0', '--noreport']
+
+
 def workers_of(arguments: list[str], count: int) -> int:
     """Starts `count` processes of the same command, waits, and returns the worst exit code."""
-    command = [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--noreport']
-    processes = [subprocess.Popen(command) for _ in range(count)]
+    processes = [subprocess.Popen(worker(arguments)) for _ in range(count)]
     try:
         return max(process.wait() for process in processes)
     finally:
@@ -266,18 +272,34 @@ def workers_of(arguments: list[str], count: int) -> int:
                 process.terminate()
 
 
-def submit(arguments: list[str], count: int, out: pathlib.Path, **options: Any):
-    """Submits `count` workers as a SLURM array through submitit.
+def slurm_options(given: list[str]) -> dict[str, int | str]:
+    """['timeout_min=240', 'slurm_partition=gpu'] -> name to value, numbers as such."""
+    options = {}
+    for entry in given:
+        name, equals, value = entry.partition('=')
+        if not name or not equals:
+            raise ValueError(f'slurm_options: {entry!r} is not name=value, as in timeout_min=240,slurm_partition=gpu')
+        options[name] = int(value) if value.isdecimal() else value
+    return options
+
+
+def submit(arguments: list[str], count: int, out: pathlib.Path, options: Mapping[str, Any]):
+    """Submits `count` workers as a SLURM array through submitit; `options` are submitit's: timeout_min, slurm_partition …
 
     Raises:
-      ValueError: submitit is not installed.
+      ValueError: submitit is not installed, there is no SLURM here, or it knows no such option.
     """
     try:
         import submitit
     except ImportError:
         raise ValueError('--slurm needs submitit: pip install submitit') from None
-    command = [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--noreport']
-    executor = submitit.AutoExecutor(folder=str(out / 'slurm'))
-    executor.update_parameters(**options)
+    for program in ('sbatch', 'srun'):
+        if shutil.which(program) is None:
+            raise ValueError(f'--slurm needs {program}, which is not in PATH: run this where SLURM jobs are submitted')
+    executor = submitit.AutoExecutor(folder=str(out.absolute() / 'slurm'), cluster='slurm')
+    try:
+        executor.update_parameters(name='ablate', slurm_array_parallelism=count, **options)
+    except (NameError, TypeError, ValueError) as error:
+        raise ValueError(f'slurm_options {dict(options)}: {error}') from None
     with executor.batch():
-        return [executor.submit(subprocess.run, command, check=True) for _ in range(count)]
+        return [executor.submit(subprocess.run, worker(arguments), check=True) for _ in range(count)]

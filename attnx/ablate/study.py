@@ -168,9 +168,7 @@ class Study:
         return arms
 
     def costs(self, arm: Arm, task: str = '') -> match_lib.Costs:
-        config = build(self.on(arm, task or next(iter(self.on_tasks))))
-        made = task_of(config)
-        return match_lib.costs(completed(config.model, made), made.length)
+        return costs_of(build(self.on(arm, task or next(iter(self.on_tasks)))))
 
     def _matched(self, arms: list[Arm]) -> list[Arm]:
         what, by = self.match.what, self.match.by
@@ -203,7 +201,7 @@ class Study:
             if made.packed:
                 config.model.check_packing(made.documents)
             config.model.check_inputs({*made.train[0]} - {*tasks.FIELDS})
-            match_lib.costs(completed(config.model, made), made.length)
+            costs_of(config)
             name, _, inner = self.metric.rpartition('/')
             if name and name not in self.evals:
                 raise ValueError(f'metric {self.metric!r}: unknown entry of evals; {nearest(name, self.evals)}')
@@ -305,6 +303,19 @@ def task_of(config: Config):
     if key not in _TASKS:
         _TASKS[key] = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed)
     return _TASKS[key]
+
+
+_COSTS: dict[str, match_lib.Costs] = {}
+
+
+def costs_of(config: Config) -> match_lib.Costs:
+    """What a config's model costs on its task, counted once in a process."""
+    made = task_of(config)
+    model = completed(config.model, made)
+    key = f'{made.length} {model!r}'
+    if key not in _COSTS:
+        _COSTS[key] = match_lib.costs(model, made.length)
+    return _COSTS[key]
 
 
 def _named(arm: str, function, *args):
