@@ -9,7 +9,7 @@ import sys
 import pytest
 
 import attnx
-from attnx import catalog
+from attnx import catalog, generated
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -84,7 +84,7 @@ def test_unknown_names_say_the_nearest(call, expected):
 
 
 def test_generated_files_are_fresh():
-    assert catalog.stale() == [], 'python -m attnx.catalog --write renews them'
+    assert generated.stale() == [], 'python -m attnx.catalog --write renews them'
 
 
 def test_command_prints_without_importing_jax():

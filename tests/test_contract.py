@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from attnx import axes, catalog, sharding
+from attnx import axes, catalog, generated, sharding
 from attnx import config as config_lib
 from attnx.nn import flat_axes, stack, to_flat
 from attnx.spec import LAWS, Dims
@@ -274,7 +274,7 @@ def test_golden(c):
         pytest.skip('not of this repository')
     path = catalog.PACKAGE.parent.parent / 'tests' / 'golden' / f'{c.name}.txt'
     renew = f'python -m attnx.catalog --write renews {path.name}; read its diff'
-    assert path.is_file() and path.read_text() == catalog.golden(c.name), renew
+    assert path.is_file() and path.read_text() == generated.golden(c.name), renew
 
 
 def test_scale(c):
