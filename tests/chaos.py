@@ -91,7 +91,7 @@ def make_config(run_dir, corpus, **change):
 # Trainers
 
 
-class Watched(loop._Run):
+class Watched(loop.Run):
     """A run that leaves a digest of its last state, and does `at[step](run, state)` before that step's update."""
 
     at: dict = {}  # noqa: RUF012
@@ -134,7 +134,7 @@ class Trainer:
             os.environ.update(env or {})
             logging.set_verbosity(logging.WARNING)
             jax.config.update('jax_num_cpu_devices', devices)
-            loop._Run = Watched
+            loop.Run = Watched
             prepare()
             code = loop.command(config)
             if config.distributed:

@@ -155,13 +155,13 @@ def groups(study: Study, cells: list[Cell]) -> list[list[Cell]]:
 
 def execute(study: Study, group: list[Cell], until: int | None = None) -> list[dict]:
     """Cells that are trained at once, from where they stand to `until` or their end; the outcomes of those that ended."""
-    from attnx.train import loop
+    from attnx.train import together
 
     left, began = [cell for cell in group if outcome(study, cell) is None], time.monotonic()
     known: dict[str, dict] = {}
     if left and len(group) > 1:
         with _log(left[0]):
-            evaluations = loop.run_together([cell.config for cell in group])
+            evaluations = together.run_together([cell.config for cell in group])
         if evaluations is None:
             raise Stopped('stopped by a signal: this arm begins again. Run the same command again.')
         known = {cell.name: evaluation for cell, evaluation in zip(group, evaluations) if evaluation}
@@ -181,6 +181,7 @@ def _log(cell: Cell):
 def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluation: dict | None) -> dict | None:
     """One cell; its outcome, None if it only reached `until`. A batch trained it in `spent` seconds to its `evaluation`."""
     from attnx.train import loop, metrics, report
+    from attnx.train.evaluation import evaluate
 
     began = time.monotonic() - spent
     with _log(cell):
@@ -195,7 +196,7 @@ def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluatio
             values = {k: v for k, v in evaluation.items() if k in METRICS}
             for name, change in study.evals.items():
                 other = _other(cell, change)
-                values |= {f'{name}/{k}': v for k, v in loop.evaluate(cell.config, other).items()}
+                values |= {f'{name}/{k}': v for k, v in evaluate(cell.config, other).items()}
             status = 'finished'
         except report.TrainingFailure as failure:
             values, status = {}, f'failed: {failure}'

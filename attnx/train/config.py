@@ -135,7 +135,7 @@ def check(config: Config, build=None) -> None:
 
 
 def check_batched(config: Config) -> None:
-    """Raises ValueError for what `attnx.train.loop.run_together` would leave out."""
+    """Raises ValueError for what `attnx.train.together.run_together` would leave out."""
     alone = {
         'health.every': config.health.every,
         'profile.start': config.profile.start,

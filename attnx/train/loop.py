@@ -5,14 +5,12 @@ Running the same command again resumes it, or says that it is complete. Of a mod
 """
 
 import contextlib
-import dataclasses
-import functools
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -21,14 +19,16 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from attnx import config as config_lib
-from attnx import models, plan, sharding, tasks
+from attnx import plan, sharding
 from attnx.train import checkpoint as checkpoint_lib
 from attnx.train import data as data_lib
 from attnx.train import health, metrics, report
 from attnx.train import step as step_lib
-from attnx.train.config import Config, check, check_batched, free, served
+from attnx.train.config import Config, check, free, served
+from attnx.train.diagnosis import diagnose
 from attnx.train.process import Stop, locked, writable
-from attnx.train.program import check_rows, placed, program, training
+from attnx.train.program import check_compiler, check_rows, placed, program, training
+from attnx.train.sample import draw
 from pallas_kernels.softmax_attention import tiles as tiles_lib
 
 
@@ -76,125 +76,10 @@ def run(config: Config, *, task=None, teacher: Any = None, initial: Any = None, 
     run_dir = pathlib.Path(config.run_dir).absolute()
     run_dir.mkdir(parents=True, exist_ok=True)
     with writable(run_dir), locked(run_dir), contextlib.ExitStack() as stack:
-        return _Run(config, run_dir, stack, task, teacher, initial).run(until)
+        return Run(config, run_dir, stack, task, teacher, initial).run(until)
 
 
-def check_compiler(options: Mapping[str, Any]) -> None:
-    """Raises ValueError for options that XLA does not have, or of another type, before the step is compiled."""
-    for name, value in options.items():
-        try:
-            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
-        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
-            raise ValueError(f'config.compiler: {name}={value!r}: {str(error).splitlines()[0]}') from None
-
-
-def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
-    """The newest checkpoint of a run on other data: a longer length, another task of the same vocabulary.
-
-    Raises:
-      ValueError: there is no checkpoint; the data do not fit the model.
-    """
-    run_dir = pathlib.Path(config.run_dir).absolute()
-    with locked(run_dir), contextlib.ExitStack() as stack:
-        run = _Run(config, run_dir, stack)
-        other = data_lib.open(data)
-        run.check_other(other.task)
-        _, state = run.restore()
-        if state is None:
-            raise ValueError(f'{run_dir} has no checkpoint to evaluate')
-        return run.evaluate(state['params'], other)
-
-
-def run_together(configs: Sequence[Config]) -> list[dict[str, float]] | None:
-    """Trains runs that differ in their seeds alone as one program, batched by `jax.vmap`.
-
-    It is quicker where one small model leaves the device idle. A run begins with the same parameters and sees the same rows
-    as alone; its numbers differ by rounding, since batched products may sum in another order. Runs are saved at their end
-    only: those cut short begin again. One that meets a NaN or Inf is left undone; `run` then says where it is from.
-    tokens_per_second is that of all runs together.
-
-    Returns:
-      the last evaluation of each, empty where it was left undone; None: a signal stopped them.
-
-    Raises:
-      ValueError: the runs differ in more than run_dir, seed and data.seed, ask for what runs alone have (health, profile,
-        tune, compiler, distillation, rewinding), or are spread over several processes.
-    """
-    own = lambda c: dataclasses.replace(c, run_dir='-', seed=0, data=dataclasses.replace(c.data, seed=0))
-    if len({repr(own(config)) for config in configs}) != 1:
-        raise ValueError('runs that are batched may differ in run_dir, seed and data.seed only')
-    check(configs[0])
-    check_batched(configs[0])
-    with contextlib.ExitStack() as stack:
-        runs = []
-        for config in configs:
-            run_dir = pathlib.Path(config.run_dir).absolute()
-            run_dir.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(writable(run_dir))
-            stack.enter_context(locked(run_dir))
-            runs.append(_Run(config, run_dir, stack))
-        first, config = runs[0], configs[0]
-        if jax.process_count() > 1:
-            raise ValueError(f'runs are batched in one process; there are {jax.process_count()}')
-        undone = {k: run for k, run in enumerate(runs) if (run.checkpoints.latest() or 0) < config.steps}
-        if not undone:
-            return [run.evaluated(config.steps) for run in runs]
-        stop = Stop(active=True)
-        stack.callback(stop.restore)
-        for run in undone.values():
-            run.note()
-            run.log.open(None)
-        keys = jnp.stack([run.key for run in runs])
-        state = jax.jit(jax.vmap(first._init, in_axes=(0, None)))(keys, None)
-        update = jax.jit(jax.vmap(first.update), donate_argnums=0)
-        evaluate_batch = jax.jit(jax.vmap(first.evaluate_batch))
-
-        def evaluate(number):
-            batches = zip(*(run.data.evaluation() for run in runs), strict=True)
-            sums = jax.device_get([evaluate_batch(state['params'], _stacked(batch)) for batch in batches])
-            found = [step_lib.summarise([{n: v[k] for n, v in s.items()} for s in sums]) for k in range(len(runs))]
-            for k, run in undone.items():
-                run.log.write(number, 'eval', found[k])
-            return found
-
-        found = evaluate(0)
-        clock, since = time.monotonic(), 0
-        for number in range(1, config.steps + 1):
-            state, values = update(state, _stacked([next(run.data.train) for run in runs]), keys)
-            logs = number % config.log.every == 0 or number == config.steps
-            evaluates = number == config.steps or (config.eval_every and number % config.eval_every == 0)
-            if logs or number == 1:
-                values = jax.device_get(values)
-                undone = {k: run for k, run in undone.items() if not values['frozen'][k]}
-            if logs:
-                speed = first.speed((number - since) * config.data.batch_size * len(runs), time.monotonic() - clock)
-                for k, run in undone.items():
-                    run.log.write(number, 'train', {n: float(v[k]) for n, v in values.items() if n != 'frozen'} | speed)
-            if evaluates:
-                found = evaluate(number)
-            if stop.received or not undone:
-                break
-            if logs or evaluates or number == 1:
-                clock, since = time.monotonic(), number
-        if stop.received and number < config.steps:
-            return None
-        for k, run in undone.items():
-            mine = jax.tree.map(lambda v, k=k: v[k], state)
-            run.log.sync()
-            run.checkpoints.save(number, mine, {'data': run.data.train.get_state(), 'rewinds': 0}, found[k]['loss'])
-            run.checkpoints.wait()
-            run.progress = metrics.Progress(config.steps, config.steps)
-            run.finish(mine['params'])
-            run.progress.close()
-        return [run.evaluated(config.steps) for run in runs]
-
-
-def _stacked(batches):
-    """Batches of several runs as one, the run as its leading axis."""
-    return {name: jnp.asarray(np.stack([batch[name] for batch in batches])) for name in batches[0]}
-
-
-class _Run:
+class Run:
     """The parts of one run, built in an order that meets bad settings before anything costly."""
 
     def __init__(self, config: Config, run_dir: pathlib.Path, stack, task=None, teacher=None, initial=None):
@@ -293,19 +178,6 @@ class _Run:
         batches = (data or self.data).evaluation()
         return step_lib.summarise([self.evaluate_batch(params, self.put(batch)) for batch in batches])
 
-    def check_other(self, task: tasks.Task) -> None:
-        """Raises ValueError if the model can't be evaluated on `task`."""
-        model, mine = self.config.model, self.data.task
-        for name in ('vocab_size', 'features', 'num_classes'):
-            if getattr(task, name) != getattr(mine, name):
-                raise ValueError(
-                    f'{name} of {task.kind!r} is {getattr(task, name)}, the model was trained for {getattr(mine, name)}'
-                )
-        if task.packed and not mine.packed:
-            raise ValueError(f'{task.kind!r} packs documents, the model was trained on one a row')
-        if model.positions == 'learned' and task.length > model.max_length:
-            raise ValueError(f'length {task.length}: positions were learned up to {model.max_length}')
-
     def run(self, until: int | None = None) -> Result:
         config = self.config
         self.rewinds = 0
@@ -346,7 +218,7 @@ class _Run:
 
     def finish(self, params) -> str | None:
         """Draws and writes the sample, plots the losses."""
-        sample = self.sample(params)
+        sample = draw(self.config, self.data.task, lambda: self.program.model(params), self.progress.say)
         if jax.process_index() == 0:
             if sample is not None:
                 (self.run_dir / 'sample.txt').write_text(sample)
@@ -483,55 +355,8 @@ class _Run:
         return number, state
 
     def diagnose(self, failed: Step, state) -> dict:
-        made, config = self.program, self.config
-        key = jax.random.fold_in(self.key, state['step'])
-        whole = dataclasses.replace(config.step, accumulate=1)
-        single = NamedSharding(self.mesh, PartitionSpec())
-        jit = lambda function: jax.jit(function, out_shardings=single)
-        given = state['params'], failed.batch, key, state['step']
-
-        def activations(params, batch, key, step):
-            traced = made.trace(params, batch, key, step)
-            found = [report.census(t.name, t.value, t.heads) for t in health.tensors(traced)]
-            return [one for one in found if one is not None]
-
-        def gradients(params, batch, key, step):
-            forward = functools.partial(made.forward, step=step)
-            return report.censuses(step_lib.gradients(forward, params, batch, key, whole)[1])
-
-        return report.diagnose(
-            step=failed.number,
-            metrics=failed.values,
-            shapes=made.shapes,
-            params=jit(report.censuses)(state['params']),
-            batch=jit(report.censuses)(failed.batch),
-            trace=lambda: jit(activations)(*given),
-            gradients=lambda: jit(gradients)(*given),
-            rows=self.data.rows(failed.position - 1),
-        )
-
-    def sample(self, params) -> str | None:
-        """Text drawn from the model; None, and a word on stderr, where there is none to draw."""
-        task, how = self.data.task, self.config.sample
-        if not how.tokens or not how.count:
-            return None
-        if task.decode is None or task.encode is None or self.config.model.kind != 'decoder':
-            self.progress.say(f'no sample: task {task.kind!r} with a model of kind {self.config.model.kind!r} writes no text')
-            return None
-        if jax.process_count() > 1:
-            self.progress.say('no sample: the model is spread over several processes')
-            return None
-        prompt = ([] if task.start is None else [task.start]) + list(task.encode(how.prompt))
-        try:
-            found = models.generate(
-                self.program.model(params), [prompt or [0]] * how.count, max_new_tokens=how.tokens, temperature=how.temperature,
-                top_k=how.top_k, top_p=how.top_p, bases=how.bases, key=jax.random.key(self.config.seed),
-            )  # fmt: skip
-        except ValueError as error:
-            self.progress.say(f'no sample: {error}')
-            return None
-        return '\n--- next ---\n'.join(task.decode([*task.encode(how.prompt), *new]).rstrip() for new in found)
-
+        rows = self.data.rows(failed.position - 1)
+        return diagnose(self.program, self.config, self.mesh, self.key, failed, state, rows)
 
 def tell(result: Result) -> None:
     """Prints how a run ended: its sample, its last evaluation, what to do next."""

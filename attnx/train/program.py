@@ -110,3 +110,12 @@ def check_rows(config: Config, sizes: Mapping[str, int]) -> None:
             f'data.batch_size {config.data.batch_size} must be a multiple of {rows} (devices over which the mesh '
             f'spreads rows) times {config.step.accumulate} (step.accumulate)'
         )
+
+
+def check_compiler(options: Mapping[str, Any]) -> None:
+    """Raises ValueError for options that XLA does not have, or of another type, before the step is compiled."""
+    for name, value in options.items():
+        try:
+            jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
+        except (jax.errors.JaxRuntimeError, TypeError, ValueError) as error:
+            raise ValueError(f'config.compiler: {name}={value!r}: {str(error).splitlines()[0]}') from None
