@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
+from pallas_kernels import apart
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.gated_linear import decode
@@ -86,11 +87,12 @@ def delta_rule(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
+    run = _delta_rule
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.delta_rule.per_channel import per_channel  # it stands on this module
-
-        return per_channel((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
-    return _delta_rule((scale, interpret), query, key, value, beta, log_decay, initial_state, segment_ids)
+        from pallas_kernels.delta_rule.per_channel import per_channel as run  # it stands on this module
+    run = functools.partial(run, (scale, interpret))
+    run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
+    return run(query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import common
+from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decode
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep
 
@@ -125,11 +125,17 @@ def gated_linear(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
+    run = _gated_linear
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.gated_linear.per_channel import per_channel  # it stands on this module
+        from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
+    if segment_ids is None or interpret:
+        return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
+    run = functools.partial(_without_beta, run, (scale, interpret))
+    return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
 
-        return per_channel((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
-    return _gated_linear((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
+
+def _without_beta(run, static, query, key, value, beta, *rest):
+    return run(static, query, key, value, *rest)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import apart
 from pallas_kernels.delta_rule import check, inverse, mosaic_gpu, sweep
 from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
@@ -89,6 +90,7 @@ def plain_delta(
 def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(linear, 'sweep', plain_sweep)
     monkeypatch.setattr(linear, 'refuse', lambda *_: None)
+    monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(linear, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import apart
 from pallas_kernels.gated_linear import check, decode, mosaic_gpu, per_channel
 
 
@@ -79,6 +80,7 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
+    monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
 
@@ -187,3 +189,23 @@ def test_held_back():
 def test_grid(case):
     good, errors = check.check(case)
     assert good, errors
+
+
+def test_what_is_not_finite_stays_in_its_document(plain):
+    """Outputs, last state and gradients of the other documents are as without it."""
+    (q, k, v, g, state), _, cotangents = check.Case('documents', T=80, N=2, K=64, V=64).arrays()
+    ids = jnp.asarray(np.repeat([0, 1, 2], [30, 25, 25])[None], jnp.int32)
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    other = np.repeat([True, False, True], [30, 25, 25])
+
+    def run(v, k):
+        f = lambda q, k, v, g: mosaic_gpu.gated_linear(q, k, v, g, initial_state=state, segment_ids=ids)
+        (out, last), pull = jax.vjp(f, q, k, v, g)
+        do = jnp.where(other[None, :, None, None], cotangents[0].astype(jnp.float32), 0)
+        return out, *pull((do, cotangents[1])), last
+
+    spoilt = run(v.at[0, 40, 0, 3].set(jnp.nan), k.at[0, 50, 1, 0].set(jnp.inf))
+    assert np.isnan(spoilt[0][0, 40:55, 0]).all() and np.isnan(spoilt[0][0, 50:55, 1]).all()
+    for got, want in zip(spoilt[:-1], run(v, k)):
+        np.testing.assert_allclose(got[:, other], want[:, other], atol=1e-5)
+    np.testing.assert_allclose(spoilt[-1], run(v, k)[-1], atol=1e-5)
