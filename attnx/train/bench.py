@@ -43,7 +43,8 @@ LLAMA = {
         'a': {'kind': 'gqa', 'num_heads': 16, 'num_kv_heads': 16},
         'd': {'kind': 'gated_deltanet', 'num_heads': 16, 'key_expansion': 1.0, 'value_expansion': 1.0},
         'w': {'kind': 'gated_deltanet', 'num_heads': 24},  # as its paper: keys of 64, values of 128
-        'g': {'kind': 'gla', 'num_heads': 16},
+        'g': {'kind': 'gla', 'num_heads': 16, 'key_expansion': 1.0},
+        'l': {'kind': 'lightning', 'num_heads': 16},
     },
     'mlp': {'kind': 'swiglu', 'hidden': 5504},
 }  # fmt: skip
@@ -63,6 +64,7 @@ ROWS = (
     Row('fsdp llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2, kind='scaling', preset='fsdp', mesh='fsdp'),
     Row('ring', SHORT, 65536, 1, **CUT, context='ring'),
     Row('heads', SHORT, 65536, 1, **CUT, context='heads'),
+    Row('lasp2 lightning', SHORT | {'pattern': ('l',)}, 65536, 1, **CUT),
     Row('lasp2 gla', SHORT | {'pattern': ('g',)}, 65536, 1, **CUT),
     Row('lasp2 delta', SHORT | {'pattern': ('d',)}, 65536, 1, **CUT),
 )
