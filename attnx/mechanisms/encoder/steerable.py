@@ -10,8 +10,8 @@ Equation: features f_l [P_l, C] of degree l, points x_i, r and u length and dire
     product;  gate: f gelu(|f| + b) / |f|.
 Paper: Steerable transformers for volumetric data, 2024, arXiv 2405.15932.
 Differs: bells of the distance stand for a table of distances of a grid; weights are scaled by C^-1/2. Frequencies of
-    products do not wrap, as the release's do, which holds for some angles only. The front end from images and class tokens are
-    left out. The width of the model holds
+    products do not wrap, as the release's do, which holds for some angles only. The front end from images, class
+    tokens and the invariant read-out are no mixing of tokens, and left out. The width of the model holds
     [degree, component, channel], complex parts as two components; norms and MLPs of the blocks around are not equivariant.
 Cost: O(T²) time, O(T) memory: the geometry of some rows of pairs at a time (XLA); it needs the whole set, and can not decode.
 """
@@ -20,6 +20,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from attnx.nn import normal, param, softmax
 from attnx.ops import masks, normalizers
@@ -114,43 +115,48 @@ class SteerableAttention(Mixer):
         self.ends = [sum(terms[: n + 1]) for n in range(f)]
         self.shift = param(normal(rngs, (f, c), 1.0, dims.param_dtype), (None, 'embed')) if config.gate else None
 
-    def split(self, x):
-        """x [B, T, M] -> features [B, T, P, C] of each degree, complex64 or float32."""
-        x, c, f = x.astype(jnp.float32), self.channels, self.config.frequencies
-        if self.complex:
-            x = x.reshape(*x.shape[:2], f, 2, c)
-            return [jax.lax.complex(x[:, :, m, :1], x[:, :, m, 1:]) for m in range(f)]
-        return [x[..., i * i * c : (i + 1) ** 2 * c].reshape(*x.shape[:2], 2 * i + 1, c) for i in range(f)]
+    @property
+    def degree(self):
+        """Of each of the P components."""
+        degrees = np.arange(self.config.frequencies)
+        return np.repeat(degrees, 1 if self.complex else 2 * degrees + 1)
 
-    def join(self, parts):
-        flat = lambda p: p.reshape(*p.shape[:2], -1)
+    def split(self, x):
+        """x [B, T, M] -> features [B, T, P, C], the components of all degrees, complex64 or float32."""
+        x, c = x.astype(jnp.float32), self.channels
         if self.complex:
-            return jnp.concatenate([flat(g(p)) for p in parts for g in (jnp.real, jnp.imag)], axis=-1)
-        return jnp.concatenate([flat(p) for p in parts], axis=-1)
+            x = x.reshape(*x.shape[:2], -1, 2, c)
+            return jax.lax.complex(x[..., 0, :], x[..., 1, :])
+        return x.reshape(*x.shape[:2], -1, c)
+
+    def join(self, f):
+        f = jnp.stack([jnp.real(f), jnp.imag(f)], axis=3) if self.complex else f
+        return f.reshape(*f.shape[:2], -1)
 
     def cast(self, p):
-        """A parameter's matrices, one a degree."""
+        """A parameter's matrices, [P, …]: those of a degree for each of its components."""
         p = p[...].astype(jnp.float32)
-        return jax.lax.complex(p[:, 0], p[:, 1]) if self.complex else p[:, 0]
+        return (jax.lax.complex(p[:, 0], p[:, 1]) if self.complex else p[:, 0])[self.degree]
 
-    def size(self, parts):
-        """|f|² + 1e-8 of each degree, [B, T, 1, C]."""
-        return [jnp.sum(jnp.real(p * jnp.conj(p)), axis=2, keepdims=True) + 1e-8 for p in parts]
+    def size(self, f):
+        """|f|² + 1e-8 of each component's degree, [B, T, P, C]."""
+        square = jnp.real(f * jnp.conj(f))
+        same = (self.degree[:, None] == self.degree).astype(square.dtype)
+        return square + 1e-8 if self.complex else jnp.einsum('btpc,pr->btrc', square, same) + 1e-8
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
-        config, n, parts = self.config, self.config.num_heads, self.split(x)
+        config, n, f = self.config, self.config.num_heads, self.split(x)
         where = ctx.side('coordinates').astype(jnp.float32)
         if where.shape != (*x.shape[:2], 3):
             raise ValueError(f"the side input 'coordinates' must be {[*x.shape[:2], 3]}, was given {list(where.shape)}")
         where = where.at[..., 2].set(0) if self.complex else where
         if config.norm:
-            sizes = self.size(parts)
-            sizes = [sum(sizes)] * len(parts) if self.complex else sizes
-            parts = [p / jnp.sqrt(s) for p, s in zip(parts, sizes)]
+            size = self.size(f)
+            f = f / jnp.sqrt(jnp.sum(size, axis=2, keepdims=True) if self.complex else size)
         heads = lambda p: p.reshape(*p.shape[:-1], n, -1)
-        into = lambda kernel: [heads(p @ w) for p, w in zip(parts, self.cast(kernel))]
-        query, key, value = into(self.query), into(self.key), into(self.value)  # each [B, T, P, N, d]
-        near_key, near_value = heads(self.cast(self.near_key)), heads(self.cast(self.near_value))  # [F, bells, N, d]
+        turned = lambda f, kernel: jnp.einsum('btpc,pcd->btpd', f, self.cast(kernel))
+        query, key, value = (heads(turned(f, kernel)) for kernel in (self.query, self.key, self.value))  # [B, T, P, N, d]
+        near_key, near_value = heads(self.cast(self.near_key)), heads(self.cast(self.near_value))  # [P, bells, N, d]
         (batch, length, _), size = x.shape, self.channels // n * (1 if self.complex else config.frequencies**2)
         mask = None if ctx.segment_ids is None else masks.segments(ctx.segment_ids)
 
@@ -161,32 +167,28 @@ class SteerableAttention(Mixer):
             far = jnp.sqrt(jnp.sum(jnp.square(between), axis=-1, keepdims=True) + 1e-12)
             centers = jnp.arange(1, config.bells + 1) * (config.reach / config.bells)
             bells = jnp.exp(-jnp.square((far - centers) * (config.bells / config.reach))) * far**2 / (1 + far**2)
-            around = [harmonics(between / far, degree, config.group) for degree in range(config.frequencies)]
-            a = 0.0
-            for q, k, near, y in zip(query, key, near_key, around):
-                q = jnp.conj(q)
-                a = a + jnp.einsum('btpnd,bspnd->bnts', q, k)
-                a = a + jnp.einsum('btnrp,btsr,btsp->bnts', jnp.einsum('btpnd,rnd->btnrp', q, near), bells, y)
+            y = [harmonics(between / far, degree, config.group) for degree in range(config.frequencies)]
+            y, query = jnp.concatenate(y, axis=-1), jnp.conj(query)
+            a = jnp.einsum('btpnd,bspnd->bnts', query, key)
+            a = a + jnp.einsum('btnrp,btsr,btsp->bnts', jnp.einsum('btpnd,prnd->btnrp', query, near_key), bells, y)
             s = jnp.sqrt(jnp.real(a * jnp.conj(a)) + 1e-12) if config.weigh == 'modulus' else jnp.real(a)
             w = normalizers.softmax(s * size**-0.5, evaluate(mask, i))
-            found = []
-            for v, near, y in zip(value, near_value, around):
-                read = jnp.einsum('bnts,bspnd->btpnd', w, v)
-                read = read + jnp.einsum('btnrp,rnd->btpnd', jnp.einsum('bnts,btsr,btsp->btnrp', w, bells, y), near)
-                found.append(read.reshape(*read.shape[:3], -1))
-            return carry, found
+            read = jnp.einsum('bnts,bspnd->btpnd', w, value)
+            read = read + jnp.einsum('btnrp,prnd->btpnd', jnp.einsum('bnts,btsr,btsp->btnrp', w, bells, y), near_value)
+            return carry, read.reshape(*read.shape[:3], -1)
 
-        rows = num_rows(batch * length * config.bells * config.frequencies**2, length)
-        _, read = by_rows(step, (), (query, where), rows)
-        parts = [p @ w for p, w in zip(read, self.cast(self.out))]
+        rows = num_rows(batch * length * config.bells * len(self.degree), length)
+        f = turned(by_rows(step, (), (query, where), rows)[1], self.out)
         if self.product is not None:
             w = self.product[...].astype(jnp.float32)
             w = jnp.split(jax.lax.complex(w[:, 0], w[:, 1]) if self.complex else w[:, 0], self.ends[:-1])
-            parts = [jnp.einsum('nbtpc,nc->btpc', found, mix) for found, mix in zip(products(parts, config.group), w)]
+            parts = [f[:, :, self.degree == degree] for degree in range(config.frequencies)]
+            made = zip(products(parts, config.group), w)
+            f = jnp.concatenate([jnp.einsum('nbtpc,nc->btpc', found, mix) for found, mix in made], axis=2)
         if self.shift is not None:
-            sizes = [jnp.sqrt(s) for s in self.size(parts)]
-            parts = [p * jax.nn.gelu(s + b) / s for p, s, b in zip(parts, sizes, self.shift[...].astype(jnp.float32))]
-        return Output(self.join(parts).astype(self.dtype))
+            size = jnp.sqrt(self.size(f))
+            f = f * jax.nn.gelu(size + self.shift[...].astype(jnp.float32)[self.degree]) / size
+        return Output(self.join(f).astype(self.dtype))
 
 
 SPEC = Spec(

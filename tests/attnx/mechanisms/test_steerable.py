@@ -22,17 +22,19 @@ def turn(group):
 
 def act(mixer, x, r, group):
     """The action of a rotation on features [B, T, M]."""
-    parts = mixer.split(jnp.asarray(x))
+    f = mixer.split(jnp.asarray(x))
     if group == 'se2':
         angle = np.arctan2(r[1, 0], r[0, 0])
-        return mixer.join([p * np.exp(-1j * m * angle).astype(np.complex64) for m, p in enumerate(parts)])
+        return mixer.join(f * np.exp(-1j * np.arange(3) * angle).astype(np.complex64)[:, None])
     e = np.zeros((5, 3, 3))
     e[0, [0, 1], [1, 0]] = e[1, [1, 2], [2, 1]] = e[2, [0, 2], [2, 0]] = 2**-0.5
     e[3, [0, 1], [0, 1]] = np.array([1, -1]) / 2**0.5
     e[4, [0, 1, 2], [0, 1, 2]] = np.array([-1, -1, 2]) / 6**0.5
     two = np.einsum('aij,ik,jl,bkl->ab', e, r, r, e)
     matrices = [np.eye(1), r, two]
-    return mixer.join([jnp.einsum('pq,btqc->btpc', d.astype(np.float32), p) for d, p in zip(matrices, parts)])
+    parts = [f[:, :, :1], f[:, :, 1:4], f[:, :, 4:]]
+    turned = [jnp.einsum('pq,btqc->btpc', d.astype(np.float32), p) for d, p in zip(matrices, parts)]
+    return mixer.join(jnp.concatenate(turned, axis=2))
 
 
 @pytest.mark.parametrize('fields', [{'gate': True}, {'weigh': 'real'}, {'product': True, 'gate': True}], ids=str)
