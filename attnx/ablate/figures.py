@@ -205,6 +205,7 @@ def draw(figure: Figure, path: pathlib.Path) -> None:
         else:
             fills = ['C0' if i in s['front'] else 'none' for i in range(len(s['x']))]
             axis.scatter(s['x'], s['y'], facecolors=fills, edgecolors='C0')
+            axis.margins(x=0.15, y=0.1)  # room for names
             for x, y, label in zip(s['x'], s['y'], s['labels']):
                 axis.annotate(label, (x, y), textcoords='offset points', xytext=(4, 4), fontsize=8)
     names = (figure.y, figure.x) if figure.kind == 'bars' else (figure.x, figure.y)
