@@ -150,6 +150,7 @@ def to_plotly(figure: Figure):
             error['arrayminus'] = [y - low for low, y in zip(s['low'], s['y'])]
             drawn.add_scatter(x=s['y'], y=s['x'], error_x=error, mode='markers', name=s['name'])
             drawn.add_vline(x=0, line={'dash': 'dot'})
+            drawn.update_yaxes(autorange='reversed')  # arms as in the table, from the top
         elif figure.kind == 'heat':
             scale = {'colorscale': 'RdBu', 'zmid': 0} if figure.name.startswith('layers') else {'colorscale': 'Viridis'}
             text = [[None if v is None else f'{v:.3g}' for v in row] for row in s['z']]
@@ -190,6 +191,7 @@ def draw(figure: Figure, path: pathlib.Path) -> None:
             errors = [[y - low for low, y in zip(s['low'], s['y'])], [high - y for high, y in zip(s['high'], s['y'])]]
             axis.errorbar(s['y'], s['x'], xerr=errors, fmt='o', capsize=3)
             axis.axvline(0, color='grey', linestyle=':')
+            axis.set_ylim(len(s['x']) - 0.5, -0.5)
         elif figure.kind == 'heat':
             z = [[float('nan') if v is None else v for v in row] for row in s['z']]
             most = max((abs(v) for row in s['z'] for v in row if v is not None), default=1.0) or 1.0
@@ -197,16 +199,23 @@ def draw(figure: Figure, path: pathlib.Path) -> None:
             drawn.colorbar(axis.imshow(z, aspect='auto', **scale), ax=axis)
             axis.set_xticks(range(len(s['x'])), s['x'], rotation=30, ha='right')
             axis.set_yticks(range(len(s['y'])), s['y'])
+            for row, column in ((i, j) for i, values in enumerate(z) for j, v in enumerate(values) if v == v):
+                box = {'facecolor': 'white', 'alpha': 0.7, 'edgecolor': 'none', 'pad': 1}
+                axis.text(column, row, f'{z[row][column]:.3g}', ha='center', va='center', fontsize=8, bbox=box)
         else:
             fills = ['C0' if i in s['front'] else 'none' for i in range(len(s['x']))]
             axis.scatter(s['x'], s['y'], facecolors=fills, edgecolors='C0')
+            axis.margins(x=0.15, y=0.1)  # room for names
             for x, y, label in zip(s['x'], s['y'], s['labels']):
                 axis.annotate(label, (x, y), textcoords='offset points', xytext=(4, 4), fontsize=8)
     names = (figure.y, figure.x) if figure.kind == 'bars' else (figure.x, figure.y)
     axis.set(xlabel=names[0], ylabel=names[1])
     axis.set_title(figure.title, fontsize=9, wrap=True)
     if figure.kind == 'lines':
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, frameon=False)
+    if figure.kind != 'heat':
+        axis.grid(alpha=0.25)
+        axis.spines[['top', 'right']].set_visible(False)
     drawn.tight_layout()
     drawn.savefig(path)
     pyplot.close(drawn)
