@@ -101,6 +101,7 @@ class Case:
     largest: int  # elements that no array of the program may reach
     slow: bool = True
     differentiable: bool = True
+    operands: int = 0  # of the score that have gradients: a kernel each
 
     def compile(self, topology: str) -> dict:
         arrays = [jax.ShapeDtypeStruct(*a) for a in self.arrays]
@@ -122,7 +123,7 @@ class Case:
             'case': self.name,
             'topology': topology,
             'kernels': text.count('custom_call_target="tpu_custom_call"'),
-            'expected': 1 + self.differentiable,
+            'expected': 1 + self.differentiable + self.operands,
             'largest': max(sizes),
             'allowed': self.largest,
             'temporary_bytes': program.memory_analysis().temp_size_in_bytes,
@@ -175,17 +176,20 @@ def cases() -> list[Case]:
         _attention('attention window and documents, 32768 tokens', 32768, N=8, K=2, build=documents,
                    extra=[((1, 32768), jnp.int32)]),
         _attention('attention small tiles, strip, documents, dropout', 4096, build=strip, sides=small, slow=False,
-                   extra=[((2, 8191), f32), ((1, 4096), jnp.int32)]),
+                   extra=[((2, 8191), f32), ((1, 4096), jnp.int32)], operands=1),
         _attention('attention full', 4096),
         _attention('attention width 64', 4096, H=64, build=plain),
         _attention('attention widths 80 and 192, ragged', 1000, S=1300, H=80, Hv=192, build=plain, largest=2**24),
         _attention('attention width 256, 32768 tokens', 32768, H=256, N=1, build=plain),
         _attention('attention softcap, sinks, dropout', 4096, build=capped, extra=[((2,), f32)]),
-        _attention('attention alibi', 4096, build=score(_alibi, 'h'), extra=[((2,), f32)]),
-        _attention('attention strip', 4096, build=score(_added, 'hd'), extra=[((2, 8191), f32)]),
+        _attention('attention alibi', 4096, build=score(_alibi, 'h'), extra=[((2,), f32)], operands=1),
+        _attention('attention strip', 4096, build=score(_added, 'hd'), extra=[((2, 8191), f32)], operands=1),
         _attention('attention bias', 2048, build=score(_added, 'hqk'), extra=[((2, 2048, 2048), bf16)],
-                   largest=2**25),  # the caller's bias; v6e's program names it as 2^24 bytes
-        _attention('attention row and head bias', 2048, build=score(_added, 'hq'), extra=[((2, 2048), f32)]),
+                   largest=2**25, operands=1),  # the caller's bias; v6e's program names it as 2^24 bytes
+        _attention('attention bias that heads share', 2048, N=8, build=score(_added, 'qk'), extra=[((2048, 2048), f32)],
+                   largest=2**25, operands=1),
+        _attention('attention row and head bias', 2048, build=score(_added, 'hq'), extra=[((2, 2048), f32)], operands=1),
+        _attention('attention column bias', 2048, build=score(_added, 'k'), extra=[((2048,), f32)], operands=1),
         _attention('attention float32', 2048, build=plain, dtype=f32),
         *(_recurrence(op, decay, 8192, slow=decay != 'token')
           for op in (linear, delta) for decay in ('none', 'head', 'token', 'channel')),

@@ -182,6 +182,10 @@ class Value(NamedTuple):
     literal: Any  # the number, where it is one that tracing already knew
 
 
+COMPARE = {'lt': lax.lt, 'le': lax.le, 'gt': lax.gt, 'ge': lax.ge}
+FLIPPED = {'lt': 'gt', 'le': 'ge', 'gt': 'lt', 'ge': 'le'}
+
+
 class Outer:
     """A tile row + column or row - column, formed only when something needs it as it is.
 
@@ -205,6 +209,13 @@ class Outer:
 
     def times(self, scalar):
         return Outer(*((v * scalar, k) for v, k in (self.a, self.b)), self.sign, self.widen, True)
+
+    def compared(self, name, scalar):
+        """`self < scalar` and its like as (name, row, column) with row < column: the scalar joins the column."""
+        (a, kind), (b, _) = self.a, self.b
+        if kind == 'r':
+            return name, a, b + scalar if self.sign < 0 else scalar - b
+        return (name, b, scalar - a) if self.sign > 0 else (FLIPPED[name], b, a - scalar)
 
     def parts(self, sign):
         """The signed vectors, by kind."""
@@ -294,6 +305,12 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
             single = eqn.outvars and eqn.outvars[0].aval.dtype == jnp.float32
             held = [None if isinstance(a, jex.Literal) else env[a][0] for a in eqn.invars]
             outer = [n for n, v in enumerate(held) if isinstance(v, Outer)]
+            if spread and len(outer) == 1 and name in FLIPPED and little(eqn.invars[1 - outer[0]]):
+                (n,), other = outer, eqn.invars[1 - outer[0]]
+                if isinstance(other, jex.Literal) or env[other][1] == '':
+                    name, row, column = held[n].compared(FLIPPED[name] if n else name, read(other)[0])
+                    env[eqn.outvars[0]] = COMPARE[name](widen(row, 'r', 'rc'), widen(column, 'c', 'rc')), 'rc'
+                    continue
             if single and len(outer) == 1:
                 (n,) = outer
                 if name == 'convert_element_type':

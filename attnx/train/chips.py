@@ -18,6 +18,7 @@ class Chip(NamedTuple):
     sides: tuple[str, ...]  # topologies on offer; GPU: none
     wraps: int  # a side of a multiple of this many chips is a ring
     source: str
+    devices: int = 1  # a chip, as JAX sees it; peaks are then a device's, and chips are links' ends
 
 
 _CUBES = ('2x2x1', '2x2x2', '2x2x4', '2x4x4', '4x4x4', '4x4x8', '4x8x8', '8x8x4', '8x8x8', '8x8x16', '8x16x16', '16x16x16')
@@ -28,6 +29,7 @@ CHIPS = {
     'v5e': Chip(197e12, 15.75 * 2**30, 819e9, 50e9, _SQUARES, 16, f'{_CLOUD}/v5e'),
     'v5p': Chip(459e12, 95.73 * 2**30, 2765e9, 100e9, _CUBES, 4, f'{_CLOUD}/v5p'),
     'v6e': Chip(918e12, 31.24 * 2**30, 1638e9, 100e9, _SQUARES, 16, f'{_CLOUD}/v6e'),
+    'tpu7x': Chip(1153e12, 94.74 * 2**30, 3690e9, 50e9, _CUBES, 4, f'{_CLOUD}/tpu7x', 2),
     'a100': Chip(312e12, 80e9, 2039e9, 300e9, (), 0, 'NVIDIA A100 80GB SXM data sheet'),
     'h100': Chip(989e12, 80e9, 3350e9, 450e9, (), 0, 'NVIDIA H100 SXM data sheet'),
     'h200': Chip(989e12, 141e9, 4800e9, 450e9, (), 0, 'NVIDIA H200 SXM data sheet'),
@@ -46,7 +48,7 @@ class Topology(NamedTuple):
 
     @property
     def size(self) -> int:
-        return math.prod(self.sides)
+        return math.prod(self.sides) * self.chip.devices
 
     @property
     def tpu(self) -> bool:

@@ -16,9 +16,10 @@ import numpy as np
 from pallas_kernels import blocks, tpu
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
-from pallas_kernels.softmax_attention import functions, mosaic_gpu, operand_gradients
+from pallas_kernels.softmax_attention import functions, mosaic_gpu
 from pallas_kernels.softmax_attention import mosaic_tpu_backward as backward_kernel
 from pallas_kernels.softmax_attention import mosaic_tpu_forward as forward_kernel
+from pallas_kernels.softmax_attention import mosaic_tpu_operands as operand_kernel
 from pallas_kernels.softmax_attention import mosaic_tpu_tiles as tiles
 from pallas_kernels.softmax_attention.mosaic_tpu_tiles import LN2, LOG2E, Sizes
 
@@ -161,6 +162,7 @@ def _backward(static, saved, cotangents):
     pad = [(0, 0), (0, 0), (0, sizes.T - T)]
     lines = [jnp.pad(x, pad, constant_values=fill)[:, :, None] for x, fill in ((lse_in, HIDDEN), (delta, 0.0))]
     arrays = _tiles(q, sizes.T), _tiles(k, sizes.S), _tiles(v, sizes.S), _tiles(do, sizes.T), *lines
+    spec = _spec(mask, score, dropout, T, S, sizes)
     count = sizes.T // sizes.queries
     most = max(1, RESIDENT // tiles.resident(sizes.queries, H))
     spans = [(first, min(most, count - first)) for first in range(0, count, most)]
@@ -169,7 +171,7 @@ def _backward(static, saved, cotangents):
         backward_kernel.backward,
         *arrays,
         classes,
-        spec=_spec(mask, score, dropout, T, S, sizes),
+        spec=spec,
         sizes=sizes,
         scale=static.scale,
         out_dtype=q.dtype if whole else f32,
@@ -184,23 +186,17 @@ def _backward(static, saved, cotangents):
         dsinks = -(weight * delta).sum((0, 2))
     dscore = None
     if score is not None:
-        dscore = _score_gradient(static.scale, q, k, v, do, lse_in, delta, mask, score, dropout)
+        leaves, tree = jax.tree.flatten(score)
+        wanted = functools.partial(
+            operand_kernel.gradient, *arrays, classes, spec=spec, sizes=sizes, scale=static.scale
+        )  # a call each: XLA drops those that are not asked for
+        floating = lambda x: jnp.issubdtype(jnp.result_type(x), jnp.floating)
+        found = [wanted(which=n).astype(jnp.result_type(x)) if floating(x) else None for n, x in enumerate(leaves)]
+        dscore = jax.tree.unflatten(tree, found)
     return dq, dk, dv, None, dscore, dsinks, None
 
 
 _attention.defvjp(_forward, _backward)
-
-
-def _score_gradient(scale, q, k, v, do, lse2, delta, mask, score, dropout):
-    """The gradient of `score`: the same pytree, None for what is not floating. XLA drops what is not asked for."""
-    leaves, tree = jax.tree.flatten(score)
-    floating = [n for n, x in enumerate(leaves) if jnp.issubdtype(jnp.result_type(x), jnp.floating)]
-    found = [None] * len(leaves)
-    if floating:
-        gradients = operand_gradients.of_score(scale, q, k, v, do, lse2, delta, mask, score, dropout, floating)
-        for n, x in zip(floating, gradients):
-            found[n] = x
-    return jax.tree.unflatten(tree, found)
 
 
 def _tiling(static, q, k, mask) -> tuple[Sizes, object]:

@@ -17,6 +17,7 @@ from pallas_kernels.softmax_attention.mosaic_tpu_tiles import LOG2E, Step
 
 NT = (((1,), (1,)), ((), ()))
 TN = (((0,), (0,)), ((), ()))
+MASKED = 256  # keys at a time where the mask is evaluated too: its positions want registers
 
 
 def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_dtype):
@@ -64,8 +65,10 @@ def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_
 
         def compute(partial):
             rows = pl.ds(pl.multiple_of((step.column - span[0]) * bq, bq), bq)
-            for n in range(bk // part):
-                keys, place = pl.ds(n * part, part), inputs.at(step, n)
+            size = MASKED if partial and part % MASKED == 0 else part
+            for first in range(0, bk, size):
+                place = inputs.at(step, first, size)
+                keys = place.keys
                 q, k, do = q_ref[...], k_ref[keys], do_ref[...]
                 s = dot(k, q, NT)
                 factor, slope = scale, None

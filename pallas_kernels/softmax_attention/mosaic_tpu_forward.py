@@ -56,7 +56,8 @@ def forward(q, k, v, sinks, classes, *, spec, sizes, scale):
 
         def compute(partial):
             for n in range(bk // part):
-                keys, place = pl.ds(n * part, part), inputs.at(step, n)
+                place = inputs.at(step, n * part, part)
+                keys = place.keys
                 s = lax.dot_general(q_ref[...], k_ref[keys], NT, precision, jnp.float32)
                 factor = scale
                 if spec.score:

@@ -76,13 +76,18 @@ class Step:
 
 def fitting(classes):
     """`classes`, united over heads, then over batches too, where their tables would not fit the scalar memory."""
-    xp = np if isinstance(classes, np.ndarray) else jnp
     for axis in (1, 0):
         if np.prod(classes.shape) > MOST_WORDS:
-            low, high = classes.min(axis, keepdims=True), classes.max(axis, keepdims=True)
-            partial = xp.where(low == blocks.FULL, blocks.FULL, blocks.PARTIAL)
-            classes = xp.where(high == blocks.EMPTY, blocks.EMPTY, partial).astype(np.int8)
+            classes = united(classes, axis)
     return classes
+
+
+def united(classes, axis: int):
+    """One table for all along `axis`: empty or full only where all of them are."""
+    xp = np if isinstance(classes, np.ndarray) else jnp
+    low, high = classes.min(axis, keepdims=True), classes.max(axis, keepdims=True)
+    partial = xp.where(low == blocks.FULL, blocks.FULL, blocks.PARTIAL)
+    return xp.where(high == blocks.EMPTY, blocks.EMPTY, partial).astype(np.int8)
 
 
 def kinds(classes) -> set[int]:
@@ -191,20 +196,20 @@ class Inputs:
             if functions.kind(o.index, self.transposed) == 'r':
                 self.scratch[slot][...] = jnp.broadcast_to(ref[...], (LANES, ref.shape[1])).T
 
-    def at(self, step: Step, part: int):
-        """Part `part` of a tile."""
-        return Place(self, step, part)
+    def at(self, step: Step, first: int, size: int):
+        """`size` keys of a tile from its key `first` on."""
+        return Place(self, step, first, size)
 
 
 class Place(functions.Place):
     """`functions.Place` for a TPU: the loads, and the shapes of vectors."""
 
-    def __init__(self, inputs: Inputs, step: Step, part: int):
+    def __init__(self, inputs: Inputs, step: Step, first: int, size: int):
         sizes, transposed = inputs.operands.sizes, inputs.transposed
         i, j = (step.column, step.row) if transposed else (step.row, step.column)
-        self.first = part * sizes.part  # of the tile's keys
-        shape = (sizes.part, sizes.queries) if transposed else (sizes.queries, sizes.part)
-        super().__init__(inputs, i * sizes.queries, j * sizes.keys + self.first, shape)
+        self.keys = pl.ds(first, size)  # of the tile's
+        shape = (size, sizes.queries) if transposed else (sizes.queries, size)
+        super().__init__(inputs, i * sizes.queries, j * sizes.keys + first, shape)
 
     def _positions(self):
         t, (M, N) = self.inputs.transposed, self.shape
@@ -224,7 +229,7 @@ class Place(functions.Place):
     def _load(self, n: int, o: ew.Operand):
         ref, slot, t = self.inputs.refs[n], self.inputs.operands.slots[n], self.inputs.transposed
         sizes, (M, N), kind = self.inputs.operands.sizes, self.shape, functions.kind(o.index, self.inputs.transposed)
-        keys = pl.ds(self.first, sizes.part)
+        keys = self.keys
         if kind == '':
             b, h = (x if n > 1 else 0 for x, n in zip((self.inputs.b, self.inputs.h), slot))
             return ref[b * slot[1] + h]
@@ -274,9 +279,8 @@ def wide(x, n: int):
 # What both calls tell the compiler
 
 
-def parameters(resident: int = 0):
+def parameters(resident: int = 0, semantics=('parallel', 'parallel', 'arbitrary')):
     """`resident`: bytes held beyond the tiles of a step, which with their temporaries stay below 28 MiB."""
-    semantics = ('parallel', 'parallel', 'arbitrary')
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=28 * 2**20 + resident)
 
 

@@ -95,9 +95,11 @@ def test_attention_with_strip_and_empty_tiles(interpreted):
 
 
 def test_attention_with_dense_operands(interpreted):
+    """A dense mask, a dense bias that two heads share, one by keys."""
     visible = np.random.default_rng(0).random((1, 1, 130, 200)) < 0.5
     visible[..., 5, :] = False
-    check(attention(130, 200, N=1), (256, 256, 128), mask=masks.array(visible), score=scores.bias(draw(1, 1, 130, 200)))
+    score = scores.bias(draw(1, 1, 130, 200)) >> scores.bias(draw(1, 2, 1, 200))
+    check(attention(130, 200), (256, 256, 128), mask=masks.array(visible), score=score)
 
 
 def test_attention_keeps_poison_in_its_place(interpreted):

@@ -99,6 +99,7 @@ def test_links_of_a_torus():
     assert chips.links(line, v5p) == 2 and chips.links(line[:2], v5p) == 1
     assert chips.links([(x, y, 0) for x in range(4) for y in range(4)], v5p) == 4
     assert chips.links([(x, 0, 0) for x in range(4)], v5e) == 1  # no ring below 16
+    assert (v5p.size, topology.topology('tpu7x:2x2x2').size) == (128, 16)  # two devices a chip
 
 
 def test_the_refusal_of_the_compiler_is_read():
