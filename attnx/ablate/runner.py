@@ -206,10 +206,10 @@ def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluatio
     return _write_outcome(study, cell, entry)
 
 
-def _other(cell: Cell, change: dict):
-    from attnx.ablate.study import build, changed
+def _other(cell: Cell, change: Mapping | str):
+    from attnx.ablate.study import build, other_data
 
-    return build(changed(config_lib.to_dict(cell.config), change)).data
+    return build(other_data(config_lib.to_dict(cell.config), change)).data
 
 
 @functools.cache

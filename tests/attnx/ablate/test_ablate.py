@@ -69,7 +69,7 @@ def done(tmp_path_factory):
         tmp_path_factory.mktemp('done'),
         arms={'base': {}},
         generate=({'swap': 'uniform_attention'},),
-        evals={'long': {'data.length': 32}},
+        evals={'long': 'long'},
         tasks={'near': {}, 'far': {'data.task': pairs}},
     ).run()
 
@@ -124,6 +124,7 @@ def test_generators():
         ({'batch_seeds': True, 'arms': {'a': {}, 'b': {'health.every': 5}}}, "arm 'b': health.every=5: runs that are batched"),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
+        ({'evals': {'x': 'sparse'}}, "'induction' has no split 'sparse'; valid: four times, long"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
         ({'rate': 'transfer', 'base': base(optim={'kind': 'muon', 'learning_rate': 1e-2})}, "optim.kind is 'muon'"),
         ({'match': Match(what='state', by='model.mlp.hidden')}, "'gqa': (no model.mlp.hidden up to|state can not be matched)"),
