@@ -207,10 +207,10 @@ def _single(study: Study, cell: Cell, until: int | None, spent: float, evaluatio
     return _write_outcome(study, cell, entry)
 
 
-def _other(cell: Cell, change: dict):
-    from attnx.ablate.study import build, changed
+def _other(cell: Cell, change: Mapping | str):
+    from attnx.ablate.study import build, other_data
 
-    return build(changed(config_lib.to_dict(cell.config), change)).data
+    return build(other_data(config_lib.to_dict(cell.config), change)).data
 
 
 @functools.cache
@@ -262,9 +262,29 @@ def worker(arguments: list[str]) -> list[str]:
     return [sys.executable, '-m', 'attnx.ablate', *arguments, '--workers=1', '--slurm=0', '--noreport']
 
 
+def gpus() -> list[str]:
+    """The NVIDIA GPUs that a process here may use, as CUDA_VISIBLE_DEVICES names them."""
+    if 'cuda' not in os.environ.get('JAX_PLATFORMS', 'cuda') or shutil.which('nvidia-smi') is None:
+        return []
+    if 'CUDA_VISIBLE_DEVICES' in os.environ:
+        return [name for name in os.environ['CUDA_VISIBLE_DEVICES'].split(',') if name]
+    listed = subprocess.run(['nvidia-smi', '-L'], capture_output=True, text=True).stdout.splitlines()
+    return [str(i) for i, line in enumerate(listed) if line.startswith('GPU')]
+
+
 def workers_of(arguments: list[str], count: int) -> int:
-    """Starts `count` processes of the same command, waits, and returns the worst exit code."""
-    processes = [subprocess.Popen(worker(arguments)) for _ in range(count)]
+    """Starts `count` processes of the same command, waits, and returns the worst exit code.
+
+    Each has a GPU of its own where there are as many, else they share GPUs and their memory evenly; likewise CPU cores.
+    """
+    devices, cores, processes = gpus(), sorted(os.sched_getaffinity(0)), []
+    sharing = -(-count // len(devices)) if devices else 1
+    for i in range(count):
+        own = {'CUDA_VISIBLE_DEVICES': devices[i % len(devices)]} if devices else {}
+        own |= {'XLA_PYTHON_CLIENT_MEM_FRACTION': f'{0.9 / sharing:.2f}'} if sharing > 1 else {}
+        processes.append(subprocess.Popen(worker(arguments), env={**os.environ, **own}))
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(processes[-1].pid, cores[i::count] or cores)
     try:
         return max(process.wait() for process in processes)
     finally:

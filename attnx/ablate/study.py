@@ -65,7 +65,8 @@ class Study:
     arms: Mapping  # name -> settings that differ from the base
     generate: tuple = ()  # further arms: ({'swap': 'gqa'}, {'patterns': {'mixers': ('gla', 'gqa'), 'count': 2}}, {'grid': …})
     tasks: Mapping = dataclasses.field(default_factory=dict)  # name -> settings; none: the base's own
-    evals: Mapping = dataclasses.field(default_factory=dict)  # name -> settings of other data to evaluate the end on
+    # name -> other data to evaluate the end on: settings, or the name of one of the task's own splits (attnx.tasks.elsewhere)
+    evals: Mapping = dataclasses.field(default_factory=dict)
     seeds: tuple = (0, 1, 2)  # of parameters, data order and generated rows alike
     metric: str = 'loss'  # what is compared: loss, accuracy, nats_per_byte; 'name/metric' of an entry of evals
     baseline: str = ''  # the arm that others are compared with; '': the first
@@ -212,7 +213,7 @@ class Study:
             if inner == 'accuracy' and made.real:
                 raise ValueError(f"the task {made.kind!r} has no metric 'accuracy'; it has loss")
             for change in self.evals.values():
-                task_of(build(changed(self.on(arm, task), change)))
+                task_of(build(other_data(self.on(arm, task), change)))
 
         _named(arm.name + (f' on {task}' if task else ''), check)
 
@@ -288,6 +289,22 @@ def changed(base: Mapping, change: Mapping) -> dict:
             inner = inner[group]
         inner[last] = dict(value) if isinstance(value, Mapping) else value
     return result
+
+
+def other_data(given: dict, change: Mapping | str) -> dict:
+    """A config with other data: by settings, or by the name of one of its task's splits out of distribution.
+
+    Raises:
+      ValueError: the task has no such split.
+    """
+    if not isinstance(change, str):
+        return changed(given, change)
+    task = task_of(build(given))
+    splits = tasks.elsewhere({**given['data']['task'], 'kind': task.kind}, task.length)
+    if change not in splits:
+        raise ValueError(f'evals: the task {task.kind!r} has no split {change!r}; {nearest(change, splits)}')
+    fields, length = splits[change]
+    return changed(given, {'data.task': fields, 'data.length': length})
 
 
 def build(given: dict) -> Config:

@@ -2,6 +2,7 @@
 
 A task file holds a frozen `Config` and `build(config, *, length, seed, run_dir) -> Task`. A `Task` (base.py) is two
 random-access sources of rows, so that order, batches, processes and resuming are solved once, in attnx/train/data.py.
+`ELSEWHERE` are its splits out of distribution: name -> what differs from the config that was trained on, '×2' being twice.
 Nothing here imports jax.
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Mapping
 
 from attnx.tasks.base import FIELDS, Source, Task, expected
 
-__all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'names', 'outline']
+__all__ = ['FIELDS', 'Source', 'Task', 'build', 'check', 'config', 'elsewhere', 'names', 'outline']
 
 _SHARED = {'__init__', 'base', 'documents', 'knowledge'}
 _PLACES = {'path', 'validation_path'}       # data may move; what it is stands in the task's own fingerprint
@@ -74,6 +75,17 @@ def outline(config, *, length: int = 0, seed: int = 0) -> Task:
     config = _resolved(config)
     module = importlib.import_module(type(config).__module__)
     return module.outline(config, length=length) if hasattr(module, 'outline') else build(config, length=length, seed=seed)
+
+
+def elsewhere(given: Mapping, length: int) -> dict[str, tuple[dict, int]]:
+    """The splits out of distribution of the task `{'kind': …, **fields}` at `length`: name -> (task, length)."""
+    module, found = _module(given['kind']), {}
+    known = {**dataclasses.asdict(config(**given)), 'length': length}
+    for name, change in getattr(module, 'ELSEWHERE', {}).items():
+        put = {k: known[k] * int(v[1:]) if isinstance(v, str) else v for k, v in change.items()}
+        longer = put.pop('length', length)
+        found[name] = ({**given, **put}, longer)
+    return found
 
 
 def _resolved(config):

@@ -34,6 +34,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'uniform': {'uniform': True}, 'long': {'length': '×2'}}
+
+
 @functools.cache
 def bigrams(vocab_size: int, successors: int, evenness: float, table: int) -> tuple[np.ndarray, np.ndarray]:
     """The table [V - 1, V - 1] of next symbols, and its stationary distribution [V - 1]; rows sum to 1."""

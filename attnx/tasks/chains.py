@@ -20,9 +20,13 @@ from attnx.tasks.base import Task, generated, require, row
 class Config:
     num_chains: int = 3             # M
     hops: int = 2                   # D: links of a chain
+    symbols: int = 0                # ids; 0: as many as the chains have. More leave room for deeper chains
     deepest: bool = False           # only questions of D hops count
     num_train: int = 1_000_000      # different rows to train on
     num_eval: int = 512             # rows held out
+
+
+ELSEWHERE = {'deep': {'hops': '×2', 'length': '×2'}}
 
 
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
@@ -31,8 +35,12 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 3 * m * hops
     require(length >= 3 * m * hops, f'chains with {m} chains of {hops} hops needs length >= {3 * m * hops}, got {length}')
 
+    used = m * (hops + 1)
+    symbols = config.symbols or used
+    require(symbols >= used, f'chains with {m} chains of {hops} hops needs symbols >= {used} (or 0), got {symbols}')
+
     def make(rng):
-        chains = rng.permutation(m * (hops + 1)).reshape(m, hops + 1)
+        chains = rng.permutation(symbols)[:used].reshape(m, hops + 1)
         links = np.stack([chains[:, :-1], chains[:, 1:]], axis=-1).reshape(-1, 2)
         asked = rng.permutation(m * hops)
         tokens = np.concatenate([rng.permutation(links).ravel(), chains[:, :-1].ravel()[asked]])
@@ -40,4 +48,4 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
         counts = np.concatenate([np.zeros(2 * m * hops, bool), (asked % hops == 0) | (not config.deepest)])
         return row(tokens, targets, counts, length=length)
 
-    return Task(kind='chains', length=length, vocab_size=m * (hops + 1), **generated(make, config, seed))
+    return Task(kind='chains', length=length, vocab_size=symbols, **generated(make, config, seed))

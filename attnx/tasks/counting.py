@@ -26,6 +26,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'sparse': {'passes': 200.0}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length, v = length or 64, config.num_variables
     require(v >= 1 and config.most >= 1 and config.passes >= 0, 'counting: num_variables and most must be positive')

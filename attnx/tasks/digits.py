@@ -17,6 +17,10 @@ from attnx.tasks.base import Task, require
 class Config:
     patch: int = 2                  # side of a patch in pixels: 1, 2, 4 or 8
     discrete: bool = False          # pixels as 17 tokens; needs patch 1
+    moved: int = 0                  # pixels by which images are moved to the right, 0 to 7
+
+
+ELSEWHERE = {'moved': {'moved': 1}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +44,7 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     patch = config.patch
     require(patch in (1, 2, 4, 8), f'digits: patch must be 1, 2, 4 or 8, got {patch}')
     require(patch == 1 or not config.discrete, f'digits: discrete needs patch 1, got {patch}')
+    require(0 <= config.moved < 8, f'digits: moved must lie in [0, 7], got {config.moved}')
     side = 8 // patch
     require(length in (0, side * side), f'digits with patch {patch} has length {side * side} (or give 0), got {length}')
 
@@ -47,6 +52,7 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
 
     images, labels = load_digits(return_X_y=True)
     labels = labels.astype(np.int32)
+    images = np.pad(images.reshape(-1, 8, 8), ((0, 0), (0, 0), (config.moved, 0)))[:, :, :8].reshape(-1, 64)
     if config.discrete:
         name, values = 'tokens', images.astype(np.int32)
     else:

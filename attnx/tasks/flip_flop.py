@@ -22,6 +22,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'sparse': {'ignore': 0.98}, 'dense': {'ignore': 0.1}, 'long': {'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 64
     require(length >= 4 and length % 2 == 0, f'flip_flop needs an even length >= 4, got {length}')

@@ -22,6 +22,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'four times': {'length': '×4'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 64
     special = config.vocab_size - 1

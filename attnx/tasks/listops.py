@@ -29,6 +29,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'deep': {'depth': '×2', 'length': '×2'}, 'long': {'shortest': '×2', 'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 64
     require(config.depth >= 2 and config.arguments >= 2, 'listops: depth and arguments must be at least 2')

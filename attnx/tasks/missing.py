@@ -16,8 +16,12 @@ from attnx.tasks.base import Task, generated, require, row
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
+    rotated: bool = False           # ascending from a random symbol on, and round, instead of shuffled
     num_train: int = 1_000_000      # different rows to train on
     num_eval: int = 512             # rows held out
+
+
+ELSEWHERE = {'rotated': {'rotated': True}}
 
 
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
@@ -25,7 +29,13 @@ def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     require(length >= 3, f'missing needs length >= 3, got {length}')
 
     def make(rng):
-        order = rng.permutation(length)     # as many symbols as tokens: length - 1 are shown, one is not
+        # as many symbols as tokens: length - 1 are shown, one is not
+        if config.rotated:
+            order = np.roll(np.arange(length), rng.integers(length))
+            left = rng.integers(length)
+            order = np.append(np.delete(order, left), order[left])
+        else:
+            order = rng.permutation(length)
         targets = np.zeros(length, np.int64)
         targets[-1] = order[-1]
         return row(np.append(order[:-1], length), targets, np.arange(length) == length - 1, length=length)

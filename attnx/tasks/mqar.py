@@ -28,6 +28,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'more pairs': {'num_pairs': '×2', 'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 64
     vocab, pairs = config.vocab_size, config.num_pairs

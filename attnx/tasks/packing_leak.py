@@ -25,6 +25,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'more': {'num_documents': '×2', 'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length, count, vocab = length or 64, config.num_documents, config.vocab_size
     size = length // count if count else 0

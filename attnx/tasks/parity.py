@@ -25,6 +25,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'four times': {'length': '×4'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 32
     require(2 <= config.points <= 5, f'parity: points must lie in [2, 5], got {config.points}')

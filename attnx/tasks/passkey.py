@@ -25,6 +25,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'four times': {'length': '×4'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length, n, others = length or 64, config.num_digits, config.num_distractors
     noise = length - (others + 2) * (n + 1) + 1     # the last digit is a target only

@@ -33,6 +33,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'more': {'num_points': '×2', 'length': '×2'}}
+
+
 def turn(a, b, c) -> int:
     """Twice the area of the triangle, positive if counter-clockwise."""
     return int((b[0] - a[0]) * (c[1] - a[1]) - (b[1] - a[1]) * (c[0] - a[0]))

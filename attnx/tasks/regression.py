@@ -28,6 +28,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}, 'skewed': {'skew': 2.0}, 'scaled': {'scale': 2.0}, 'noisy': {'noise': 1.0}}
+
+
 def least_squares(inputs: np.ndarray) -> np.ndarray:
     """float [n]: y_i as the least-squares solution of least norm over the examples before it predicts it; inputs [2n, d]."""
     x, y = inputs[::2].astype(np.float64), inputs[1::2, 0].astype(np.float64)

@@ -20,6 +20,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 32
     require(config.vocab_size >= 3, f'reverse needs vocab_size >= 3, got {config.vocab_size}')

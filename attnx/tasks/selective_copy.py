@@ -23,6 +23,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'sparse': {'length': '×3'}, 'more': {'num_content': '×2', 'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length, m = length or 64, config.num_content
     require(config.vocab_size >= 4, f'selective_copy needs vocab_size >= 4, got {config.vocab_size}')

@@ -21,6 +21,9 @@ class Config:
     num_eval: int = 512             # rows held out
 
 
+ELSEWHERE = {'long': {'length': '×2'}}
+
+
 def build(config: Config, *, length: int, seed: int, run_dir=None) -> Task:
     length = length or 16
     require(length >= 4 and length % 2 == 0, f'sorting needs an even length >= 4, got {length}')

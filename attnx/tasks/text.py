@@ -39,6 +39,9 @@ class Config:
     vocab_multiple: int = 1         # vocab_size is rounded up to a multiple; the ids added never occur
 
 
+ELSEWHERE = {'long': {'length': '×2'}}
+
+
 Documents = list[tuple[str, bytes]]
 
 

@@ -24,6 +24,9 @@ class Config:
     separator: int = -1             # token that begins each document; -1: documents are not told apart
 
 
+ELSEWHERE = {'long': {'length': '×2'}}
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Consecutive windows of the spans [begin, end) of token files, which are opened when first read."""

@@ -69,7 +69,7 @@ def done(tmp_path_factory):
         tmp_path_factory.mktemp('done'),
         arms={'base': {}},
         generate=({'swap': 'uniform_attention'},),
-        evals={'long': {'data.length': 32}},
+        evals={'long': 'long'},
         tasks={'near': {}, 'far': {'data.task': pairs}},
     ).run()
 
@@ -124,6 +124,7 @@ def test_generators():
         ({'batch_seeds': True, 'arms': {'a': {}, 'b': {'health.every': 5}}}, "arm 'b': health.every=5: runs that are batched"),
         ({'metric': 'lang/accuracy', 'evals': {'long': {'data.length': 32}}}, "did you mean 'long'"),
         ({'evals': {'x': {'data.task.kind': 'nope'}}}, "unknown task 'nope'"),
+        ({'evals': {'x': 'sparse'}}, "'induction' has no split 'sparse'; valid: four times, long"),
         ({'generate': ({'swop': 'gqa'},)}, 'is not one of swap, patterns, grid, random'),
         ({'rate': 'transfer', 'base': base(optim={'kind': 'muon', 'learning_rate': 1e-2})}, "optim.kind is 'muon'"),
         ({'match': Match(what='state', by='model.mlp.hidden')}, "'gqa': (no model.mlp.hidden up to|state can not be matched)"),
@@ -137,6 +138,17 @@ def test_bad_studies_are_refused_before_any_step(tmp_path, change, message):
 
 
 # Matching
+
+
+def test_a_state_is_matched_by_the_size_of_a_latent():
+    """Bytes of keys and values of two heads of 16, by the rank of a latent beside 16 rotated numbers."""
+    mixers = lambda **m: {'model.pattern': ('m',), 'model.mixers': {'m': m}}
+    arms = {'heads': mixers(kind='gqa', num_heads=2, num_kv_heads=2, head_dim=16)}
+    arms['latent'] = mixers(kind='mla', num_heads=2, head_dim=16, rope_dim=16)
+    made = Study(question='?', base=base(), arms=arms, match=Match(what='state', by='model.mixers.m.kv_rank', step=1))
+    found = {arm.name: arm for arm in made.resolved()}
+    assert found['latent'].change['model.mixers.m.kv_rank'] == 2 * 2 * 16 - 16
+    assert made.costs(found['latent']).state == made.costs(found['heads']).state
 
 
 @pytest.mark.parametrize('what', ['parameters', 'flops'])
@@ -441,6 +453,26 @@ def test_killed_and_parallel_studies_find_the_same_numbers(tmp_path, monkeypatch
     assert subprocess.run(command, cwd=pathlib.Path(__file__).parents[3]).returncode == 0
     made = {n: config_lib.build(Study, config_lib.as_dict(_load(file), 'study')) for n, file in files.items()}
     assert numbers(made['whole']) == numbers(made['parts']) and len(numbers(made['whole'])[2]) == 6
+
+
+@pytest.mark.parametrize(('visible', 'given'), [('4,7', ['4', '7', '4']), (None, ['0', '1', '0'])])
+def test_workers_share_devices_out(tmp_path, monkeypatch, visible, given):
+    """With a `nvidia-smi` that lists two GPUs, and a Python that says what it was given."""
+    for name, text in {'nvidia-smi': 'echo GPU 0: x; echo GPU 1: y', 'python': f'env > {tmp_path}/$$'}.items():
+        (tmp_path / name).write_text(f'#!/bin/sh\n{text}\n')
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'python'))
+    monkeypatch.delenv('JAX_PLATFORMS')
+    monkeypatch.delenv('CUDA_VISIBLE_DEVICES', raising=False)
+    if visible:
+        monkeypatch.setenv('CUDA_VISIBLE_DEVICES', visible)
+    assert runner.workers_of([], 3) == 0
+    said = [path.read_text() for path in tmp_path.iterdir() if path.name.isdecimal()]
+    assert sorted(re.search('CUDA_VISIBLE_DEVICES=(.*)', text)[1] for text in said) == sorted(given)
+    assert all('MEM_FRACTION=0.45' in text for text in said)  # two of three share a GPU
+    monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+    assert runner.gpus() == []
 
 
 SBATCH = """#!/bin/sh

@@ -66,12 +66,13 @@ def parity_rule(tokens):
 
 
 def chains_rule(tokens):
-    link = dict(zip(tokens[:12:2], tokens[1:12:2]))
+    count = 12 if len(tokens) == 36 else 6  # links; twice as many out of distribution
+    link = dict(zip(tokens[: 2 * count : 2], tokens[1 : 2 * count : 2]))
 
     def end(symbol):
         return end(link[symbol]) if symbol in link else symbol
 
-    return {i: end(tokens[i]) for i in range(12, 18)}
+    return {i: end(tokens[i]) for i in range(2 * count, 3 * count)}
 
 
 def missing_rule(tokens):
@@ -114,6 +115,36 @@ def test_rule_predicts_every_target(config, length):
                 **dict.fromkeys(('tokens', 'targets', 'segment_ids', 'positions'), ((length,), np.int32)),
                 'weights': ((length,), np.float32)}
             assert max(row['tokens'].max(), row['targets'].max()) < task.vocab_size
+
+
+GIVEN = {'chains': {'symbols': 16}, 'counting': {'num_variables': 3}}  # room for deeper chains; what the rule counts
+
+
+@pytest.mark.parametrize('kind', sorted({k for k in tasks.names() if hasattr(tasks._module(k), 'ELSEWHERE')} - {'tokens'}))
+def test_splits_out_of_distribution_fit_the_model_and_differ(kind):
+    """Rows of the same vocabulary and shape of inputs, by the same rule, that the rows trained on can not stand for."""
+    given = {'kind': kind, **GIVEN.get(kind, {})}
+    own = tasks.build(given, length=tasks.build(given).length if kind != 'text' else 64)
+    splits = tasks.elsewhere(given, own.length)
+    assert splits
+    for name, (config, length) in splits.items():
+        other = tasks.build(config, length=length)
+        for field in ('vocab_size', 'features', 'num_classes', 'grid'):
+            assert getattr(other, field) == getattr(own, field), name
+        assert (config, length) != (given, own.length) and length >= own.length
+        for index in range(5):
+            row, again, near = other.evaluation[index], other.evaluation[index], own.evaluation[index]
+            assert all(np.array_equal(row[field], again[field]) for field in row)
+            assert any(not np.array_equal(row[field], near[field]) for field in row), name
+            if kind in RULES and 'num_pairs' not in config:  # the rule of recall knows of eight
+                counted = {int(i): row['targets'][i] for i in np.flatnonzero(row['weights'])}
+                assert counted and counted == RULES[kind](row['tokens'])
+
+
+def test_tasks_without_a_split_have_none_of_that_name():
+    assert tasks.elsewhere({'kind': 'scene'}, 16) == {}
+    assert set(tasks.elsewhere({'kind': 'flip_flop', 'ignore': 0.5}, 64)) == {'sparse', 'dense', 'long'}
+    assert tasks.elsewhere({'kind': 'flip_flop', 'ignore': 0.5}, 64)['long'] == ({'kind': 'flip_flop', 'ignore': 0.5}, 128)
 
 
 def test_odd_length_copy_pads():
