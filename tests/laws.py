@@ -37,6 +37,7 @@ class Case:
         self.x = rng.standard_normal((BATCH, LENGTH, WIDTH)).astype(np.float32)
         self.memory = rng.standard_normal((BATCH, MEMORY, WIDTH)).astype(np.float32)
         self.ones = np.ones((BATCH, LENGTH), np.int32)
+        self._kept: dict = {}
 
     def build(self, dims):
         return self.spec.build_example(dims, rngs=nnx.Rngs(0))
@@ -60,15 +61,22 @@ class Case:
         return module(x, self.context(x, ids, positions_of(ids)))
 
     @functools.cached_property
-    def forward(self):
-        """(module, x, segment ids) -> y; positions restart in every document."""
-        return jax.jit(lambda module, x, ids: self.plain(module, x, ids).y)
+    def both(self):
+        """(module, x, segment ids, cotangent of y) -> y, gradients of module and x: one program for most laws."""
 
-    @functools.cached_property
-    def gradient(self):
-        """(module, x, segment ids, cotangent of y) -> gradients of module and x."""
-        loss = lambda module, x, ids, c: jnp.sum(self.plain(module, x, ids).y.astype(jnp.float32) * c)
-        return jax.jit(jax.grad(loss, argnums=(0, 1)))
+        def run(module, x, ids, cotangent):
+            y, pull = jax.vjp(lambda module, x: self.plain(module, x, ids).y, module, x)
+            return y, *pull(cotangent)
+
+        return jax.jit(run)
+
+    def forward(self, module, x, ids):
+        """y, as it is in a gradient; positions restart in every document. Laws compare it with `plain`, which is without."""
+        return self.both(module, x, ids, np.zeros_like(self.x))[0]
+
+    def gradient(self, module, x, ids, cotangent):
+        """Gradients of module and x."""
+        return self.both(module, x, ids, cotangent)[1:]
 
     @functools.cached_property
     def extend(self):
@@ -79,6 +87,12 @@ class Case:
             return out.y, out.state
 
         return jax.jit(run)
+
+    def kept(self, key, make):
+        """make(), once for each key."""
+        if key not in self._kept:
+            self._kept[key] = make()
+        return self._kept[key]
 
     def initial(self):
         return self.module.init_state(BATCH, LENGTH, jnp.float32)
@@ -107,6 +121,9 @@ def positions_of(ids):
     index = jnp.arange(ids.shape[1])[None]
     start = jnp.concatenate([jnp.ones_like(ids[:, :1], dtype=bool), ids[:, 1:] != ids[:, :-1]], axis=1)
     return index - jax.lax.cummax(jnp.where(start, index, 0), axis=1)
+
+
+positions = jax.jit(positions_of)
 
 
 def close(actual, expected, tolerance):

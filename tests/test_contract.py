@@ -15,7 +15,7 @@ from attnx import config as config_lib
 from attnx.nn import flat_axes, stack, to_flat
 from attnx.spec import LAWS, Dims
 from tests import effective, tolerances
-from tests.laws import BATCH, LENGTH, WIDTH, case, close, flat, positions_of
+from tests.laws import BATCH, LENGTH, WIDTH, case, close, flat, positions
 
 NAMES = list(catalog.scan())
 # Mechanisms that serve causal and bidirectional models run these laws in both forms, the others in the causal one.
@@ -73,10 +73,18 @@ def test_finite(c):
 
 
 def test_jit(c):
-    close(c.forward(c.module, c.x, c.ones), c.plain(c.module, jnp.asarray(c.x), jnp.asarray(c.ones)).y, tolerances.FLOAT32)
+    """Op by op, and without the rules of a gradient; packed where the mechanism packs."""
+    ids = c.ones.copy()
+    if not {'packing', 'padding'} & set(c.entry.limits):
+        ids[:, 7:], ids[:, -3:] = 2, 0
+    ctx = c.context(jnp.asarray(c.x), jnp.asarray(ids), positions(ids))
+    close(c.forward(c.module, c.x, ids), c.module(jnp.asarray(c.x), ctx).y, tolerances.FLOAT32)
 
 
 def test_remat(c):
+    """Where the law `context` holds, its program is the recomputed one, on eight devices."""
+    if 'context' not in c.entry.limits:
+        return test_context(c)
     cotangent = np.random.default_rng(1).standard_normal(c.x.shape).astype(np.float32)
     layer = jax.checkpoint(lambda module, x: c.plain(module, x, c.ones).y)
     loss = lambda module, x: jnp.sum(layer(module, x) * cotangent)
@@ -155,13 +163,13 @@ def test_decode(c, documents):
     ids = c.ones.copy()
     if documents:  # a document ends inside the prefill, another inside the steps
         ids[0, 3:], ids[:, 9:], ids[1, 16:] = 2, 3, 4
-    positions = np.asarray(positions_of(jnp.asarray(ids)))
+    placed = np.asarray(positions(ids))
     expected = np.asarray(c.forward(c.module, c.x, ids))
     for split in ([7] + [1] * (LENGTH - 7), [7, 7, 7, 1, 1, 1]):
         state, found, at = c.initial(), [], 0
         for n in split:
             part = slice(at, at + n)
-            given = (ids[:, part], positions[:, part]) if documents else (None, None)
+            given = (ids[:, part], placed[:, part]) if documents else (None, None)
             y, state = c.extend(c.module, c.x[:, part], *given, state)
             found.append(np.asarray(y))
             at += n
@@ -191,26 +199,15 @@ def test_axes(c):
         assert to_flat(stacked)[name].shape == (3, *shapes[name])
 
 
-def spread(c, preset, mesh):
-    """Loss-weighted outputs and gradients of packed rows on eight devices, against one device."""
+def spread(c, preset, mesh, remat=False):
+    """Outputs and gradients of packed rows on eight devices, against one device; `remat`: recomputed in the backward pass."""
     mesh = sharding.make_mesh(mesh)
-    shapes = {k: v.shape for k, v in to_flat(c.module).items()}
-    where = sharding.param_shardings(mesh, preset, flat_axes(c.module), shapes)
-    leaves = [jax.device_put(v, where[k]) for k, v in to_flat(c.module).items()]
-    module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
     copies = max(mesh.shape['data'] * mesh.shape['fsdp'] // BATCH, 1)
     x = np.tile(c.x, (copies, 1, 1))
     ids = np.tile(c.ones, (copies, 1))
     ids[:, 7:], ids[:, -3:] = 2, 0  # the second document lies on several devices, the third is padding
     cotangent = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-
-    def run(module, x, ids):
-        x = sharding.constrain(x, ('batch', 'length', 'embed'))
-        y, pull = jax.vjp(lambda module, x: c.plain(module, x, ids).y, module, x)
-        return y, *pull(jnp.asarray(cotangent, y.dtype))
-
-    with sharding.use(mesh, preset):
-        y, grads, dx = jax.jit(run)(module, x, ids)
+    y, grads, dx = c.kept((preset, remat), lambda: run_spread(c, preset, mesh, x, ids, cotangent, remat))
     assert len(y.sharding.device_set) == 8
     expected = np.asarray(c.forward(c.module, x[:BATCH], ids[:BATCH]))
     close(y, np.tile(expected, (copies, 1, 1)), tolerances.FLOAT32)
@@ -225,12 +222,29 @@ def spread(c, preset, mesh):
         close(g, total[name], tolerances.FLOAT32_GRAD)
 
 
+def run_spread(c, preset, mesh, x, ids, cotangent, remat):
+    shapes = {k: v.shape for k, v in to_flat(c.module).items()}
+    where = sharding.param_shardings(mesh, preset, flat_axes(c.module), shapes)
+    leaves = [jax.device_put(v, where[k]) for k, v in to_flat(c.module).items()]
+    module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
+    layer = lambda module, x, ids: c.plain(module, x, ids).y
+    layer = jax.checkpoint(layer) if remat else layer
+
+    def run(module, x, ids):
+        x = sharding.constrain(x, ('batch', 'length', 'embed'))
+        y, pull = jax.vjp(lambda module, x: layer(module, x, ids), module, x)
+        return y, *pull(jnp.asarray(cotangent, y.dtype))
+
+    with sharding.use(mesh, preset):
+        return jax.jit(run)(module, x, ids)
+
+
 def test_sharding(c):
     spread(c, 'fsdp_tp', {'data': 2, 'fsdp': 2, 'tensor': 2})
 
 
 def test_context(c):
-    spread(c, 'fsdp_context', {'data': 2, 'context': 4})
+    spread(c, 'fsdp_context', {'data': 2, 'context': 4}, remat=True)
 
 
 @pytest.mark.slow
