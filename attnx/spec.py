@@ -160,7 +160,7 @@ class Spec:
         if self.causal != 'both' and dims.causal != (self.causal == 'causal'):
             asked = 'causal' if dims.causal else 'bidirectional'
             raise ValueError(f'{self.module.__name__} is {self.causal} only and can not serve a {asked} model')
-        if not isinstance(rngs, nnx.Rngs):
+        if not hasattr(rngs, 'params'):  # no isinstance: early checks build without nnx
             raise ValueError(f'rngs must be nnx.Rngs, such as nnx.Rngs(0); given {rngs!r:.60}')
         return self.module(config, dims, rngs=rngs)
 

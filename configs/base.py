@@ -124,7 +124,7 @@ def model():
     c.mlp = ConfigDict({'kind': 'swiglu', 'hidden': 0, 'bias': False})
     c.conv_taps = 0
     c.mlp.update({'expert': 'swiglu', 'experts': 8, 'top_k': 2, 'capacity': 0.0, 'router_z': 1e-3, 'balance': 1e-2})  # of moe
-    c.mlp.update({'gates': 'normed', 'tasks': 1, 'task_weight': 5e-4})  # likewise
+    c.mlp.update({'gates': 'normed', 'tasks': 1, 'task_weight': 5e-4, 'order': 'place', 'router': 'token'})  # likewise
     c.norm = 'rmsnorm'
     c.norm_position = 'pre'
     c.positions = 'none'
@@ -136,7 +136,7 @@ def model():
     c.dtype = 'float32'  # bfloat16 on accelerators
     c.impl = 'auto'
     c.vocab_size = c.input_dim = c.num_classes = c.max_length = 0  # 0: the task's
-    c.output, c.grid = 'vocabulary', 0
+    c.output, c.grid, c.fixed = 'vocabulary', 0, ''
     c.cross = 'cross_attention'  # of an encoder_decoder, like the next
     c.encoder = ConfigDict({'num_layers': 6, 'pattern': ('gqa',)})
     c.encoder.update({'overrides': cd.placeholder(object), 'mlp_overrides': cd.placeholder(object)})
