@@ -14,9 +14,6 @@ from jaxlib.mlir.dialects import llvm
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
-LANES = plgpu.Layout.TILED(  # a vector that each warp holds whole, shared out over its lanes
-    plgpu.Tiling(((64,), (2,))), warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1
-)
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 SMEM_LIMIT = 232448
@@ -85,33 +82,6 @@ def opaque_zero():
     return zero()
 
 
-def settle(x, layout=TILE):
-    """Has a tile or row vector, nowhere negative, computed before what follows.
-
-    ptxas moves arithmetic below the wait for a product behind which it is meant to hide, but not below a branch that
-    depends on it. This branch is never taken.
-    """
-
-    @plgpu.inline_mgpu(arg_types=(layout,))
-    def branch(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        words = []
-        for held in x.registers.flat:  # one number or two
-            if held.type == ir.F32Type.get():
-                words.append(llvm.bitcast(i32, held))
-            elif x.mlir_dtype == ir.F32Type.get():
-                words += [llvm.bitcast(i32, llvm.extractelement(held, mgpu.c(n, i32))) for n in range(2)]
-            else:
-                words.append(llvm.bitcast(i32, held))
-        signs = '0x80000000' if x.mlir_dtype == ir.F32Type.get() else '0x80008000'
-        code = '{ .reg .pred p; .reg .u32 t; mov.u32 t, 0; '
-        code += ''.join(f'or.b32 t, t, ${n}; ' for n in range(len(words)))
-        code += f'and.b32 t, t, {signs}; setp.ne.u32 p, t, 0; vote.sync.any.pred p, p, 0xffffffff; @p trap; }}'
-        llvm.inline_asm(ir.Type.parse('!llvm.void'), words, code, ','.join('r' * len(words)), has_side_effects=True)
-
-    branch(x)
-
-
 def any_not_finite(row):
     """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
 
@@ -131,23 +101,22 @@ def any_not_finite(row):
     return vote(row)
 
 
-def any_from(ref, limit: float):
-    """Whether one of float32 numbers in shared memory, 64 or a multiple, is not below `limit`: int32 0 or 1."""
-    mine = plgpu.load(ref, layout=LANES, optimized=False)
+def any_from(col, limit: float):
+    """Whether a float32 column vector, which each warp holds whole, has an entry that is not below `limit`: int32 0 or 1."""
 
-    @plgpu.inline_mgpu(arg_types=(LANES,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
-    def vote(_, mine):
-        i32 = ir.IntegerType.get_signless(32)
-        pairs = [llvm.bitcast(ir.IntegerType.get_signless(64), x) for x in mine.registers.flat]
+    @plgpu.inline_mgpu(arg_types=(COL,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def vote(_, col):
+        pairs = [llvm.bitcast(ir.IntegerType.get_signless(64), x) for x in col.registers.flat]
         bound = f'0f{np.float32(limit).view(np.uint32):08X}'
         code = '{ .reg .pred p; .reg .f32 x, y; setp.ne.u32 p, 0, 0; '
         for n in range(1, len(pairs) + 1):
             code += f'mov.b64 {{x, y}}, ${n}; setp.geu.or.f32 p, x, {bound}, p; setp.geu.or.f32 p, y, {bound}, p; '
         code += 'vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
+        i32 = ir.IntegerType.get_signless(32)
         value = llvm.inline_asm(i32, pairs, code, '=r' + ',l' * len(pairs), has_side_effects=True)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
-    return vote(mine)
+    return vote(col)
 
 
 def clean(refs):

@@ -28,7 +28,7 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0, together=1):
+def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0):
     """Gradients of the logits' inputs.
 
     Args:
@@ -40,10 +40,9 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
       ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       parts: how many blocks share a key tile with others.
-      together: how many heads are at work at a time, a divisor of N: the n-th blocks of all, then the next ones.
 
     Returns:
-      dq float32 [B, T', N, H], undefined in query tiles that no list holds; dk [B, S', N, H]
+      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
       and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks share; and where there are `parts`, theirs,
       [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
     """
@@ -62,8 +61,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
         k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
-        b, wg = lax.axis_index('b'), lax.axis_index('wg')
-        h = lax.axis_index('heads') * together + lax.axis_index('h')
+        b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
         at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, lax.axis_index('block'))
         count, ki, part = (lists_ref[(*at, n)] for n in range(3))
         entry = lambda j: lists_ref[(*at, j + 3)]
@@ -110,42 +108,28 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         x = plgpu.load(part, layout=TILE).astype(jnp.float32)
                         part[...] = jnp.where(common.row(lse_row, x.shape) < HIDDEN / 2, x, 0.0).astype(dtype)
 
-            def arrived(j):
-                """Waits for the query tile of step j; rows without a finite weight become 0."""
-                slot = lax.rem(j, stages)
-                plgpu.barrier_wait(q_bar.at[slot])
-
-                @pl.when(common.any_from(lse_smem.at[slot], HIDDEN / 2) > 0)
-                def _scrub():
-                    pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
-                    pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(scrubbed)
-                    plgpu.barrier_wait(scrubbed)
-
-            def hand_over(j, dq):
-                """Gives step j's part of dq to the warp that adds it."""
-                out = lax.rem(j, outs)
-                pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
-                if by_rows:
-                    dq_smem.at[out, mine][...] = dq
-                else:
-                    dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(dq_full.at[out])
-
             def accumulate(dk_acc, dv_acc):
-                def step(j, carry):
-                    e, dq = carry
+                def step(j, e):
                     following = entry(jnp.minimum(j + 1, count - 1))
                     slot, buffer = lax.rem(j, stages), lax.rem(j, 2)
                     zero = common.opaque_zero()
+
+                    plgpu.barrier_wait(q_bar.at[slot])
+
+                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+
+                    @pl.when(common.any_from(lse_col, HIDDEN / 2) > 0)
+                    def _scrub():
+                        pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
+                        pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
+                        plgpu.commit_smem()
+                        plgpu.barrier_arrive(scrubbed)
+                        plgpu.barrier_wait(scrubbed)
 
                     def logits(s_acc, dp_acc):
                         place = inputs.at((e // 2) * bq, k0, shape)
                         start = addend(place)
                         if start is not None:
-                            lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
                             column = lse_col * (-1 / c)
                             if start:
                                 column += start['c'] * (1 / scale)
@@ -156,8 +140,6 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             dp_acc[...] = common.col(-delta_col, shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
-                        if tiles.late:  # under these products
-                            pl.when(j > 0)(lambda: hand_over(j - 1, dq))
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                         p, slope = weights(s, place, e, slot, start is not None)
                         if spec.dropout:
@@ -166,8 +148,6 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             used = jnp.where(keep, p * inverse, 0.0).astype(dtype)
                         else:
                             used = p.astype(dtype)
-                        if tiles.settle:
-                            common.settle(used)
                         dp = dp_acc[...]
                         if spec.dropout:
                             delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
@@ -189,23 +169,21 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         else:
                             columns = pl.ds(wg * (H // 2), H // 2)
                             plgpu.wgmma(acc, ds_smem.at[buffer].T, k_smem.at[zero, :, columns])
-                        pl.when(j + 1 < count)(lambda: arrived(j + 1))
-                        # What is a product's result only by way of a multiplication may be read while later products
-                        # run: ptxas waits for them where a register might be theirs.
-                        return acc[...] * scale
+                        return acc[...]
 
                     dq = pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
                     plgpu.barrier_arrive(q_free.at[slot])
-                    if not tiles.late:
-                        hand_over(j, dq)
-                        return following, None
-                    return following, dq
+                    out = lax.rem(j, outs)
+                    pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
+                    if by_rows:
+                        dq_smem.at[out, mine][...] = dq
+                    else:
+                        dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(dq_full.at[out])
+                    return following
 
-                pl.when(count > 0)(lambda: arrived(0))
-                nothing = plgpu.layout_cast(jnp.zeros(half, jnp.float32), TILE) if tiles.late else None
-                _, dq = lax.fori_loop(0, count, step, (entry(0), nothing))
-                if tiles.late:
-                    pl.when(count > 0)(lambda: hand_over(count - 1, dq))
+                lax.fori_loop(0, count, step, entry(0))
                 return dk_acc[...], dv_acc[...]
 
             dk, dv = pl.run_scoped(accumulate, plgpu.ACC((64, H), jnp.float32), plgpu.ACC((64, Hv), jnp.float32))
@@ -308,8 +286,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
     found = plgpu.kernel(
         entry_point,
         out_type=(jax.ShapeDtypeStruct((B, T, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
-        grid=(B, N // together, lists.shape[2], together),
-        grid_names=('b', 'heads', 'block', 'h'),
+        grid=(B, N, lists.shape[2]),
+        grid_names=('b', 'h', 'block'),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(

@@ -231,17 +231,14 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
     owners = divided(classes)
-    count = (classes != blocks.EMPTY).sum(-2) if len(owners) == nk else np.ones(nk)  # those who share are about equal
-    together = heads_together(count, N, T * (6 * H + 2 * Hv))
-    lists, ranks, touched = schedule(classes, owners, _processors() // together)
+    lists, ranks, touched = schedule(classes, owners)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    parts = int(owners[:, 3].max()) + 1
-    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, together=together)
+    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=int(owners[:, 3].max()) + 1)
     arrays = q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0)
     dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks), operands)
     if parts:
         dk, dv = (_joined(x, part, owners) for x, part in zip((dk, dv), parts))
-    dq = dq[:, :T, :, :H]
+    dq = dq[:, :T, :, :H] * scale
     if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
         rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
         dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
@@ -286,10 +283,8 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
         lists = forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
         operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
-        together = heads_together(lists[..., 0], N, 2 * max(T, S) * (H + v.shape[3]))
-        order = longest_first(lists[..., 0], lists.shape[2])
-        run = functools.partial(wide.sweep, which, spec=spec, scale=scale, together=together)
-        found.append(run(*map(_pad, arrays), *rows, lists, order, operands))
+        run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
+        found.append(run(*map(_pad, arrays), *rows, lists, operands))
     return found[0][:, :T, :, :H], *found[1:]
 
 
@@ -374,7 +369,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
 
     Returns:
-      bounds int32 [2, blocks], order int32 [..]: block x does the items order[bounds[0, x] : bounds[1, x]].
+      bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
@@ -392,8 +387,7 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
         t, p = heapq.heappop(free)
         rows[p].append(item)
         heapq.heappush(free, (t + work, p))
-    ends = np.cumsum([0, *map(len, rows)], dtype=np.int32)
-    return np.stack([ends[:-1], ends[1:]]), np.concatenate(rows).astype(np.int32)
+    return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
 def _dealt(cost, P: int):
@@ -407,14 +401,14 @@ def _dealt(cost, P: int):
     cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
     mine, other = cost[:, :, None], cost[:, None, :]
     longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
-    rank = longer.sum(-1, dtype=jnp.int32)
-    items = np.minimum(np.arange(groups * size), n - 1).reshape(groups, size)  # real ones, where they fill up, too
-    x = np.arange(P)[:, None]
-    wanted = np.concatenate([x, size - 1 - x], 1)
-    order = jnp.where(rank[:, None] == wanted[:, None, :, None], items[:, None], 0).sum(-1, dtype=jnp.int32)
-    count = (np.arange(groups)[:, None] * size + wanted[:, None] < n).sum((1, 2))  # what fills up is shortest, so last
-    first = np.arange(P) * 2 * groups
-    return np.stack([first, first + count]).astype(np.int32), order.ravel()
+    items = np.arange(groups * size).reshape(groups, size)
+    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
+    x = np.arange(P)[:, None, None]
+    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
+    places = places.reshape(P, -1)
+    real = places < n  # in the last group too: what fills it up is shortest
+    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
+    return bounds, sorted_items.reshape(-1)[places[real]]
 
 
 def _processors() -> int:
@@ -453,28 +447,6 @@ def divided(classes):
     return np.array(sorted(rows), np.int32)[:, 1:]
 
 
-def heads_together(count, N: int, size: int) -> int:
-    """How many heads a backward kernel works on at a time: a divisor of N.
-
-    One at a time, the last head's longest block begins late and runs alone at the end (5 % of a causal backward of 32 heads
-    of 64 blocks). So some, if blocks differ in `count`, their steps: at most 8, and 32 MiB at `size` bytes each, which the L2
-    cache holds.
-    """
-    if isinstance(count, np.ndarray) and count.max() <= 1.5 * count.mean():
-        return 1
-    return max(n for n in range(1, N + 1) if N % n == 0 and (n == 1 or (n <= 8 and n * size <= 2**25)))
-
-
-def longest_first(count, together: int):
-    """Which block comes at each place: of each `together` neighbours those of larger count first. [.., n] -> int32 [.., n]."""
-    n = count.shape[-1]
-    group = np.arange(n) // together
-    mine, other = count[..., None], count[..., None, :]
-    longer = (other > mine) | ((other == mine) & np.tri(n, k=-1, dtype=bool))
-    place = group * together + (longer & (group[:, None] == group)).sum(-1)
-    return _placed(place, np.arange(n), np.ones(n, bool), n)
-
-
 def _joined(x, parts, owners):
     """The gradient of all keys, [B, S, N, H], of which `parts` [B, 128 parts, N, H] holds the sums of shared key tiles."""
     B, S, *rest = x.shape
@@ -487,15 +459,14 @@ def _joined(x, parts, owners):
     return x
 
 
-def schedule(classes, owners, together: int):
+def schedule(classes, owners, together: int | None = None):
     """Which query tiles each block visits in the backward kernel, and when it may add to their dq.
 
     A block starts at its key tile's diagonal and wraps around, so that at any time the blocks of a head work on different
     query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
     That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
-    are resident together: `together` blocks form a group (those of all heads at work are as many as there are
-    multiprocessors), and groups follow one another in launch order. In a group of unshared key tiles the longest lists come
-    first.
+    are resident together: `together` blocks (the number of multiprocessors) form a group, and groups follow one
+    another in launch order.
 
     Args:
       classes: int8 [.., nq, nk].
@@ -505,23 +476,21 @@ def schedule(classes, owners, together: int):
       lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, touched bool [.., nq].
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
+    together = together or _processors()
     tile, first, last, part = owners.T
     nq, nk = classes.shape[-2:]
     classes = classes.swapaxes(-1, -2)
     if len(owners) > nk:
         inside = (first[:, None] <= np.arange(nq)) & (np.arange(nq) < last[:, None])
         classes = xp.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
-    group, seen = np.arange(len(owners)) // together, classes != blocks.EMPTY
-    if len(owners) == nk:
-        tile = longest_first(seen.sum(-1), together)
-        classes, seen = (xp.take_along_axis(x, tile[..., None], -2) for x in (classes, seen))
+    seen = classes != blocks.EMPTY
     start = tile * nq // nk
     nk = len(owners)
-    before = np.arange(nq) < start[..., None]  # visited after wrapping around
+    before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
     passed = xp.cumsum(seen, -1)
     skipped = (seen & before).sum(-1)[..., None]
     position = passed - 1 + xp.where(before, passed[..., -1:] - skipped, -skipped)
-    time = position + (group * nq)[:, None]
+    time = position + (np.arange(nk) // together * nq)[:, None]
     if xp is np:
         late = np.where(seen, time, np.iinfo(np.int32).max)
         rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
@@ -532,8 +501,8 @@ def schedule(classes, owners, together: int):
         rank = earlier.sum(-2, dtype=jnp.int32)
     entries = _placed(position, 2 * np.arange(nq) + (classes == blocks.PARTIAL), seen, nq)
     count = seen.sum(-1)[..., None]
-    block = [xp.broadcast_to(x, count.shape[:-1])[..., None] for x in (tile, part)]
-    lists = xp.concatenate([count, *block, entries], -1).astype(np.int32)
+    block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
+    lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
     return lists, _placed(position, rank, seen, nq), seen.any(-2)
 
 

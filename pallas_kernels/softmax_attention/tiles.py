@@ -18,7 +18,6 @@ class Forward:
     registers: tuple[int, int]  # consumer, producer
     turns: bool = True  # consumers issue in turns
     buffers: int = 2  # query tiles in flight
-    settle: bool = True  # exponentials come before the wait for the product that they hide behind
     polynomial: int = 0  # of the keys, whose exponentials leave the special function unit alone (`common.exp2`)
 
 
@@ -27,8 +26,6 @@ class Backward:
     queries: int  # query rows a step; a block owns 128 keys
     stages: int  # query tiles in flight
     registers: tuple[int, int]
-    late: bool = True  # a step's dq leaves the registers under the next step's first products
-    settle: bool = True  # exponentials come before the wait for the product that they hide behind
 
 
 class Call(NamedTuple):

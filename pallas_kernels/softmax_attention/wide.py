@@ -26,15 +26,13 @@ from pallas_kernels.softmax_attention import functions
 OWN, STREAMED = 128, 64  # rows a block owns, rows a step
 
 
-def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale, together=1):
+def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
     """One gradient of the logits' inputs: 'dq' [B, T', N, H], 'dk' [B, S', N, H] or 'dv' [B, S', N, Hv], per query head.
 
     Args:
       which: 'dq', 'dk' or 'dv'.
       q, k, v, do, lse, delta: as in `backward.backward`, lse and delta padded to whole tiles of 128.
       lists: int32 [B or 1, N or 1, own tiles, 2 + n]: how many tiles to stream, how many of them with the mask, which.
-      order: int32 [B or 1, N or 1, own tiles]: the own tile of each block, in the order in which they start.
-      together: how many heads are at work at a time, a divisor of N.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=which != 'dq')`.
     """
     (B, T, N, H), (S, K), Hv, dtype = q.shape, k.shape[1:3], v.shape[3], q.dtype
@@ -48,13 +46,11 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
     stages = 2, 2 if used + 4 * STREAMED * Hv + 1024 <= common.SMEM_LIMIT else 1
     cols = lambda x: common.col(x, shape)
 
-    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, lists_ref, order_ref, operand_refs, out_ref, scratch):
+    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, lists_ref, operand_refs, out_ref, scratch):
         own_smem, streamed_smem, out_smem, lse_smem, delta_smem, own_bar, full, free = scratch
-        b, wg = lax.axis_index('b'), lax.axis_index('wg')
-        h = lax.axis_index('heads') * together + lax.axis_index('h')
-        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0)
-        i = order_ref[(*at, lax.axis_index('block'))]
-        at = (*at, i)
+        b, h, i = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('i')
+        wg = lax.axis_index('wg')
+        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, i)
         count, partial = lists_ref[(*at, 0)], lists_ref[(*at, 1)]
         entry = lambda j: lists_ref[(*at, j + 2)]
 
@@ -111,7 +107,6 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
                         dropped = lambda x: jnp.where(keep, x * spec.dropout.inverse_keep, 0.0) if spec.dropout else x
                         if not with_dp:
                             return dropped(p).astype(dtype)
-                        common.settle(p)
                         dp = dropped(dp_acc[0][...]) - less()
                         ds = p * dp if slope is None else p * dp * slope
                         return ds.astype(dtype)
@@ -187,8 +182,8 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
     return plgpu.kernel(
         entry_point,
         out_type=jax.ShapeDtypeStruct((B, own[0].shape[1], N, width), dtype),
-        grid=(B, N // together, tiles, together),
-        grid_names=('b', 'heads', 'block', 'h'),
+        grid=(B, N, tiles),
+        grid_names=('b', 'h', 'i'),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(
@@ -197,4 +192,4 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(own, streamed, lse, delta, lists, order, operands)
+    )(own, streamed, lse, delta, lists, operands)

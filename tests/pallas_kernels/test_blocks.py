@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from pallas_kernels import blocks
-from pallas_kernels.elementwise import Index, Mask, Operand, Score, Term, as_mask, as_score, flatten
+from pallas_kernels.elementwise import Index, Mask, Operand, as_mask, flatten
 
 
 def pairs(mask, B, N, T, S):
@@ -131,29 +131,6 @@ def test_data_dependent_classes_under_jit_and_vmap():
 def test_closed_over_tracers():
     classify = jax.jit(lambda n: blocks.classify(as_mask(lambda i: i.k < n), 1, 1, 8, 8, 4, 4))
     np.testing.assert_array_equal(classify(4)[0, 0], [[2, 0], [2, 0]])
-
-
-@pytest.mark.parametrize(
-    'score, low, high',
-    [
-        (lambda s, i: 30 * jnp.tanh(s / 30), -30, 30),
-        (lambda s, i: jax.nn.sigmoid(s) * i.k_len, 0, 200),
-        (lambda s, i: jnp.clip(s, -2, 3), -2, 3),
-        (lambda s, i: s / 2, -np.inf, np.inf),
-        (lambda s, i: jnp.where(i.k > 3, jnp.tanh(s), -jnp.inf), -np.inf, 1),
-        (lambda s, i: jnp.tanh(s) / s, -np.inf, np.inf),
-        (lambda s, i: jnp.maximum(s, 0), 0, np.inf),
-    ],
-)
-def test_extent_of_scores(score, low, high):
-    found = blocks.extent(as_score(score), 100, 200)
-    assert found[0] <= low and found[1] >= high
-    assert found[0] >= low - 0.01 and found[1] <= high + 0.01
-
-
-def test_extent_is_unknown_where_operands_come_in():
-    term = Term(lambda s, i, x: jnp.tanh(s) + x, (Operand(jnp.ones(3), 'h'),))
-    assert blocks.extent(Score((term,)), 10, 10) == (-np.inf, np.inf)
 
 
 def test_no_mask():
