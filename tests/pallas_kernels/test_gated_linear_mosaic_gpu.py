@@ -19,10 +19,7 @@ def plain_sweep(
     state,
     partner=None,
     scales=None,
-    k_low=None,
     base=None,
-    q_low=None,
-    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -36,7 +33,7 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    q, k, v = (x if low is None else x + low for x, low in ((q, q_low), (k, k_low), (v, v_low)))
+    q, k, v = (sum(terms) if terms else None for terms in map(mosaic_gpu.terms_of, (q, k, v)))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
