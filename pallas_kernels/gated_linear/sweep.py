@@ -98,15 +98,18 @@ def sweep(
     best = 2 if 2 in map(len, (q, k, v)) else 3  # terms of what is to be good to float32; what has two is not
     copies = 0 if not q else best if partner is not None or precise else 1
     outputs = int(bool(q) and not wide)
-    ring = min(stages(K, V, len(q + k), len(v), copies, outputs), max(chunks, 1))
+    apart = (
+        decay is not None and copies < best
+    )  # else decayed values take the place of the state's copies, when these were read
+    ring = min(stages(K, V, len(q + k), len(v), copies, outputs + best * apart), max(chunks, 1))
     arrivals = len(q + k + v) + sum(x is not None for x in (decay, scales))
     channels = width if by_columns else K
     registers = W == 2 and not interpret
     simple = partner is None and base is None and not precise
-    early, pair = depth <= 2 and simple, 1  # a state of 256 rows leaves few registers
+    early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
     def kernel(*refs_and_scratch):
-        *refs, (q_smem, k_smem, v_smem, g_smem, c_smem, s_smem, o_smem, full, free) = refs_and_scratch
+        *refs, (q_smem, k_smem, v_smem, g_smem, c_smem, s_smem, w_smem, o_smem, full, free) = refs_and_scratch
         q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, base_ref, *refs = refs
         out_ref, states_ref, dots_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
@@ -167,27 +170,36 @@ def sweep(
                     for i, j in sorted(places, key=sum, reverse=True):
                         acc.add(left[i], right[j])
 
-                def write_to(S, first):
-                    """The state's rows from `first` on after the chunk; the products are issued, `load` waits for them."""
-
-                    write = None if decays is None else decays.write()
-
-                    def run(*accumulators):
-                        for i, acc in enumerate(accumulators):
-                            part = (slot, slice(None), pl.ds(64 * (first + i), 64))
-                            terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in k_smem]
-                            if write is not None:
-                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE), best)
-                            multiply(acc, terms, values, best)
-                        return tuple(acc.load(0) for acc in accumulators)
-
-                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
-                    written = accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
-                    total = 1.0 if decays is None else decays.total()
-                    return tuple(total * x + y for x, y in zip(S[first : first + pair], written))
+                def decayed_values():
+                    """What the keys write, decayed to the chunk's end: float32, hence as terms."""
+                    if decays is None:
+                        return values
+                    value = sum(plgpu.load(x, layout=TILE).astype(jnp.float32) for x in values)
+                    place = (
+                        (lambda at, term: w_smem.at[at, term]) if apart else lambda at, term: s_smem.at[at, term, pl.ds(0, 64)]
+                    )
+                    for term, part in enumerate(split(value * common.row(decays.write(ROW), SQUARE), best)):
+                        place(wg, term)[...] = part
+                    plgpu.commit_smem()
+                    return [place(here, term) for term in range(best)]
 
                 def write_state(S):
-                    return sum((write_to(S, first) for first in range(0, depth, pair)), ())
+                    """The state after the chunk."""
+                    right = decayed_values()
+
+                    def of_rows(first):
+                        def run(*accumulators):
+                            for i, acc in enumerate(accumulators):
+                                part = (slot, slice(None), pl.ds(64 * (first + i), 64))
+                                multiply(acc, [x.at[*part].T for x in k_smem], right, best)
+                            return tuple(acc.load(0) for acc in accumulators)
+
+                        return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+
+                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
+                    written = sum(map(of_rows, range(0, depth, pair)), ())
+                    total = 1.0 if decays is None else decays.total()
+                    return tuple(total * x + y for x, y in zip(S, written))
 
                 def weigh():
                     def run(acc):
@@ -325,6 +337,7 @@ def sweep(
             None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
             common.swizzled((W, copies, K, 64), dtype) if q else None,
+            common.swizzled((W, best, CHUNK, 64), dtype) if apart else None,
             common.swizzled((W, CHUNK, 64), dtype) if outputs else None,
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
