@@ -64,7 +64,7 @@ def step(static, query, key, value, beta, log_decay, state):
         load = lambda ref, head, at, layout: f32(plgpu.load(ref.at[b, head, at], layout=layout, optimized=False))
         rows = lambda ref, i, head: common.row(load(ref, head, block(i), ROW), SQUARE)
         shared = h // groups
-        u = load(v_ref, h, cols, COL)
+        u, nothing = load(v_ref, h, cols, COL), common.filled(64, 0.0, COL)
         plgpu.barrier_wait(bar)
 
         def before(i):
@@ -74,14 +74,15 @@ def step(static, query, key, value, beta, log_decay, state):
             return x * (rows(decay_ref, i, h) if len(decay_ref.shape) == 3 else decay_ref[b, h])
 
         if beta_ref is not None:
-            predicted = sum((before(i) * rows(k_ref, i, shared)).sum(axis=0) for i in range(depth))
-            u = (u - predicted) * beta_ref[b, h]
-        out = None
-        for i in range(depth):
+            predict = lambda i, total: total + (before(i) * rows(k_ref, i, shared)).sum(axis=0)
+            u = (u - lax.fori_loop(0, depth, predict, nothing)) * beta_ref[b, h]
+
+        def write(i, out):
             new = before(i) + rows(k_ref, i, shared) * common.col(u, SQUARE)
             s_smem.at[block(i)][...] = new
-            read = (new * rows(q_ref, i, shared)).sum(axis=0)
-            out = read if out is None else out + read
+            return out + (new * rows(q_ref, i, shared)).sum(axis=0)
+
+        out = lax.fori_loop(0, depth, write, nothing)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(s_smem, new_ref.at[b, h, :, cols])
         out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
