@@ -21,6 +21,7 @@ from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 WIDEST = 128
+UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 FAINTEST = 1e-6  # beta below it counts as it: the gradient of beta divides by beta
 
 
@@ -40,9 +41,9 @@ def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     if log_decay is None or query.shape[1] == 1:
         return None
     if log_decay.ndim == 4:
-        return f'auto leaves a decay per channel to xla: {linear.UNPROVEN} for one token'
+        return f'auto leaves a decay per channel to xla: {UNPROVEN} for one token'
     if linear.padded(K) != 128 or linear.padded(V) != 128:
-        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
+        return f'auto leaves decays at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
     return None
 
 

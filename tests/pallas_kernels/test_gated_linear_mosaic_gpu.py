@@ -172,15 +172,6 @@ def test_refusals(change, words):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
 
 
-def test_held_back():
-    """`auto` takes what has passed the gate on a GPU."""
-    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    call = lambda B, T, H, *decay: mosaic_gpu.held_back(x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, *decay))
-    assert call(8, 2048, 128, 128) is None and call(1, 65536, 64) is None and call(1, 1, 64, 64) is None
-    assert 'at widths 64 and 64' in call(8, 2048, 64, 64)
-    assert 'in pieces' in call(1, 65536, 128, 128)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize('case', check.CASES, ids=lambda c: c.name)
 def test_grid(case):
