@@ -22,6 +22,7 @@ import importlib
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -65,7 +66,7 @@ ROWS += [Row(DELTA, 'token', 1, T, backward=False) for T in (16384, 131072)]
 ROWS += [Row(LINEAR, 'head', B, T, peers=('softmax',)) for B, T in ((4, 4096), (2, 8192), (1, 16384))]
 STEPS = [(LINEAR, 'token'), (LINEAR, 'channel'), (DELTA, 'token')]
 ROWS += [Row(op, decay, 64, 1, backward=False, peers=('copy',)) for op, decay in STEPS]
-WORKERS, WARMERS, SHARDS = 3, 4, 5  # processes that time, that compile for Triton, and of each gate
+WORKERS, WARMERS, SHARDS = 2, 5, 5  # processes that time, that compile for Triton, and of each gate
 ME = 'pallas_kernels.bench_recurrent'
 SEPARATOR = '::'
 
@@ -254,6 +255,8 @@ def run_torch(rows, lock, deadline):
             emit({'case': row.name, 'peer': 'fla', 'error': 'no time left'})
             continue
         with alone(lock):
+            print('QUIET', flush=True)
+            sys.stdin.readline()
             emit({'case': row.name, 'peer': 'fla'} | torch_figures(row, timed))
         torch.cuda.empty_cache()
 
@@ -333,34 +336,57 @@ def start(*arguments):
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def read(process, results, warm=lambda name: None):
-    """Collects a process's results and prints what it says, until it ends."""
+def read(process, results, tell=lambda *words: None):
+    """Collects a process's results, passes on what it asks for and prints what else it says, until it ends."""
     for line in process.stdout:
-        if line.startswith('RESULT '):
-            results.append(json.loads(line[7:]))
-            print(line[7:].rstrip(), flush=True)
-        elif line.startswith('WARM '):
-            warm(line[5:].strip())
+        word, _, rest = line.strip().partition(' ')
+        if word == 'RESULT':
+            results.append(json.loads(rest))
+            print(rest, flush=True)
+        if word in ('RESULT', 'WARM', 'QUIET'):
+            tell(word, rest)
         elif line.startswith(('ok', 'FAIL')) or 'Error' in line:
             print(line.rstrip()[:600], flush=True)
     process.wait()
 
 
-def start_torch(rows, options, results) -> list:
-    """Threads that read the process that times PyTorch and those that compile for it; it is told when all have a row."""
+def start_torch(rows, options, results, others) -> list:
+    """Threads that read the process that times PyTorch and those that compile for it.
+
+    It is told of a row when all these have it; while it times, which takes the processor too, they and the others stand still.
+    """
     names = [r.name for r in rows]
     timer = start(ME, *options, '--torch', 'time', *names)
     warmers = [start(ME, *options, '--torch', f'{i}/{WARMERS}', *names) for i in range(WARMERS)]
     seen, lock = collections.Counter(), threading.Lock()
 
-    def warm(name):
-        with lock:
-            seen[name] += 1
-            if seen[name] == WARMERS:
-                timer.stdin.write('go\n')
-                timer.stdin.flush()
+    def go():
+        timer.stdin.write('go\n')
+        timer.stdin.flush()
 
-    return [threading.Thread(target=read, args=(process, results, warm)) for process in (timer, *warmers)]
+    def signal_all(number):
+        for process in (*warmers, *others):
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def tell(word, rest):
+        with lock:
+            if word == 'WARM':
+                seen[rest] += 1
+                if seen[rest] == WARMERS:
+                    go()
+            elif word == 'QUIET':
+                signal_all(signal.SIGSTOP)
+                go()
+            else:
+                signal_all(signal.SIGCONT)
+
+    def follow(process):
+        read(process, results, tell)
+        if process is timer:
+            signal_all(signal.SIGCONT)
+
+    return [threading.Thread(target=follow, args=(process,)) for process in (timer, *warmers)]
 
 
 def table(results) -> str:
@@ -409,7 +435,7 @@ def main(argv=None):
         workers = [start(ME, *options, '--worker', 'yes', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
         threads = [threading.Thread(target=read, args=(process, results)) for process in workers]
         if beside and not args.no_torch and importlib.util.find_spec('fla'):
-            threads += start_torch(beside, options, results)
+            threads += start_torch(beside, options, results, workers)
         for thread in threads:
             thread.start()
         for thread in threads:

@@ -21,6 +21,7 @@ from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 WIDEST = 128
+UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 FAINTEST = 1e-6  # beta below it counts as it: the gradient of beta divides by beta
 
 
@@ -40,9 +41,9 @@ def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     if log_decay is None or query.shape[1] == 1:
         return None
     if log_decay.ndim == 4:
-        return f'auto leaves a decay per channel to xla: {linear.UNPROVEN} for one token'
+        return f'auto leaves a decay per channel to xla: {UNPROVEN} for one token'
     if linear.padded(K) != 128 or linear.padded(V) != 128:
-        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
+        return f'auto leaves decays at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
     return None
 
 
@@ -171,21 +172,20 @@ def _backward(static, saved, cotangents):
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
         dstate = chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': linear.GROUP, 'interpret': interpret}
-    (u, low), states = sweeps.write(None, k8, v8, *shared, state, **every)
-    (w, w_low), dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
+    u, states = sweeps.write(None, k8, v8, *shared, state, **every)
+    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
     partner = lambda x: None if wanted is None else x
     sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
-    dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), k_low=low, scale=scale)
+    dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), scale=scale)
     strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
-    later = {'q_low': low, 'reverse': True}
-    dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8), q_low=w_low, k_low=low)
-    dk, _, spares = strict(u, w, k8, decay, None, partner(k8), k_low=w_low, base=dk, **later)
-    dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, **later)
+    dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8))
+    dk, _, spares = strict(u, w, k8, decay, None, partner(k8), base=dk, reverse=True)
+    dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, reverse=True)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
-    wide = lambda x: cut.join(x)[:, :T, :, :V].astype(jnp.float32)
-    dv = (wide(w) + wide(w_low)) * scale
-    dbeta = ((wide(u) + wide(low)) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST) ** 2
+    wide = lambda terms: sum(cut.join(x)[:, :T, :, :V].astype(jnp.float32) for x in terms)
+    dv = wide(w) * scale
+    dbeta = (wide(u) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST) ** 2
     states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
     if initial_state is not None:

@@ -66,23 +66,22 @@ def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do,
         _, asked = sweeps.reach(query[0], enters[0], do8, *reach, None, only_states=True, interpret=interpret)
         dstate = scalar.chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': linear.GROUP, 'interpret': interpret}
-    (u, u_low), states = sweeps.write(None, reads[0], v8, *write, state, **every)
-    (w, w_low), dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)
+    u, states = sweeps.write(None, reads[0], v8, *write, state, **every)
+    w, dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)
     # Without what a token has from itself: that knows no decay, and is added below.
     sweep = functools.partial(
         linear.sweep, scales=scales, by_columns=True, strict=True, precise=True, wide=True, scale=scale, interpret=interpret
     )
     tokens = lambda x, width: cut.join(x)[:, :T, :, :width].astype(jnp.float32)
-    earlier = {'k_low': u_low, 'v_low': enters[1]}
-    later = {'q_low': u_low, 'reverse': True}
-    dq = sweep(do8, u, enters[0], decay, turn(state), **earlier)[0]
-    erased = sweep(w, u, enters[0], decay, turn(state), q_low=w_low, **earlier)[0]
-    asked = sweep(u, do8, query[0], decay, turn(dstate), v_low=query[1], **later)[0]
-    spared = sweep(u, w, reads[0], decay, None, k_low=w_low, v_low=reads[1], **later)[0]
+    dq = sweep(do8, u, enters, decay, turn(state))[0]
+    erased = sweep(w, u, enters, decay, turn(state))[0]
+    asked = sweep(u, do8, query, decay, turn(dstate), reverse=True)[0]
+    spared = sweep(u, w, reads, decay, None, reverse=True)[0]
     dq, read, entered = factor * tokens(dq, K), factor * tokens(erased, K), tokens(asked - spared, K) / factor
     wide_q, wide_k = _widen(q, k, v.shape[2])
     each = wide_q * dq - wide_k * (read + entered)
-    u, dv = tokens(u, V) + tokens(u_low, V), (tokens(w, V) + tokens(w_low, V)) * scale
+    u, dv = (sum(tokens(x, V) for x in terms) for terms in (u, w))
+    dv *= scale
     own = scale * (u * do.astype(jnp.float32)).sum(-1, keepdims=True)
     dk = linear.over_groups(entered - read + own * wide_q, heads).astype(k.dtype)
     dq = linear.over_groups(dq + own * wide_k, heads).astype(q.dtype)

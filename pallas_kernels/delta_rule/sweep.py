@@ -26,7 +26,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import ROW, TILE
+from pallas_kernels.common import COL, ROW, TILE
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
@@ -210,7 +210,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 o = output() if has_out else None
 
-                written = None if decays is None else decays.write()
+                written = None if decays is None else decays.write(COL)
 
                 def update(*accumulators):
                     for i, acc in enumerate(accumulators):

@@ -88,9 +88,9 @@ class Decay:
         x = self._vectors(ROW)
         return self._to_end(x) if self.reverse else self._exp2(x)
 
-    def write(self):
-        """Of what each token adds to the state, a column."""
-        x = self._vectors(COL)
+    def write(self, layout):
+        """Of what each token adds to the state, a row or a column."""
+        x = self._vectors(layout)
         return self._exp2(x) if self.reverse else self._to_end(x)
 
     def total(self):

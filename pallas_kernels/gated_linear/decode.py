@@ -2,8 +2,8 @@
 
     S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
 
-One warpgroup a head and 64 columns of v. The state stays in float32 registers between its load and its store; the arithmetic is
-float32 throughout, so that nothing here is less exact than the XLA form.
+One warpgroup a head and 64 columns of v. The copy engine brings the state to shared memory and takes it back; the arithmetic
+is float32 throughout, so that nothing here is less exact than the XLA form.
 """
 
 import functools
@@ -52,46 +52,52 @@ def step(static, query, key, value, beta, log_decay, state):
     (B, N, V), K = value.shape, key.shape[2]
     groups = N // key.shape[1]
     f32 = lambda x: None if x is None else x.astype(jnp.float32)
-    q, k, v, beta, g = map(f32, (scale * f32(query), key, value, beta, log_decay))
-    decay = None if g is None else jnp.exp(g)
+    decay = None if log_decay is None else jnp.exp(f32(log_decay))
     if decay is not None and decay.ndim == 1:
         decay = jnp.broadcast_to(decay, (B, N))
     depth = K // 64
 
-    def kernel(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref):
+    def kernel(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bar):
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         cols = block(part)
-        tile = lambda ref, i: ref.at[b, h, block(i), cols]
-        S = [plgpu.load(tile(state_ref, i), layout=TILE, optimized=False) for i in range(depth)]
-        rows = lambda ref, i, head: common.row(plgpu.load(ref.at[b, head, block(i)], layout=ROW, optimized=False), SQUARE)
+        plgpu.copy_gmem_to_smem(state_ref.at[b, h, :, cols], s_smem, bar)
+        load = lambda ref, head, at, layout: f32(plgpu.load(ref.at[b, head, at], layout=layout, optimized=False))
+        rows = lambda ref, i, head: common.row(load(ref, head, block(i), ROW), SQUARE)
         shared = h // groups
-        if decay_ref is not None:
-            if len(decay_ref.shape) == 3:
-                S = [x * rows(decay_ref, i, h) for i, x in enumerate(S)]
-            else:
-                S = [x * decay_ref[b, h] for x in S]
-        u = plgpu.load(v_ref.at[b, h, cols], layout=COL, optimized=False)
+        u, nothing = load(v_ref, h, cols, COL), common.filled(64, 0.0, COL)
+        plgpu.barrier_wait(bar)
+
+        def before(i):
+            x = plgpu.load(s_smem.at[block(i)], layout=TILE)
+            if decay_ref is None:
+                return x
+            return x * (rows(decay_ref, i, h) if len(decay_ref.shape) == 3 else decay_ref[b, h])
+
         if beta_ref is not None:
-            predicted = sum((x * rows(k_ref, i, shared)).sum(axis=0) for i, x in enumerate(S))
-            u = (u - predicted) * beta_ref[b, h]
-        out = None
-        for i, x in enumerate(S):
-            new = x + rows(k_ref, i, shared) * common.col(u, SQUARE)
-            tile(new_ref, i)[...] = new
-            read = (new * rows(q_ref, i, shared)).sum(axis=0)
-            out = read if out is None else out + read
-        out_ref.at[b, h, cols][...] = out
+            predict = lambda i, total: total + (before(i) * rows(k_ref, i, shared)).sum(axis=0)
+            u = (u - lax.fori_loop(0, depth, predict, nothing)) * beta_ref[b, h]
+
+        def write(i, out):
+            new = before(i) + rows(k_ref, i, shared) * common.col(u, SQUARE)
+            s_smem.at[block(i)][...] = new
+            return out + (new * rows(q_ref, i, shared)).sum(axis=0)
+
+        out = lax.fori_loop(0, depth, write, nothing)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(s_smem, new_ref.at[b, h, :, cols])
+        out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
+        plgpu.wait_smem_to_gmem(0)
 
     kernel.__name__ = 'one_token'  # what profilers show
-    out, new = plgpu.kernel(
+    return plgpu.kernel(
         kernel,
-        out_type=(jax.ShapeDtypeStruct((B, N, V), jnp.float32), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
+        out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
+        scratch_types=(common.swizzled((K, 64), jnp.float32), plgpu.Barrier()),
         grid=(B, N, V // 64),
         grid_names=('b', 'h', 'v'),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, beta, decay, state)
-    return out.astype(value.dtype), new
+    )(query, key, value, f32(beta), decay, state)
 
 
 def plain(static, query, key, value, beta, log_decay, state):

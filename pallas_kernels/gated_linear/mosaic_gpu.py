@@ -16,14 +16,13 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decode
-from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep
+from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 
 WIDEST = 256
 ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32 without denormals
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
 GROUP = 8  # chunks between the states that anchor the gradient of log_decay
 PROCESSORS = 132
-UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 
 
 def unsupported(
@@ -31,20 +30,6 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     return refuse(query, key, value, scale, chunk)
-
-
-def held_back(query, key, value, log_decay=None, **_) -> str | None:
-    """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    (B, T, N, V), K = value.shape, key.shape[3]
-    if log_decay is None or log_decay.ndim < 4 or T == 1:
-        return None
-    if padded(K) != 128 or padded(V) != 128:
-        return f'auto leaves a decay per channel at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
-    if pieces(B, T, N, padded(K), padded(V)) > 1:
-        return (
-            f'auto leaves a decay per channel in pieces of the sequence to xla: {UNPROVEN} where batch and heads fill the chip'
-        )
-    return None
 
 
 def padded(width: int) -> int:
@@ -211,15 +196,19 @@ def steps(log_decay, segment_ids):
     return step
 
 
+def coarse(step):
+    """Steps in multiples of 2 ** -11, of which float32 sums 64 exactly, erasing ones too."""
+    return jnp.round(step * 2.0**11) * 2.0**-11
+
+
 def cumulative(step, T: int):
     """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 2, 64]. Tokens past the end are idle.
 
-    In two parts: sums of multiples of 2 ** -11, exact in float32 up to 64 steps that erase, and of what these leave.
+    In two parts: sums of the steps' coarse parts and of what these leave.
     """
     if step is None:
         return None
-    coarse = jnp.round(step * 2.0**11) * 2.0**-11
-    step = jnp.stack([coarse, step - coarse], axis=1)
+    step = jnp.stack([coarse(step), step - coarse(step)], axis=1)
     if step.shape[2] == 1 and T % CHUNK == 0:
         return jnp.moveaxis(step, 3, 1)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
     step = jnp.broadcast_to(step, (step.shape[0], 2, T, step.shape[3]))
@@ -331,8 +320,6 @@ def run(
     partner=None,
     *,
     scales=None,
-    k_low=None,
-    v_low=None,
     by_columns=False,
     reverse=False,
     grouped=False,
@@ -345,19 +332,19 @@ def run(
     In pieces: each piece's own last state first, from keys and values alone; then the state that each piece starts with, a
     small triangular product; then the sweep with the pieces as a batch.
     """
-    (B, T, _, K), V = k.shape, v.shape[3]
-    N = max(x.shape[2] for x in (q, k, v))
+    q, k, v = map(terms_of, (q, k, v))
+    (B, T, _, K), V = k[0].shape, v[0].shape[3]
+    N = max(x.shape[2] for x in q + k + v)
     cut = Pieces(T, parts or pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
     options |= shared | {'every': GROUP if grouped else None}
-    terms = {'k_low': k_low, 'v_low': v_low}
     if cut.count == 1:
-        return sweep(q, k, v, decay, state, partner, scales, by_columns=by_columns, **terms, **options)
+        return sweep(q, k, v, decay, state, partner, scales, by_columns=by_columns, **options)
     local_decay = cut.cut_decay(decay, B)
-    q, k, v, partner = map(cut.cut, (q, k, v, partner))
-    terms = {name: cut.cut(x) for name, x in terms.items()} | {'by_columns': by_columns}
+    q, k, v, partner = jax.tree.map(cut.cut, (q, k, v, partner))
     scales = cut.cut(scales, 2, CHUNK, fill=1)
-    _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **terms, **shared)
+    shared['by_columns'] = options['by_columns'] = by_columns
+    _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **shared)
     total = None  # [B or 1, N or 1, channels or 1, parts]
     if decay is not None:
         total = local_decay[..., -1].sum(-1)
@@ -371,7 +358,7 @@ def run(
     turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
     starts = _starts(turn(local.reshape(B, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
     starts = turn(starts).reshape(-1, N, K, V)
-    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, **terms, **options)
+    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, **options)
     states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]

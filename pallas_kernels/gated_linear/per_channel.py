@@ -82,11 +82,19 @@ def fits(log_decay):
 
 def factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
-    G = _sums(_chunked(_steps(log_decay)), np.tri(CHUNK))
-    half = G[:, :, -1:] / 2
-    factor = jnp.exp2(G - half).reshape(G.shape[0], -1, *G.shape[3:])[:, : log_decay.shape[1]]
-    between = jnp.exp2(jnp.moveaxis(half[:, :, 0], 1, 2))
+    step = _chunked(_steps(log_decay))
+    coarse = shared.coarse(step)
+    sums = [_sums(x, np.tri(CHUNK)) for x in (coarse, step - coarse)]
+    half = [x[:, :, -1:] / 2 for x in sums]
+    factor = _exp2(*(x - y for x, y in zip(sums, half))).reshape(step.shape[0], -1, *step.shape[3:])[:, : log_decay.shape[1]]
+    between = jnp.moveaxis(_exp2(*half)[:, :, 0], 1, 2)
     return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
+
+
+def _exp2(coarse, fine):
+    """2 ** (coarse + fine), the sum not rounded."""
+    whole = jnp.round(coarse)
+    return jnp.exp2(whole) * jnp.exp2((coarse - whole) + fine)
 
 
 def decay_gradient(each, anchors, segment_ids):
@@ -122,37 +130,40 @@ def _prepare(q, k, v, log_decay, segment_ids):
     factor, between = factors(log_decay)
 
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
-    terms = functools.partial(split, dtype=q.dtype)
+    terms = functools.partial(split, dtype=q.dtype, terms=3)
     return terms(wide(q) * factor), terms(wide(k) / factor), shared.pad(v), resets, factor, between
 
 
-def split(x, dtype):
-    """Two 16-bit terms, padded for the sweeps: states are to be good to float32."""
-    info = jnp.finfo(dtype)
-    high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
-    return shared.pad(high.astype(dtype)), shared.pad((x - high).astype(dtype))
+def split(x, dtype, terms=2) -> tuple:
+    """16-bit terms, largest first, padded for the sweeps: three are a float32."""
+    info, found = jnp.finfo(dtype), []
+    for _ in range(terms):
+        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
+        found.append(shared.pad(high.astype(dtype)))
+        x = x - high
+    return tuple(found)
 
 
 def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
-    (qd, _), (kd, low), v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
+    qd, kd, v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = shared.run(qd, kd, v8, resets, state, scales=between, k_low=low, scale=scale, interpret=interpret)
+    out, states, _ = shared.run(qd[0], kd, v8, resets, state, scales=between, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
 def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
-    (qd, q_low), (kd, k_low), v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    qd, kd, v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
     run = functools.partial(shared.run, scales=between, scale=scale, grouped=True, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
-    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), v_low=k_low)
-    dv, dstates, _ = run(kd, qd, do8, resets, dstate, k_low=q_low, reverse=True)
-    dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), v_low=q_low, reverse=True)
+    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state))
+    dv, dstates, _ = run(kd[0], qd, do8, resets, dstate, reverse=True)
+    dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), reverse=True)
     dq, dk = factor * dqd[:, :T, :, :K], dkd[:, :T, :, :K] / factor
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
     own = scale * (v.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1, keepdims=True)

@@ -24,6 +24,11 @@ CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
 
 
+def terms_of(x) -> tuple:
+    """A sweep's array as its terms."""
+    return () if x is None else x if isinstance(x, tuple) else (x,)
+
+
 def columns(K: int, V: int) -> int:
     """Columns of v that a block computes."""
     return 128 if K <= 128 and V % 128 == 0 else 64
@@ -44,10 +49,7 @@ def sweep(
     state,
     partner=None,
     scales=None,
-    k_low=None,
     base=None,
-    q_low=None,
-    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -64,7 +66,7 @@ def sweep(
     Args:
       q, k: [B, T', Nq, K], [B, T', Nk, K], bfloat16, K in 64, 128, 192, 256, T' a multiple of 8; N, the number of
         heads computed, is the most heads of q, k and v (or `heads`), and a multiple of each. q may be None: only states
-        are computed.
+        are computed. Each may be a tuple of such arrays, as may v: the terms, largest first, of what is better known than that.
       v: [B, T', Nv, V], V a multiple of 64.
       decay: float32 [B or 1, N or 1, chunks or 1, 2, 64], base-2 logarithms of the decay, summed from the chunk's first token
         to each token, inclusive, as `mosaic_gpu.cumulative` makes them; a step of -128 erases. None: no decay.
@@ -72,7 +74,6 @@ def sweep(
       partner: [B, T', Np, V], bfloat16, or None. With it, with `base` and with `wide`, T' is a multiple of 64.
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
         and again after each chunk. None: not.
-      k_low, q_low, v_low: as k, q and v, added to them: second 16-bit terms of what is known better than that.
       base: float32 [B, T', N, V] that is added to out, after the scale, or None.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
@@ -86,29 +87,30 @@ def sweep(
       dots: float32 [B, N, V / 64, chunks * 64]: sums over 64 columns of partner_t o_t, less the part q_t k_t^T v_t of o_t
         that token t has from itself, not scaled; None without partner.
     """
-    (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
-    N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
+    q, k, v = map(terms_of, (q, k, v))
+    (B, T, _, K), V, dtype = k[0].shape, v[0].shape[3], k[0].dtype
+    N = max(heads, *(x.shape[2] for x in (*q, *k, *v)))
     chunks = common.cdiv(T, CHUNK)
     every = min(every or chunks, chunks)
     groups = common.cdiv(chunks, every)
     width = columns(K, V)
     W, depth, parts = width // 64, K // 64, V // width
-    best = 3 if k_low is None else 2  # 16-bit terms of what is to be good to float32; keys of two terms are no better
-    copies = 0 if q is None else best if partner is not None else 1 + precise
-    given = lambda *arrays: sum(x is not None for x in arrays)
-    outputs = int(q is not None and not wide)
-    ring = min(stages(K, V, given(q, k, q_low, k_low), given(v, v_low), copies, outputs), max(chunks, 1))
-    arrivals = given(q, k, v, decay, scales, k_low, q_low, v_low)
+    best = 2 if 2 in map(len, (q, k, v)) else 3  # terms of what is to be good to float32; what has two is not
+    copies = 0 if not q else best if partner is not None or precise else 1
+    outputs = int(bool(q) and not wide)
+    apart = (
+        decay is not None and copies < best
+    )  # else decayed values take the place of the state's copies, when these were read
+    ring = min(stages(K, V, len(q + k), len(v), copies, outputs + best * apart), max(chunks, 1))
+    arrivals = len(q + k + v) + sum(x is not None for x in (decay, scales))
     channels = width if by_columns else K
     registers = W == 2 and not interpret
     simple = partner is None and base is None and not precise
-    early, pair = depth <= 2 and simple, 1  # a state of 256 rows leaves few registers
+    early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
     def kernel(*refs_and_scratch):
-        *refs, (q_smem, k_smem, kl_smem, v_smem, ql_smem, vl_smem, g_smem, c_smem, s_smem, o_smem, full, free) = (
-            refs_and_scratch
-        )
-        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, kl_ref, base_ref, ql_ref, vl_ref, *refs = refs
+        *refs, (q_smem, k_smem, v_smem, g_smem, c_smem, s_smem, w_smem, o_smem, full, free) = refs_and_scratch
+        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, base_ref, *refs = refs
         out_ref, states_ref, dots_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
@@ -143,7 +145,7 @@ def sweep(
                 return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
 
             def keep_copy(S):
-                if q_smem is not None:
+                if q_smem:
                     for i in range(depth):
                         for term, part in enumerate(split(S[i], copies)):
                             s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
@@ -159,41 +161,49 @@ def sweep(
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
-                value = v_smem.at[slot, :, mine]
-                value_low = None if vl_smem is None else vl_smem.at[slot, :, mine]
+                values = [x.at[slot, :, mine] for x in v_smem]
+                queries = [x.at[slot] for x in q_smem]
 
-                def write_to(S, first):
-                    """The state's rows from `first` on after the chunk; the products are issued, `load` waits for them."""
+                def multiply(acc, left, right, terms):
+                    """Adds the products that `terms` terms of each are worth, least first: sums are cut, not rounded."""
+                    places = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < terms]
+                    for i, j in sorted(places, key=sum, reverse=True):
+                        acc.add(left[i], right[j])
 
-                    write = None if decays is None else decays.write()
-
-                    def run(*accumulators):
-                        for i, acc in enumerate(accumulators):
-                            part = (slot, slice(None), pl.ds(64 * (first + i), 64))
-                            terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (k_smem, kl_smem) if x is not None]
-                            if write is not None:
-                                terms = split(sum(x.astype(jnp.float32) for x in terms) * common.col(write, SQUARE), best)
-                            if value_low is not None:
-                                acc.add(terms[0], value_low)
-                            for term in reversed(terms):
-                                acc.add(term, value)
-                        return tuple(acc.load(0) for acc in accumulators)
-
-                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
-                    written = accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
-                    total = 1.0 if decays is None else decays.total()
-                    return tuple(total * x + y for x, y in zip(S[first : first + pair], written))
+                def decayed_values():
+                    """What the keys write, decayed to the chunk's end: float32, hence as terms."""
+                    if decays is None:
+                        return values
+                    value = sum(plgpu.load(x, layout=TILE).astype(jnp.float32) for x in values)
+                    place = (
+                        (lambda at, term: w_smem.at[at, term]) if apart else lambda at, term: s_smem.at[at, term, pl.ds(0, 64)]
+                    )
+                    for term, part in enumerate(split(value * common.row(decays.write(ROW), SQUARE), best)):
+                        place(wg, term)[...] = part
+                    plgpu.commit_smem()
+                    return [place(here, term) for term in range(best)]
 
                 def write_state(S):
-                    return sum((write_to(S, first) for first in range(0, depth, pair)), ())
+                    """The state after the chunk."""
+                    right = decayed_values()
+
+                    def of_rows(first):
+                        def run(*accumulators):
+                            for i, acc in enumerate(accumulators):
+                                part = (slot, slice(None), pl.ds(64 * (first + i), 64))
+                                multiply(acc, [x.at[*part].T for x in k_smem], right, best)
+                            return tuple(acc.load(0) for acc in accumulators)
+
+                        return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+
+                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
+                    written = sum(map(of_rows, range(0, depth, pair)), ())
+                    total = 1.0 if decays is None else decays.total()
+                    return tuple(total * x + y for x, y in zip(S, written))
 
                 def weigh():
                     def run(acc):
-                        acc.add(q_smem.at[slot], k_smem.at[slot].T)
-                        if kl_smem is not None:
-                            acc.add(q_smem.at[slot], kl_smem.at[slot].T)
-                        if ql_smem is not None:
-                            acc.add(ql_smem.at[slot], k_smem.at[slot].T)
+                        multiply(acc, queries, [x.at[slot].T for x in k_smem], best if precise else 2)
                         weights = acc.load(0)
                         weights = weights if decays is None else weights * decays.pairs()
                         return jnp.where(visible(), weights, 0.0)
@@ -204,9 +214,7 @@ def sweep(
                     """other_i . v_j, of 64 columns."""
 
                     def run(acc):
-                        for x in (value_low, value):
-                            if x is not None:
-                                acc.add(other, x.T)
+                        multiply(acc, [other], [x.T for x in values], best)
                         return acc.load(0)
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
@@ -221,26 +229,21 @@ def sweep(
                     if other is not None:  # from pairs alone, all of them float32
                         earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
                         dots = (earlier * meet(other)).sum(axis=1)
-                    # With c, q and k were rounded once more already, by their decays.
-                    return split(pairs, 2 if c_smem is not None or precise else 1), other, dots
+                    return split(pairs, kept), other, dots
 
+                # With c, q and k were rounded once more already, by their decays.
+                kept = best if precise else 1 if c_smem is None else 2
                 compared = None if partner_ref is None else compare()  # before the state's product, for registers
 
                 def read_state(out):
-                    if ql_smem is not None:
-                        out.add(ql_smem.at[slot], s_smem.at[here, 0])
-                    for term in reversed(range(copies)):
-                        out.add(q_smem.at[slot], s_smem.at[here, term])
+                    multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
                     weights, other, dots = compared or compare()
                     if decays is not None or dots is not None:
                         before = out.load(0) if decays is None else out.load(0) * common.row(decays.read(), SQUARE)
                         if dots is not None:
                             dots += (before * other.astype(jnp.float32)).sum(axis=1)
                         out.set(before)
-                    if value_low is not None:
-                        out.add(weights[0], value_low)
-                    for term in reversed(weights):
-                        out.add(term, value)
+                    multiply(out, weights, values, kept)
                     added = (
                         None if base_ref is None else plgpu.load(base_ref.at[b, rows, h, cols], layout=TILE, optimized=False)
                     )
@@ -256,7 +259,7 @@ def sweep(
                     return new, dots
 
                 dots = new = None
-                if q_smem is not None:
+                if q_smem:
                     new, dots = accumulate.scoped(read_state, SQUARE, interpret=interpret)
                 S = write_state(S) if new is None else new
                 if c_smem is not None:
@@ -307,12 +310,10 @@ def sweep(
                         slot, c = lax.rem(s, ring), place(s)
                         rows = pl.ds(c * CHUNK, CHUNK)
                         pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        for ref, smem in ((k_ref, k_smem), (q_ref, q_smem), (kl_ref, kl_smem), (ql_ref, ql_smem)):
-                            if ref is not None:
-                                plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
-                        for ref, smem in ((v_ref, v_smem), (vl_ref, vl_smem)):
-                            if ref is not None:
-                                plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref), first], smem.at[slot], full.at[slot])
+                        for ref, smem in zip((*k_ref, *q_ref), (*k_smem, *q_smem)):
+                            plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
+                        for ref, smem in zip(v_ref, v_smem):
+                            plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref), first], smem.at[slot], full.at[slot])
                         if decay_ref is not None:
                             batch = b if decay_ref.shape[0] > 1 else 0
                             head_of = h if decay_ref.shape[1] > 1 else 0
@@ -330,26 +331,24 @@ def sweep(
     def entry_point(*refs):
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch),
-            None if q is None else common.swizzled((ring, CHUNK, K), dtype),
-            common.swizzled((ring, CHUNK, K), dtype),
-            None if k_low is None else common.swizzled((ring, CHUNK, K), dtype),
-            common.swizzled((ring, CHUNK, width), dtype),
-            None if q_low is None else common.swizzled((ring, CHUNK, K), dtype),
-            None if v_low is None else common.swizzled((ring, CHUNK, width), dtype),
+            tuple(common.swizzled((ring, CHUNK, K), dtype) for _ in q),
+            tuple(common.swizzled((ring, CHUNK, K), dtype) for _ in k),
+            tuple(common.swizzled((ring, CHUNK, width), dtype) for _ in v),
             None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             None if scales is None else plgpu.SMEM((ring, channels), jnp.float32),
-            None if q is None else common.swizzled((W, copies, K, 64), dtype),
+            common.swizzled((W, copies, K, 64), dtype) if q else None,
+            common.swizzled((W, best, CHUNK, 64), dtype) if apart else None,
             common.swizzled((W, CHUNK, 64), dtype) if outputs else None,
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
         )
 
-    entry_point.__name__ = 'sweep' + '_back' * reverse + '_states' * (q is None)  # what profilers show
+    entry_point.__name__ = 'sweep' + '_back' * reverse + '_states' * (not q)  # what profilers show
     return plgpu.kernel(
         entry_point,
         out_type=(
-            None if q is None else jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype),
+            jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype) if q else None,
             jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
             None if partner is None else jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32),
         ),
@@ -363,4 +362,4 @@ def sweep(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner, scales, k_low, base, q_low, v_low)
+    )(q, k, v, decay, state, partner, scales, base)

@@ -39,11 +39,6 @@ def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=N
     return hardware()
 
 
-def held_back(x, *_, **__) -> str | None:
-    """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    return 'auto leaves it to xla until the kernel has run on a GPU; impl="mosaic_gpu" runs it'
-
-
 def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, interpret=False):
     """As `attnx.ops.short_conv`, first derivatives only.
 

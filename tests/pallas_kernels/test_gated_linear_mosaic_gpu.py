@@ -19,10 +19,7 @@ def plain_sweep(
     state,
     partner=None,
     scales=None,
-    k_low=None,
     base=None,
-    q_low=None,
-    v_low=None,
     *,
     by_columns=False,
     reverse=False,
@@ -36,7 +33,7 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    q, k, v = (x if low is None else x + low for x, low in ((q, q_low), (k, k_low), (v, v_low)))
+    q, k, v = (sum(terms) if terms else None for terms in map(mosaic_gpu.terms_of, (q, k, v)))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -173,15 +170,6 @@ def test_refusals(change, words):
     assert words in reason
     with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
-
-
-def test_held_back():
-    """`auto` takes what has passed the gate on a GPU."""
-    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    call = lambda B, T, H, *decay: mosaic_gpu.held_back(x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, H), x(B, T, 16, *decay))
-    assert call(8, 2048, 128, 128) is None and call(1, 65536, 64) is None and call(1, 1, 64, 64) is None
-    assert 'at widths 64 and 64' in call(8, 2048, 64, 64)
-    assert 'in pieces' in call(1, 65536, 128, 128)
 
 
 @pytest.mark.gpu
