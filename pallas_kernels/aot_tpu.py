@@ -1,6 +1,6 @@
 """TPU kernels compiled by the real compiler on a machine without a TPU, and what it says about their cost.
 
-    python -m pallas_kernels.aot_tpu compile [--topology=v5e:1x1] [--slow] [words]    every case whose name holds a word
+    python -m pallas_kernels.aot_tpu compile [--topology=v5e:1x1] [--slow] [words]    cases whose names hold a word
     python -m pallas_kernels.aot_tpu bundles [--topology=v6e:1x1]                     against JAX's splash attention
 
 It needs libtpu: `pip install 'libtpu>=0.0.50,<0.1'`, or the extra `tpu-aot`. libtpu ends the process on some errors, so
@@ -305,7 +305,7 @@ def main(argv: list[str]) -> int:
     libtpu.prepare()
     failed = 0
     for case in cases():
-        if (case.slow and '--slow' not in options and not words) or (words and not any(w in case.name for w in words)):
+        if (case.slow and '--slow' not in options) or (words and not any(w in case.name for w in words)):
             continue
         for name in [topology] if topology else TOPOLOGIES:
             try:
