@@ -142,18 +142,19 @@ def check_sharding(
     Raises:
       ValueError: the layer at fault, what does not divide or can't be served and why, and the nearest mesh that works.
     """
-    sizes, shared = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}, {}
+    sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
+    shared = {what: {} for what, _, _ in groups(config)}  # what layers publish
     if math.prod(sizes.values()) == 1:
         return
     check_numbers(config, sizes, length)
     for named, layer, dims, what in layers_once(config):
 
-        def whole(sizes, layer=layer, dims=dims, published=shared.setdefault(what, {})):
+        def whole(sizes, layer=layer, dims=dims, shared=shared[what]):
             """What one layer's ops could not cut."""
-            options = {'packed': packed, 'impl': config.impl, 'shared': published}
+            options = {'packed': packed, 'impl': config.impl, 'shared': shared}
             with sharding.use(sharding.abstract_mesh(sizes), preset, context):
-                calls, more = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
-            published |= more
+                calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+            shared |= published
             return [(call.op, why) for call in calls if call.spread for why in call.spread.whole]
 
         if found := whole(sizes):
