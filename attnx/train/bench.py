@@ -3,7 +3,7 @@
     python -m attnx.train.bench [words] [--json FILE] [--steps N] [--tiny] [--no-peer] [--set remat=full ...]
                                 [--variant batch=64 unroll=1] [--together]
 
-Words keep the rows whose name contains one of them. A row is a model at a shape; `scaling` rows run on one device and on all
+Words keep the rows of that name, or else those whose name contains one of them. A row is a model at a shape; `scaling` rows run on one device and on all
 of them, `overhead` once more without norm, finite check and metrics, and with checkpoints written in the background.
 `--set` changes all rows, each `--variant` is measured beside them: fields of a row (`attnx.train.timing.Row`) or of its model.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
@@ -215,7 +215,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.jobs:
         serve(options.jobs, options.steps, options.tiny)
         return 0
-    chosen = [r for r in ROWS if not options.words or any(word in r.name for word in options.words)]
+    names = {r.name for r in ROWS}
+    named = lambda row, word: row.name == word if word in names else word in row.name
+    chosen = [r for r in ROWS if not options.words or any(named(r, word) for word in options.words)]
     if not chosen:
         print(f'no row is called like {" or ".join(options.words)}; rows: {", ".join(r.name for r in ROWS)}', file=sys.stderr)
         return 2
@@ -223,8 +225,8 @@ def main(argv: list[str] | None = None) -> int:
     total = options.devices or (count_devices() if any(r.kind == 'scaling' for r in chosen) else 1)
     jobs = []
     for row in chosen:
-        runs = [('attnx', 1, variant) for variant in ([], *options.variant)]
-        runs += [('attnx', total, variant) for variant in ([], *options.variant) if row.kind == 'scaling' and total > 1]
+        variants = [[], *([] if row.kind == 'overhead' else options.variant)]
+        runs = [('attnx', count, v) for count in sorted({1, total if row.kind == 'scaling' else 1}) for v in variants]
         runs += [('torch', 1, [])] if row.kind == 'peer' and has_torch else []
         runs += [('bare', 1, []), ('saving', 1, [])] if row.kind == 'overhead' else []
         for who, devices, variant in runs:
