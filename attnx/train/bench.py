@@ -3,8 +3,9 @@
     python -m attnx.train.bench [words] [--json FILE] [--steps N] [--tiny] [--no-peer] [--set remat=full ...]
                                 [--variant batch=64 unroll=1] [--together]
 
-Words keep the rows of that name, or else those whose name contains one of them. A row is a model at a shape; `scaling` rows run on one device and on all
-of them, `overhead` once more without norm, finite check and metrics, and with checkpoints written in the background.
+Words keep the rows of that name, or else those whose name contains one of them. A row is a model at a shape; `scaling` rows
+run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with checkpoints
+written in the background.
 `--set` changes all rows, each `--variant` is measured beside them: fields of a row (`attnx.train.timing.Row`) or of its model.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
 
@@ -121,11 +122,18 @@ def serve(jobs: list[dict], steps: int, small: bool) -> None:
     from attnx.train import timing
 
     dtype = 'float32' if small else 'bfloat16'
+    programs: dict[str, concurrent.futures.Future] = {}  # jobs that differ in what is measured alone share one
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        compiling = [pool.submit(timing.prepare, row, job['devices'], dtype, job['who']) for row, job in zip(rows, jobs)]
-        concurrent.futures.wait(compiling)
-        for number, program in enumerate(compiling):
-            say(number, lambda program=program: timing.measure(program.result(), steps))
+        for row, job in zip(rows, jobs):
+            who = 'bare' if job['who'] == 'bare' else 'attnx'
+            row, devices = dataclasses.replace(row, name='', kind=''), job['devices']
+            job['program'] = f'{row} {devices} {who}'
+            if job['program'] not in programs:
+                programs[job['program']] = pool.submit(timing.prepare, row, devices, dtype, who)
+        concurrent.futures.wait(programs.values())
+    for number, (row, job) in enumerate(zip(rows, jobs)):
+        made = programs[job['program']]
+        say(number, lambda made=made, row=row, who=job['who']: timing.measure(made.result()._replace(row=row, who=who), steps))
 
 
 def measure(jobs: list[dict], options) -> list[dict[str, Any]]:
