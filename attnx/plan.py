@@ -90,6 +90,43 @@ def groups(config: ModelConfig) -> list[tuple[str, tuple[Layer, ...], bool]]:
     return found
 
 
+def layers_once(config: ModelConfig):
+    """Yields (what it is called, the layer, its Dims, its group) of every stack, layers that are alike once."""
+    for what, layers, causal in groups(config):
+        dims, seen = config.dims(causal=causal, num_layers=len(layers)), set()
+        for index, layer in enumerate(layers):
+            if (layer.name, layer.mlp) not in seen:
+                seen.add((layer.name, layer.mlp))
+                yield f'{what} {index} ({layer.name})', layer, dims, what
+
+
+def uneven(what: str, why: str, sizes: Mapping[str, int], nearest: Mapping[str, int]) -> ValueError:
+    return ValueError(f'{what}: {why}; mesh {sharding.shown(sizes)}; the nearest mesh that works: {sharding.shown(nearest)}')
+
+
+def check_numbers(config: ModelConfig, sizes: Mapping[str, int], length: int) -> None:
+    """What numbers alone say of a mesh, a size of -1 included: tokens and experts that it does not divide, mechanisms that
+    must see the whole sequence. Needs no jax (`attnx.light`).
+
+    Raises:
+      ValueError: as `check_sharding`.
+    """
+    sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
+    context, expert = (max(sizes[axis], 1) for axis in ('context', 'expert'))
+    if length % context:
+        low = length - length % context
+        why = f'it does not divide over the context axis (lengths {max(low, context)} and {low + context} do)'
+        raise uneven(f'length {length}', why, sizes, sharding.fitting(sizes, 'context', length))
+    for named, layer, _, _ in layers_once(config):
+        mlp, limits = layer.mlp or config.mlp, layer.spec.limits
+        if mlp.kind == 'moe' and mlp.experts % expert:
+            nearest = sharding.fitting(sizes, 'expert', mlp.experts)
+            raise uneven(named, f'{mlp.experts} experts do not divide over the expert axis', sizes, nearest)
+        if context > 1 and 'context' in limits:
+            why = f'it can not serve a sequence that is cut: {limits["context"]}'
+            raise uneven(named, why, sizes, sharding.fitting(sizes, 'context', 1))
+
+
 def check_sharding(
     config: ModelConfig,
     sizes: Mapping[str, int],
@@ -106,43 +143,25 @@ def check_sharding(
       ValueError: the layer at fault, what does not divide or can't be served and why, and the nearest mesh that works.
     """
     sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
+    shared = {what: {} for what, _, _ in groups(config)}  # what layers publish
     if math.prod(sizes.values()) == 1:
         return
+    check_numbers(config, sizes, length)
+    for named, layer, dims, what in layers_once(config):
 
-    def refuse(what, why, nearest):
-        raise ValueError(f'{what}: {why}; mesh {sharding.shown(sizes)}; the nearest mesh that works: {sharding.shown(nearest)}')
+        def whole(sizes, layer=layer, dims=dims, shared=shared[what]):
+            """What one layer's ops could not cut."""
+            options = {'packed': packed, 'impl': config.impl, 'shared': shared}
+            with sharding.use(sharding.abstract_mesh(sizes), preset, context):
+                calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
+            shared |= published
+            return [(call.op, why) for call in calls if call.spread for why in call.spread.whole]
 
-    if length % sizes['context']:
-        low, step = length - length % sizes['context'], sizes['context']
-        why = f'it does not divide over the context axis (lengths {max(low, step)} and {low + step} do)'
-        refuse(f'length {length}', why, sharding.fitting(sizes, 'context', length))
-    for what, layers, causal in groups(config):
-        dims, seen, shared = config.dims(causal=causal, num_layers=len(layers)), set(), {}
-        for index, layer in enumerate(layers):
-            if (layer.name, layer.mlp) in seen:
-                continue
-            seen.add((layer.name, layer.mlp))
-            named, mlp, limits = f'{what} {index} ({layer.name})', layer.mlp or config.mlp, layer.spec.limits
-            if mlp.kind == 'moe' and mlp.experts % sizes['expert']:
-                nearest = sharding.fitting(sizes, 'expert', mlp.experts)
-                refuse(named, f'{mlp.experts} experts do not divide over the expert axis', nearest)
-            if sizes['context'] > 1 and 'context' in limits:
-                nearest = sharding.fitting(sizes, 'context', 1)
-                refuse(named, f'it can not serve a sequence that is cut: {limits["context"]}', nearest)
-
-            def whole(sizes, layer=layer, dims=dims, shared=shared):
-                """What one layer's ops could not cut."""
-                options = {'packed': packed, 'impl': config.impl, 'shared': shared}
-                with sharding.use(sharding.abstract_mesh(sizes), preset, context):
-                    calls, published = explanation.layer_calls(layer.spec, layer.config, dims, length, batch, **options)
-                shared |= published
-                return [(call.op, why) for call in calls if call.spread for why in call.spread.whole]
-
-            if found := whole(sizes):
-                smaller = [{**sizes, axis: d} for axis in ('tensor', 'context') for d in range(sizes[axis] - 1, 0, -1)]
-                smaller = [{**s, 'data': s['data'] * math.prod(sizes.values()) // math.prod(s.values())} for s in smaller]
-                able = (s for s in smaller if math.prod(s.values()) == math.prod(sizes.values()) and not whole(s))
-                refuse(f'{named}: {found[0][0]}', found[0][1], next(able, {'data': 1}))
+        if found := whole(sizes):
+            smaller = [{**sizes, axis: d} for axis in ('tensor', 'context') for d in range(sizes[axis] - 1, 0, -1)]
+            smaller = [{**s, 'data': s['data'] * math.prod(sizes.values()) // math.prod(s.values())} for s in smaller]
+            able = (s for s in smaller if math.prod(s.values()) == math.prod(sizes.values()) and not whole(s))
+            raise uneven(f'{named}: {found[0][0]}', found[0][1], sizes, next(able, {'data': 1}))
 
 
 def shardings(config: ModelConfig, sizes: Mapping[str, int], preset: str, *, length: int, batch: int) -> str:

@@ -111,8 +111,8 @@ def _tilings(full: Mapping[str, int], last: str, count: int) -> list[dict[str, i
 
 
 def shown(sizes: Mapping[str, int]) -> dict[str, int]:
-    """The axes that cut something, in the order of the mesh."""
-    return {name: sizes[name] for name in MESH_AXES if sizes.get(name, 1) > 1} or {'data': 1}
+    """The axes that cut something, or may (-1), in the order of the mesh."""
+    return {name: sizes[name] for name in MESH_AXES if sizes.get(name, 1) != 1} or {'data': 1}
 
 
 def make_mesh(sizes: Mapping[str, int] | None = None, devices=None) -> jax.sharding.Mesh:
@@ -136,7 +136,7 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 def fitting(sizes: Mapping[str, int], axis: str, count: int) -> dict[str, int]:
     """The nearest mesh whose `axis` divides `count`: what it gives up goes to 'data'."""
     size = math.gcd(sizes[axis], count)
-    return {**sizes, axis: size, 'data': sizes['data'] * (sizes[axis] // size)}
+    return {**sizes, axis: size, 'data': sizes['data'] * (sizes[axis] // size) if sizes['data'] > 0 else -1}
 
 
 def rules(preset: str) -> dict:

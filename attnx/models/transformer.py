@@ -4,6 +4,7 @@ Repeats of the pattern share one `lax.scan`, so compile time does not grow with 
 another. Only this file stacks modules.
 """
 
+import contextlib
 import dataclasses
 import itertools
 from collections.abc import Mapping
@@ -90,7 +91,9 @@ class Stack(nnx.Module):
                 # A loop keeps XLA from undoing it, where it turns; else a barrier must.
                 body = jax.checkpoint(body, prevent_cse=self.unroll != 1 or repeats == 1, policy=_POLICIES[self.remat])
             scanned = self.stacks[number], jnp.arange(repeats), None if state is None else state[number]
-            x, (new, aux, shared) = jax.lax.scan(body, x, scanned, unroll=self.unroll or True)
+            loop = kept.looped() if 0 < self.unroll < repeats else contextlib.nullcontext()
+            with loop:
+                x, (new, aux, shared) = jax.lax.scan(body, x, scanned, unroll=self.unroll or True)
             states.append(new)
             ctx = dataclasses.replace(ctx, shared={**ctx.shared, **jax.tree.map(lambda v: v[0], shared)})
             total = {k: total.get(k, 0.0) + jnp.sum(aux[k], axis=0) if k in aux else total[k] for k in {**total, **aux}}

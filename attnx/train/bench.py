@@ -3,8 +3,9 @@
     python -m attnx.train.bench [words] [--json FILE] [--steps N] [--tiny] [--no-peer] [--set remat=full ...]
                                 [--variant batch=64 unroll=1] [--together]
 
-Words keep the rows whose name contains one of them. A row is a model at a shape; `scaling` rows run on one device and on all
-of them, `overhead` once more without norm, finite check and metrics, and with checkpoints written in the background.
+Words keep the rows of that name, or else those whose name contains one of them. A row is a model at a shape; `scaling` rows
+run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with checkpoints
+written in the background.
 `--set` changes all rows, each `--variant` is measured beside them: fields of a row (`attnx.train.timing.Row`) or of its model.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
 
@@ -121,11 +122,18 @@ def serve(jobs: list[dict], steps: int, small: bool) -> None:
     from attnx.train import timing
 
     dtype = 'float32' if small else 'bfloat16'
+    programs: dict[str, concurrent.futures.Future] = {}  # jobs that differ in what is measured alone share one
     with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        compiling = [pool.submit(timing.prepare, row, job['devices'], dtype, job['who']) for row, job in zip(rows, jobs)]
-        concurrent.futures.wait(compiling)
-        for number, program in enumerate(compiling):
-            say(number, lambda program=program: timing.measure(program.result(), steps))
+        for row, job in zip(rows, jobs):
+            who = 'bare' if job['who'] == 'bare' else 'attnx'
+            row, devices = dataclasses.replace(row, name='', kind=''), job['devices']
+            job['program'] = f'{row} {devices} {who}'
+            if job['program'] not in programs:
+                programs[job['program']] = pool.submit(timing.prepare, row, devices, dtype, who)
+        concurrent.futures.wait(programs.values())
+    for number, (row, job) in enumerate(zip(rows, jobs)):
+        made = programs[job['program']]
+        say(number, lambda made=made, row=row, who=job['who']: timing.measure(made.result()._replace(row=row, who=who), steps))
 
 
 def measure(jobs: list[dict], options) -> list[dict[str, Any]]:
@@ -215,7 +223,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.jobs:
         serve(options.jobs, options.steps, options.tiny)
         return 0
-    chosen = [r for r in ROWS if not options.words or any(word in r.name for word in options.words)]
+    names = {r.name for r in ROWS}
+    named = lambda row, word: row.name == word if word in names else word in row.name
+    chosen = [r for r in ROWS if not options.words or any(named(r, word) for word in options.words)]
     if not chosen:
         print(f'no row is called like {" or ".join(options.words)}; rows: {", ".join(r.name for r in ROWS)}', file=sys.stderr)
         return 2
@@ -223,8 +233,8 @@ def main(argv: list[str] | None = None) -> int:
     total = options.devices or (count_devices() if any(r.kind == 'scaling' for r in chosen) else 1)
     jobs = []
     for row in chosen:
-        runs = [('attnx', 1, variant) for variant in ([], *options.variant)]
-        runs += [('attnx', total, variant) for variant in ([], *options.variant) if row.kind == 'scaling' and total > 1]
+        variants = [[], *([] if row.kind == 'overhead' else options.variant)]
+        runs = [('attnx', count, v) for count in sorted({1, total if row.kind == 'scaling' else 1}) for v in variants]
         runs += [('torch', 1, [])] if row.kind == 'peer' and has_torch else []
         runs += [('bare', 1, []), ('saving', 1, [])] if row.kind == 'overhead' else []
         for who, devices, variant in runs:

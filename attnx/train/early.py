@@ -54,7 +54,11 @@ def check(read) -> tasks.Task | None:
         tasks.check(config.data.task)
         run_dir = pathlib.Path(config.run_dir).absolute()
         task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
-        settings = config_lib.flatten(config_lib.to_dict(parts.served(config, task)))
+        served = parts.served(config, task)
+        light.module('attnx.plan').check_numbers(served.model, config.mesh, task.length)
+        least = {axis: max(config.mesh.get(axis, 1), 1) for axis in light.module('attnx.sharding').MESH_AXES}
+        light.module('attnx.train.program').check_rows(config, least)
+        settings = config_lib.flatten(config_lib.to_dict(served))
         folder = config.checkpoint.folder or run_dir / 'checkpoints'
         seal.check(folder, config.checkpoint.fallback, settings, parts.free)
         return task

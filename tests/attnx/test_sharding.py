@@ -1,6 +1,9 @@
 """Meshes, presets and what is refused before a run."""
 
 import dataclasses
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -125,3 +128,19 @@ def test_the_plan_of_a_mesh():
     assert found.layers[0].calls[0].spread.how.startswith('tokens over context (4): gather, zigzag')
     found = plan.plan(model(), length=30, batch=8, packed=False, mesh={'context': 4}, preset='context')
     assert 'mesh: length 30: it does not divide' in found.refused[0]
+
+
+@pytest.mark.parametrize(
+    ('settings', 'message'),
+    [
+        ({'sharding': 'context', 'mesh.context': 8, 'data.length': 100}, r"lengths 96.*works: {'data': -1, 'context': 4}"),
+        ({'mesh.expert': 8, 'model.mlp.kind': 'moe', 'model.mlp.experts': 6}, r"6 experts.*works: {'data': -1, 'expert': 2}"),
+        ({'mesh.fsdp': 3, 'sharding': 'fsdp'}, 'batch_size 8 must be a multiple of 3'),
+    ],
+)
+def test_numbers_are_refused_before_jax_is_imported(settings, message, tmp_path):
+    command = ['train.py', f'--config.run_dir={tmp_path}', *(f'--config.{name}={value}' for name, value in settings.items())]
+    done = subprocess.run([sys.executable, '-X', 'importtime', *command], capture_output=True, text=True)
+    error = done.stderr.splitlines()[-1]
+    assert done.returncode == 2 and re.search(message, error), done.stderr[-2000:]
+    assert not re.search(r'\| +jax$', done.stderr, re.M)

@@ -191,3 +191,13 @@ def test_stack_config_of_the_encoder_is_strict():
     given = {'kind': 'encoder_decoder', 'encoder': {'num_layers': 3}}
     assert config_lib.build(ModelConfig, given).encoder == StackConfig(num_layers=3)
     assert dataclasses.is_dataclass(config_lib.build(ModelConfig, {}).mlp)
+
+
+@pytest.mark.parametrize(('unroll', 'barriers'), [(1, 4), (0, 0)])
+def test_products_are_kept_from_being_computed_twice_in_a_loop(unroll, barriers):
+    """XLA's GPU compiler otherwise clones a product whose result also goes to the loop's stack."""
+    fields = SMALL | {'pattern': ('gqa',), 'mlp': {'kind': 'none'}, 'unroll': unroll, 'impl': 'reference'}
+    config = config_lib.build(ModelConfig, fields, 'config.model')
+    model = jax.eval_shape(lambda: build(config, rngs=nnx.Rngs(0)))
+    text = str(jax.make_jaxpr(lambda model: model(jnp.zeros((1, 4), jnp.int32)).logits)(model))
+    assert text.count('optimization_barrier') - barriers in (0, 1), text  # one more for the op's own result
