@@ -26,13 +26,12 @@ def get_config():
         name: {'model.mixers': {'a': {'kind': 'gqa', 'num_heads': 2, 'num_kv_heads': 2, **code}}}
         for name, code in codes.items()
     }
-    induction = {'data.task': {'kind': 'induction'}, 'data.length': 32, 'data.batch_size': 32, 'steps': 300}
+    induction = {'data.task': {'kind': 'induction'}, 'data.length': 32, 'data.batch_size': 32, 'steps': 500}
     model = {'model.num_layers': 2, 'model.width': 32, 'model.pattern': ('a',), 'model.conv_taps': 3}
     model |= {'model.tie_embeddings': False}
     c.tasks = {'induction': {**QUIET, **model, **induction}}
     c.evals = {'twice': {'data.length': 64}, 'four times': {'data.length': 128}}
     c.metric = 'four times/accuracy'
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/positions'
     return c

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 150}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 1000}
 RECALL = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
-RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 250}
+RECALL |= {'model.mlp.kind': 'none', 'model.mlp.hidden': 0, 'steps': 2000}
 
 
 def get_config():
@@ -32,6 +32,5 @@ def get_config():
     c.metric = 'accuracy'
     c.match = {'what': 'parameters', 'by': 'model.mlp.hidden', 'step': 1}
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/ratio'
     return c

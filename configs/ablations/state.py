@@ -30,6 +30,5 @@ def get_config():
     c.metric = 'accuracy'
     c.match = {'what': 'state', 'by': ''}
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/state'
     return c

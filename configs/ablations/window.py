@@ -31,9 +31,8 @@ def get_config():
         for name, windows in arms.items()
     }
     text = {'data.task': {'kind': 'text'}, 'data.length': 256, 'data.batch_size': 4, 'data.eval_batches': 32}
-    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 32, 'steps': 150}}
+    c.tasks = {'text': {**QUIET, **text, 'model.num_layers': 4, 'model.width': 32, 'steps': 300}}
     c.metric = 'nats_per_byte'
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/window'
     return c

@@ -63,15 +63,21 @@ def study(tmp_path, **change):
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
-    """Three arms, two tasks of one vocabulary and length, two seeds, each with an evaluation at another length."""
+    """Three arms, two tasks of one vocabulary and length, two seeds; half of it was run, for the rest stand other outcomes."""
     pairs = {'kind': 'mqar', 'vocab_size': 16, 'num_pairs': 2, 'num_eval': 16}
-    return study(
-        tmp_path_factory.mktemp('done'),
-        arms={'base': {}},
-        generate=({'swap': 'uniform_attention'},),
-        evals={'long': 'long'},
-        tasks={'near': {}, 'far': {'data.task': pairs}},
-    ).run()
+    tasks = {'near': {}, 'far': {'data.task': pairs}}
+    folder = tmp_path_factory.mktemp('done')
+    made = study(folder, arms={'base': {}}, generate=({'swap': 'uniform_attention'},), tasks=tasks)
+    for i, cell in enumerate(made.cells()):
+        if cell.arm not in ARMS or (cell.arm, cell.task) == (UNIFORM, 'far'):
+            values = {'loss': 2 + i / 8, 'accuracy': i / 16}
+            runner._write_outcome(made, cell, {'status': 'finished', 'values': values, 'seconds': 1.0})
+    return made.run()
+
+
+@pytest.fixture(scope='module')
+def page(done):
+    return done.report()
 
 
 def near(made):
@@ -220,7 +226,7 @@ def test_results(done):
     table = done.results
     assert len(table['arm']) == 3 * 2 * 2 and set(table['status']) == {'finished'}
     assert all(len(column) == 12 for column in table.values())
-    assert all(0 <= v <= 1 for v in table['values.long/accuracy'])
+    assert all(0 <= v <= 1 for v in table['values.accuracy'])
     found = results(done)
     assert {r.arm for r in found} == {*ARMS, 'layer 1: uniform_attention'}
     assert all(r.against.seeds == 2 for r in found if r.arm != 'base')
@@ -248,8 +254,7 @@ def fields(made):
     return {name: getattr(made, name) for name in Study.__dataclass_fields__}
 
 
-def test_report(done):
-    page = done.report()
+def test_report(page):
     text = page.read_text()
     assert 'Which &lt;b&gt;mixer&lt;/b&gt;?' in text and '<b>mixer</b>' not in text
     assert not re.search(r'<(script|link|img)[^>]+(src|href)="http', text), 'the page must work offline'
@@ -265,8 +270,7 @@ def test_report(done):
 
 
 @pytest.mark.skipif(shutil.which('chromium') is None, reason='needs a chromium')
-def test_the_page_draws_all_figures_in_a_browser_without_a_network(done):
-    page = done.report()
+def test_the_page_draws_all_figures_in_a_browser_without_a_network(page):
     browser = ['chromium', '--headless', '--no-sandbox', '--disable-gpu']
     browser += ['--proxy-server=127.0.0.1:9', '--enable-logging=stderr']
     shown = subprocess.run(
@@ -282,16 +286,17 @@ def test_the_page_draws_all_figures_in_a_browser_without_a_network(done):
 
 
 def test_halving_drops_the_arms_that_are_behind(done, tmp_path):
-    """All arms pause at step 2; the best by then and the baseline go on, and end as if they had not paused."""
-    given = {**fields(done), 'tasks': {}, 'evals': {}, 'seeds': (0,), 'metric': 'loss', 'run_dir': str(tmp_path / 'halved')}
-    made = Study(**{**given, 'halving': Halving(rungs=(0.5,), keep=0.1)}).run()
-    at_rung = {c.arm: next(e['loss'] for e in metrics.read(c.config.run_dir) if e['split'] == 'eval' and e['step'] == 2)
-               for c in made.cells()}  # fmt: skip
-    kept = {'base', min(at_rung, key=at_rung.get)}
+    """Both arms pause at step 2; the better one by then goes on, and ends as if it had not paused."""
+    at_rung = {arm: next(e['loss'] for e in curve(done, arm, 0) if (e['split'], e['step']) == ('eval', 2)) for arm in ARMS}
+    better, worse = sorted(at_rung, key=at_rung.get)
+    given = {**fields(done), 'arms': ARMS, 'generate': (), 'tasks': {}, 'seeds': (0,), 'metric': 'loss', 'baseline': better}
+    given |= {'halving': Halving(rungs=(0.5,), keep=0.1), 'run_dir': str(tmp_path / 'halved')}
+    made = Study(**given).run()
     found = {e['arm']: e for e in runner.finished(made)}
-    assert {arm for arm, e in found.items() if e['status'] == 'finished'} == kept and len(found) == 3
-    assert {e['status'] for arm, e in found.items() if arm not in kept} == {'dropped at step 2'}
-    assert all(found[arm]['values'].items() <= near(done)[arm, 0]['values'].items() for arm in kept)
+    assert found[worse]['status'] == 'dropped at step 2' and found[better]['status'] == 'finished'
+    assert found[better]['values'] == near(done)[better, 0]['values']
+    shutil.rmtree(tmp_path / 'halved' / 'results')
+    assert runner.hopeless(Study(**{**given, 'baseline': worse}), made.cells(), 2) == []  # a baseline goes on
 
 
 def test_a_sweep_takes_each_arms_best_rate(tmp_path):
@@ -311,25 +316,29 @@ def test_a_sweep_takes_each_arms_best_rate(tmp_path):
 def batched(done, tmp_path_factory):
     folder = tmp_path_factory.mktemp('batched') / 'study'
     given = {**fields(done), 'arms': ARMS, 'generate': (), 'tasks': {}, 'run_dir': str(folder), 'batch_seeds': True}
-    return Study(**given).run()
+    return Study(**{**given, 'evals': {'long': 'long'}}).run()
 
 
 def test_batched_seeds_find_what_separate_runs_do(done, batched):
     """Equal parameters and rows; after four updates the numbers agree to rounding, and each run can be evaluated alone."""
     assert set(batched.results['status']) == {'finished'} and len(batched.results['arm']) == 4
     for (arm, seed), entry in near(batched).items():
-        wanted = near(done)[arm, seed]['values']
-        assert entry['values'].keys() == wanted.keys()
-        for name in ('loss', 'long/loss'):
-            assert entry['values'][name] == pytest.approx(wanted[name], rel=1e-5)
+        assert entry['values']['loss'] == pytest.approx(near(done)[arm, seed]['values']['loss'], rel=1e-5)
         mine, other = curve(batched, arm, seed), curve(done, arm, seed)
         assert [(e['step'], e['split']) for e in mine] == [(e['step'], e['split']) for e in other]
         assert mine[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-6)  # before the first update
-    assert len({e['values']['loss'] for e in near(batched).values()}) == 4
+    for name in ('loss', 'long/loss'):
+        assert len({e['values'][name] for e in near(batched).values()}) == 4
+    assert all(0 <= v <= 1 for v in batched.results['values.long/accuracy'])
 
 
 def test_a_batch_cut_short_begins_again_and_finds_the_same(batched, tmp_path, monkeypatch):
+    """One arm is there, the other is cut at its second seed's outcome."""
     other = Study(**{**fields(batched), 'run_dir': str(tmp_path / 'other')})
+    shutil.copytree(runner.folder(batched), tmp_path / 'other')
+    for cell in (cell for cell in other.cells() if cell.arm == UNIFORM):
+        (tmp_path / 'other' / 'results' / f'{cell.name}.json').unlink()
+        shutil.rmtree(cell.config.run_dir)
     written = runner._write_outcome
 
     def killed(study, cell, entry):
@@ -342,7 +351,6 @@ def test_a_batch_cut_short_begins_again_and_finds_the_same(batched, tmp_path, mo
         other.run()
     assert len(runner.finished(other)) == 3
     monkeypatch.setattr(runner, '_write_outcome', written)
-    cell = next(c for c in other.cells() if (c.arm, c.seed) == (UNIFORM, 1))
     shutil.rmtree(cell.config.run_dir)  # lost: its batch is run again
     values = lambda made: {key: e['values'] for key, e in near(made).items()}
     assert values(other.run()) == values(batched)
@@ -351,10 +359,12 @@ def test_a_batch_cut_short_begins_again_and_finds_the_same(batched, tmp_path, mo
 def test_a_failing_arm_is_a_result(tmp_path):
     """Of a batch too, where each run says what went wrong in it."""
     arms = {'base': {}, 'wild': {'optim.learning_rate': 1e30, 'optim.clip_norm': None}}
-    made = study(tmp_path, arms=arms, batch_seeds=True).run()
-    status = list(zip(made.results['arm'], made.results['status']))
-    assert all(s == 'finished' if a == 'base' else s.startswith('failed') for a, s in status) and len(status) == 4
-    assert 'wild (failed' in (made.report().parent / 'report.md').read_text()
+    made = study(tmp_path, arms=arms, batch_seeds=True)
+    for cell in (cell for cell in made.cells() if cell.arm == 'base'):
+        runner._write_outcome(made, cell, {'status': 'finished', 'values': {'accuracy': 0.5}, 'seconds': 1.0})
+    status = [e['status'] for e in runner.finished(made.run()) if e['arm'] == 'wild']
+    assert len(status) == 2 and all(re.match('failed: .*gradient norm nan; first bad tensor', s) for s in status), status
+    assert any('wild (failed' in line for line in summary(made, results(made), made.cells()))
 
 
 def numbers(made):
