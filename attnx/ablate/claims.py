@@ -154,7 +154,7 @@ def page(path: pathlib.Path) -> str:
         '# Twelve claims, judged at small scale', '',
         'Written by `python -m attnx.ablate.claims collect`; the rules stand in `configs/ablations/claims.py` and were fixed',
         'before the runs. Models are of 15 thousand to 250 thousand parameters, trained for a minute: a verdict is one on the',
-        'claim at this scale, and no more. Intervals are 95 % (Student’s t over three seeds, paired by seed), not corrected',
+        'claim at this scale, and no more. Intervals are 95 % (Student’s t over seeds, paired by seed), not corrected',
         'for the number of statements. Run on ' + '; '.join(devices) + '.', '',
         *(f'- {note}' for note in claims_file().NOTES), '',
         ', '.join(f'{verdict}: {n}' for verdict, n in count.items()) + '.', '',
