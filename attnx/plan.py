@@ -386,4 +386,4 @@ if __name__ == '__main__':
             print(error, file=sys.stderr)
             return 2
 
-    app.run(_main)
+    app.run(_main, flags_parser=lambda argv: argv)  # parsed above

@@ -83,6 +83,31 @@ def _run(model, tokens, ids, positions, source, source_mask, key, *, new, how, s
     return out, trail
 
 
+def _rows(prompts, vocab: int) -> list[np.ndarray]:
+    """The prompts as arrays of ids, or a ValueError."""
+    rows = [np.asarray(p) for p in prompts]
+    if wrong := [p for p in rows if p.ndim != 1 or (p.size and not np.issubdtype(p.dtype, np.integer))]:
+        raise ValueError(f'prompts: a sequence of token ids for each row, such as [[1, 2], [3]]; one row is {wrong[0]!r:.60}')
+    if not rows or any(p.size == 0 for p in rows):
+        raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
+    low, high = min(p.min() for p in rows), max(p.max() for p in rows)
+    if low < 0 or high >= vocab:
+        raise ValueError(f'prompt tokens span {low}…{high}; the vocabulary is 0…{vocab - 1}')
+    return rows
+
+
+def _left_padded(rows: list[np.ndarray], pad: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, segment ids and positions, int32 [B, T] each."""
+    length = max(p.size for p in rows)
+    tokens = np.full((len(rows), length), pad, np.int32)
+    ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
+    for row, prompt in enumerate(rows):
+        tokens[row, length - prompt.size :] = prompt
+        ids[row, length - prompt.size :] = 1
+        positions[row, length - prompt.size :] = np.arange(prompt.size)
+    return tokens, ids, positions
+
+
 def generate(
     model,
     prompts: Sequence[Sequence[int]],
@@ -118,18 +143,11 @@ def generate(
     Raises:
       ValueError: an empty prompt, a token outside the vocabulary, an option out of range, a layer that can't decode.
     """
-    rows = [np.asarray(p) for p in prompts]
-    if wrong := [p for p in rows if p.ndim != 1 or (p.size and not np.issubdtype(p.dtype, np.integer))]:
-        raise ValueError(f'prompts: a sequence of token ids for each row, such as [[1, 2], [3]]; one row is {wrong[0]!r:.60}')
-    stop = (stop,) if isinstance(stop, int) else stop
-    if not rows or any(p.size == 0 for p in rows):
-        raise ValueError('prompts: at least one, each of at least one token (a newline, say)')
     if model.kind in ('encoder', 'pointer') or model.classify or model.embedding is None:
         raise ValueError(f'this model of kind {model.kind!r} has no next token: it classifies, or reads no tokens')
     vocab = model.embedding[...].shape[0]
-    low, high = min(p.min() for p in rows), max(p.max() for p in rows)
-    if low < 0 or high >= vocab:
-        raise ValueError(f'prompt tokens span {low}…{high}; the vocabulary is 0…{vocab - 1}')
+    rows = _rows(prompts, vocab)
+    stop = (stop,) if isinstance(stop, int) else tuple(map(int, stop))
     if max_new_tokens < 1:
         raise ValueError(f'max_new_tokens {max_new_tokens} is not positive')
     how = Sampling(float(temperature), int(top_k), float(top_p), float(min_p))
@@ -146,16 +164,8 @@ def generate(
     if stateless:
         raise ValueError(f'layers {stateless} of the pattern keep no state and can not decode token by token')
     model = Buckets(model, bases) if len(bases) else model
-    length = max(p.size for p in rows)
-    tokens = np.full((len(rows), length), pad, np.int32)
-    ids, positions = np.zeros_like(tokens), np.zeros_like(tokens)
-    for row, prompt in enumerate(rows):
-        tokens[row, length - prompt.size :] = prompt
-        ids[row, length - prompt.size :] = 1
-        positions[row, length - prompt.size :] = np.arange(prompt.size)
     out, logits = _run(
-        model, tokens, ids, positions, source, source_mask, key,
-        new=max_new_tokens, how=how, stop=tuple(map(int, stop)), pad=pad,
+        model, *_left_padded(rows, pad), source, source_mask, key, new=max_new_tokens, how=how, stop=stop, pad=pad,
     )  # fmt: skip
     found = []
     for row in np.asarray(out):

@@ -301,7 +301,7 @@ def permute(x, positions, permutations):
     if not jnp.issubdtype(positions.dtype, jnp.integer) or (np.sort(permutations) != np.arange(x.shape[-1])).any():
         raise ValueError('permute: expected integer positions, and rows that hold every channel once')
     # Along its cycle a channel moves on by p: π^p(h) = ring[first + (place + p) mod length], h = ring[first + place].
-    ring, first, place, length = np.zeros((4, *permutations.shape), np.int32)
+    ring, first, place, length = (np.zeros(permutations.shape, np.int32) for _ in range(4))
     for n, row in enumerate(permutations):
         seen = []
         for h in range(len(row)):

@@ -49,6 +49,7 @@ def found(run: Config, where: Topology) -> dict:
         theirs.close()
         written = lambda: any(pathlib.Path(folder).glob(LAST))
         kept, held, coords = None, {}, []
+        given: Any = None
         try:
             kind, given = mine.recv()
             if kind == 'lowered':

@@ -4,7 +4,7 @@ import contextlib
 import pathlib
 import sys
 
-from absl import flags
+from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
 from attnx import config as config_lib
@@ -71,7 +71,9 @@ def plan() -> None:
     flags.DEFINE_bool('fit', False, 'with --topology: try changes until the run fits')
     with refusals():
         config = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
-        flags.FLAGS(sys.argv, known_only=True)
+        app.define_help_flags()
+        if unexpected := app.parse_flags_with_usage(sys.argv)[1:]:  # once: overrides of a config are flags made by parsing
+            raise ValueError(f'unexpected arguments {unexpected}; settings look like --config.model.width=512')
         name, parts = flags.FLAGS.topology, light.module('attnx.train.config')
         if name and chips.topology(name).tpu and (reason := libtpu.missing()):
             raise ValueError(f'{name}: {reason}')

@@ -92,7 +92,7 @@ def test_an_unknown_implementation_is_refused():
 
 
 def test_command():
-    command = [sys.executable, '-m', 'attnx.plan', '--config=configs/base.py', '--platform=cpu']
+    command = [sys.executable, '-m', 'attnx.plan', '--config=configs/base.py', '--platform=cpu', '--config.steps=500']
     out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     assert out.returncode == 0, out.stderr
     for word in ('parameters', 'state/token', 'memory: total', 'softmax_attention: xla'):

@@ -47,6 +47,6 @@ def test_a_tiny_row_on_eight_devices():
     assert np.isfinite(found['loss'])
     assert found['tokens_per_second'] == pytest.approx(1e3 * row.batch * row.length / found['step_ms'])
     _, saved = ours('llama-1.3b', 1, 'saving')
-    assert saved['stall_ms'] > 0 and np.isfinite(saved['save_ms'])  # the latter: a difference of times, here of a busy machine
+    assert saved['stall_ms'] > 0 and np.isfinite(saved['save_ms'])  # a difference of times, here of a busy machine
     row, found = ours('ring', 8)
     assert (found['length'], found['batch'], found['devices']) == (8 * row.length, row.batch, 8)
