@@ -186,6 +186,7 @@ def sweep(
                 def write_state(S):
                     """The state after the chunk."""
                     right = decayed_values()
+                    total = 1.0 if decays is None else decays.total()
 
                     def of_rows(first):
                         def run(*accumulators):
@@ -194,12 +195,11 @@ def sweep(
                                 multiply(acc, [x.at[*part].T for x in k_smem], right, best)
                             return tuple(acc.load(0) for acc in accumulators)
 
-                        return accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+                        # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
+                        written = accumulate.scoped(run, *[SQUARE] * min(pair, depth - first), interpret=interpret)
+                        return tuple(total * x + y for x, y in zip(S[first : first + pair], written))
 
-                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
-                    written = sum(map(of_rows, range(0, depth, pair)), ())
-                    total = 1.0 if decays is None else decays.total()
-                    return tuple(total * x + y for x, y in zip(S, written))
+                    return sum(map(of_rows, range(0, depth, pair)), ())
 
                 def weigh():
                     def run(acc):
