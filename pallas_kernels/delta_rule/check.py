@@ -15,7 +15,7 @@ from pallas_kernels.delta_rule import mosaic_gpu
 from pallas_kernels.gated_linear import check as linear
 
 NAMES = ('query', 'key', 'value', 'beta', 'log_decay', 'state')
-FLOORS = {'state': 1e-4, 'dstate': 1e-4, 'dbeta': 1e-3, 'dlog_decay': 1e-3}
+FLOORS = {'state': 2e-5, 'dstate': 2e-5, 'dbeta': 1e-4, 'dlog_decay': 1.5e-4}
 
 
 def oracle(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, dtype=jnp.float64):

@@ -22,7 +22,7 @@ from pallas_kernels.gated_linear import mosaic_gpu
 
 FACTOR = 2.0
 NAMES = ('query', 'key', 'value', 'log_decay', 'state')
-FLOORS = {'state': 3e-5, 'dstate': 3e-5, 'dlog_decay': 1e-3}
+FLOORS = {'state': 2e-6, 'dstate': 2e-6, 'dlog_decay': 2e-5}
 
 
 def oracle(query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, dtype=jnp.float64):

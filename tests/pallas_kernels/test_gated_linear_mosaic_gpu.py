@@ -144,7 +144,15 @@ def test_interpreted_per_channel_in_pieces(monkeypatch):
     assert good, errors
 
 
-@pytest.mark.parametrize('K, V, channels', [(128, 128, ()), (256, 64, ()), (256, 128, (256,))])
+@pytest.mark.parametrize(
+    'K, V, channels',
+    [
+        (128, 128, ()),
+        (128, 128, (128,)),
+        pytest.param(256, 64, (), marks=pytest.mark.slow),
+        pytest.param(256, 128, (256,), marks=pytest.mark.slow),
+    ],
+)
 def test_lowers_for_hopper(K, V, channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, *channels, dtype=jnp.float32)
