@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import os
 import pathlib
 import subprocess
 import sys
@@ -21,7 +22,7 @@ PATH = pathlib.Path(__file__).parents[3] / 'configs' / 'sizes.py'
 needs_libtpu = pytest.mark.skipif(libtpu.missing() is not None, reason=str(libtpu.missing()))
 
 
-def run_of(**changes):
+def run_of(build=lambda given: config_lib.build(Config, given), **changes):
     given = {
         'model': {'width': 256, 'num_layers': 2, 'pattern': ('gla', 'gqa'), 'dtype': 'bfloat16', **changes.pop('model', {})},
         'data': {'length': 512, 'batch_size': 64, 'task': {'kind': 'tokens', 'vocab_size': 1024}},
@@ -29,7 +30,7 @@ def run_of(**changes):
         'sharding': 'fsdp',
         **changes,
     }
-    return config_lib.build(Config, given)
+    return build(given)
 
 
 def size_of(size, **changes):
@@ -210,6 +211,37 @@ def test_a_small_pod(tmp_path, monkeypatch):
     start = time.monotonic()
     assert topology.plan(run, 'v5e:2x2') == found
     assert list(tmp_path.glob('**/*.json')) and time.monotonic() - start < 60
+
+
+WHOLE = """
+from attnx import config
+from attnx.train import compiled, hlo, topology
+from attnx.train.config import Config
+from pallas_kernels import libtpu
+
+libtpu.prepare()
+where = topology.topology('v5e:2x2')
+run, _ = topology.prepared(config.build(Config, GIVEN), where)
+made = compiled._lowered(run, where)[-1].compile()
+cost = hlo.cost(made.as_text(), where.size)
+print(cost.flops, sum(c.times * c.wire for c in cost.collectives), made.memory_analysis().peak_memory_in_bytes)
+"""
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_machine_code_changes_nothing(tmp_path, monkeypatch):
+    """FLOPs, bytes sent and memory of a small step are those of the same step compiled to the end."""
+    monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path))
+    given = run_of(model={'remat': 'full'}, build=dict)
+    found = topology.plan(config_lib.build(Config, given), 'v5e:2x2')
+    env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
+    command = [sys.executable, '-c', WHOLE.replace('GIVEN', repr(given))]
+    out = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert not out.returncode, out.stderr[-2000:]
+    flops, wire, peak = map(float, out.stdout.split())
+    assert (found.flops, sum(e.wire for e in found.exchanges)) == (flops, wire)
+    assert found.needed == pytest.approx(peak, rel=0.03)
 
 
 @needs_libtpu
