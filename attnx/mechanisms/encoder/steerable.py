@@ -201,6 +201,6 @@ SPEC = Spec(
         'decode': 'attends to the whole set of points at once',
         'state': 'attends to the whole set of points at once',
     },
-    example=(Config(gate=True), Config(group='se3', num_heads=2, bells=3, product=True)),
+    example=(Config(group='se3', num_heads=2, bells=3, product=True), Config(gate=True)),  # a gate's zeros are not divided by
     flops=lambda config, dims, length: 4 * dims.width * length * (1 + config.bells / config.num_heads),
 )
