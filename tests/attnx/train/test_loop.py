@@ -567,8 +567,17 @@ def bad(whole, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope='module')
+def second():
+    """A second of this machine's processor: to import jax takes most of one where it does nothing else."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    subprocess.run([sys.executable, '-c', 'import jax'], check=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return max(1.0, 1.2 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+
+
 @pytest.mark.parametrize('name', BAD)
-def test_bad_input_gets_one_line_within_a_second(bad, name):
+def test_bad_input_gets_one_line_within_a_second(bad, second, name):
     flag, *messages = BAD[name]
     flags = flag.replace('{tmp}', str(bad)).split(' --')
     flags = [flags[0], *('--' + more for more in flags[1:])]
@@ -580,4 +589,4 @@ def test_bad_input_gets_one_line_within_a_second(bad, name):
     for message in messages:
         assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0  # of a CPU; to import jax is most of that
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < second
