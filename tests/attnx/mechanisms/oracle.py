@@ -22,6 +22,13 @@ def build(name, width=16, causal=True, max_length=32, **options):
     return jax.jit(lambda: spec.build(config, dims, rngs=nnx.Rngs(0)))()
 
 
+def like(mixer, other):
+    """`other` with the projections of `mixer`."""
+    for name in ('query', 'key', 'value', 'out'):
+        setattr(other, name, getattr(mixer, name))
+    return other
+
+
 def inputs(width=16, length=12, batch=2):
     return np.random.default_rng(0).standard_normal((batch, length, width)).astype(np.float32)
 

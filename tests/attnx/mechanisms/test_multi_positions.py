@@ -28,13 +28,6 @@ def built(name, causal=True, **fields):
     return jax.jit(lambda: spec.build(spec.config(num_heads=4, **fields), dims, rngs=nnx.Rngs(0)))()
 
 
-def like(mixer, other):
-    """`other` with the projections of `mixer`."""
-    for name in ('query', 'key', 'value', 'out'):
-        setattr(other, name, getattr(mixer, name))
-    return other
-
-
 def run(mixer, x=X, **inputs):
     return oracle.run(mixer, x, inputs=inputs)
 
@@ -52,9 +45,9 @@ def test_units_are_tokens_of_text_and_frames():
 
 def test_dual_rope_without_frames_or_weight_is_rope():
     base = built('gqa', num_kv_heads=4)
-    mixer = like(base, built('dual_rope', gamma=0.0))
+    mixer = oracle.like(base, built('dual_rope', gamma=0.0))
     close(run(mixer, frame=FRAMES), run(base), tolerances.FLOAT32)
-    text = like(base, built('dual_rope', gamma=0.5))  # tau = m: frequencies times 1.5, positions likewise
+    text = oracle.like(base, built('dual_rope', gamma=0.5))  # tau = m: frequencies times 1.5, positions likewise
     stretched = oracle.run(base, X, positions=np.broadcast_to(1.5 * np.arange(T, dtype=np.float32), (B, T)))
     close(run(text, frame=0 * FRAMES), stretched, tolerances.FLOAT32)
 
@@ -70,7 +63,7 @@ def test_dual_rope_means_scores_or_deals_heads():
     for fields, s in (({'mode': 'mean'}, (place + unit) / 2), ({'mode': 'heads', 'temporal_heads': 1}, mixed)):
         w = jax.nn.softmax(jnp.where(np.tril(np.ones((T, T), bool)), s, -jnp.inf))
         expected = base.out(jnp.einsum('bnts,bsnh->btnh', w, v).reshape(B, T, M))
-        close(run(like(base, built('dual_rope', **fields)), frame=FRAMES), expected, tolerances.FLOAT32)
+        close(run(oracle.like(base, built('dual_rope', **fields)), frame=FRAMES), expected, tolerances.FLOAT32)
 
 
 def test_whole_frames_see_each_other_and_the_past():
@@ -93,7 +86,7 @@ def test_whole_frames_decode_frame_by_frame():
 
 def test_one_channel_and_a_wide_window_is_transformer_xl():
     xl = built('transformer_xl')
-    mixer = like(xl, built('mvpa', window=T))
+    mixer = oracle.like(xl, built('mvpa', window=T))
     mixer.channel.kernel = nnx.Param(jnp.zeros_like(mixer.channel.kernel[...]))
     mixer.time, mixer.content_bias, mixer.time_bias = xl.far, mixer.content_bias, mixer.time_bias
     xl.content_bias, xl.position_bias = mixer.content_bias, mixer.time_bias
@@ -153,12 +146,12 @@ def test_dynamic_bias_of_a_grid_is_evaluated_at_rows_and_columns():
 def test_dynamic_bias_of_zero_is_attention_without_positions():
     mixer = built('dynamic_bias', num_kv_heads=4)
     mixer.bias.kernel = nnx.Param(jnp.zeros_like(mixer.bias.kernel[...]))
-    close(run(mixer), run(like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
+    close(run(mixer), run(oracle.like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
 
 
 def test_distances_are_labels_of_edges():
     distances = built('shaw', max_distance=3)
-    labels = like(distances, built('shaw', labels=7))
+    labels = oracle.like(distances, built('shaw', labels=7))
     labels.key_table, labels.value_table = distances.key_table, distances.value_table
     edges = np.clip(np.arange(T) - np.arange(T)[:, None], -3, 3) + 3
     close(run(labels, edges=np.broadcast_to(edges, (B, T, T))), run(distances), tolerances.FLOAT32)
@@ -169,6 +162,6 @@ def test_labelled_graphs_have_no_order_and_unlabelled_edges_nothing_to_add():
     mixer, edges, order = built('shaw', causal=False, labels=5), rng.integers(0, 5, (B, T, T)), rng.permutation(T)
     y, moved = run(mixer, edges=edges), run(mixer, X[:, order], edges=edges[:, order][:, :, order])
     close(moved, y[:, order], tolerances.FLOAT32)
-    plain = like(mixer, built('gqa', causal=False, num_kv_heads=4, position='none'))
+    plain = oracle.like(mixer, built('gqa', causal=False, num_kv_heads=4, position='none'))
     close(run(mixer, edges=np.full((B, T, T), -1)), run(plain), tolerances.FLOAT32)
     assert mixer.init_state(B, T) is None

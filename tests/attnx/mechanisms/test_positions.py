@@ -26,13 +26,6 @@ def built(name, **fields):
     return jax.jit(lambda: spec.build(spec.config(num_heads=4, **fields), DIMS, rngs=nnx.Rngs(0)))()
 
 
-def like(mixer, other):
-    """`other` with the projections of `mixer`."""
-    for name in ('query', 'key', 'value', 'out'):
-        setattr(other, name, getattr(mixer, name))
-    return other
-
-
 def run(mixer, x=X, **ctx):
     return oracle.run(mixer, x, **ctx)
 
@@ -45,13 +38,13 @@ def test_empty_tables_are_attention_without_positions(name, tables):
     mixer = built(name)
     for table in tables:
         setattr(mixer, table, nnx.Param(jnp.zeros_like(getattr(mixer, table)[...])))
-    close(run(mixer), run(like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
+    close(run(mixer), run(oracle.like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
 
 
 def test_no_far_projection_is_attention_without_positions():
     mixer = built('transformer_xl')
     mixer.far.kernel = nnx.Param(jnp.zeros_like(mixer.far.kernel[...]))
-    close(run(mixer), run(like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
+    close(run(mixer), run(oracle.like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
 
 
 @pytest.mark.parametrize('name', ['shaw', 'music', 'rcmha', 'transformer_xl', 'coca'])
@@ -118,11 +111,11 @@ def test_coca_scores_peak_at_the_own_position():
 
 def test_without_visual_tokens_equal_distance_is_rotary_attention():
     mixer = built('equal_distance')
-    other = like(mixer, built('gqa', num_kv_heads=4))
+    other = oracle.like(mixer, built('gqa', num_kv_heads=4))
     text = run(mixer, inputs={'visual': jnp.zeros((B, T), bool)})
     close(text, run(other), tolerances.FLOAT32)
     images = run(mixer, inputs={'visual': jnp.ones((B, T), bool)})
-    close(images, run(like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
+    close(images, run(oracle.like(mixer, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
 
 
 def test_layout_alone_decides_whom_skimming_sees():
@@ -146,8 +139,9 @@ def test_a_map_of_the_layout_chooses_keys():
     ctx = Context(inputs={'box': box})
     ctx = dataclasses.replace(ctx, shared=first(jnp.asarray(X), ctx).shared)
     every = build(1, source='mask', top_k=T)
-    close(oracle.forward(every, X, ctx), run(like(every, built('gqa', num_kv_heads=4, position='none'))), tolerances.FLOAT32)
-    one = like(every, build(1, source='mask', top_k=1))
+    plain = oracle.like(every, built('gqa', num_kv_heads=4, position='none'))
+    close(oracle.forward(every, X, ctx), run(plain), tolerances.FLOAT32)
+    one = oracle.like(every, build(1, source='mask', top_k=1))
     query, key = ctx.shared['skim']
     s = np.asarray(jnp.einsum('btnh,bsnh->bnts', query, key))
     best = np.where(np.tril(np.ones((T, T), bool)), s, -np.inf).argmax(-1)
