@@ -89,6 +89,24 @@ def possible(mask, B: int, N: int, T: int, S: int, bq: int, bk: int) -> np.ndarr
     return np.where(some, np.where(full, FULL, PARTIAL), EMPTY).astype(np.int8)
 
 
+def extent(score, T: int, S: int) -> tuple[float, float]:
+    """What all values of a score lie between, whatever the logit, place and operands: infinite where nothing is known."""
+    operands, call = elementwise.flatten(score)
+    scalars = [jax.ShapeDtypeStruct((), jnp.result_type(o.array)) for o in operands]
+    index = [jax.ShapeDtypeStruct((), jnp.int32)] * 4
+    f = lambda s, i, v: call(s, elementwise.Index(*i, T, S), v).astype(jnp.float32)
+    closed = jax.make_jaxpr(f)(jax.ShapeDtypeStruct((), jnp.float32), index, scalars)
+    evaluator = _Evaluator(np)
+    ends = -np.inf, np.inf
+    inputs = [_Interval(*(np.asarray(x, np.float32) for x in ends)), *(evaluator.unknown(x.dtype) for x in index + scalars)]
+    if any(x is None for x in inputs) or any(isinstance(c, jax.core.Tracer) for c in closed.consts):
+        return ends
+    with np.errstate(all='ignore'):
+        (value,) = evaluator.run(closed.jaxpr, closed.consts, inputs)
+    known = value is not None and not (np.isnan(value.lo).any() or np.isnan(value.hi).any())
+    return (float(value.lo), float(value.hi)) if known else ends
+
+
 def union(classes):
     """One class for all batches and heads: [.., nq, nk] -> [nq, nk]; empty or full only where all of them are."""
     xp = _module(classes)

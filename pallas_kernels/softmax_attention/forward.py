@@ -23,6 +23,7 @@ from pallas_kernels import common
 from pallas_kernels.common import COL, LOG2E, ROW
 from pallas_kernels.softmax_attention import functions
 
+SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
@@ -55,6 +56,9 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
     padded = (nq * bq, nk * bkv)
     shape = (64, bkv)
     c = scale * LOG2E
+    # Logits that cannot leave a small range need no running maximum.
+    low, high = spec.extent
+    fixed = (low + high) / 2 * LOG2E if high - low < SPREAD[str(dtype)] and not stats else None
     piece = 128 if H % 128 == 0 and Hv % 128 == 0 else 64  # columns that leave, or are cleaned, at a time
 
     def kernel(q_ref, k_ref, v_ref, bounds_ref, order_ref, lists_ref, operand_refs, sinks_ref, *rest):
@@ -83,7 +87,8 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
         @pl.when(wg < W)
         def _consume():
             plgpu.set_max_registers(tiles.registers[0], action='increase')
-            nothing_seen = (common.filled(64, FLOOR), common.filled(64, 0.0), common.filled(64, 0.0) if stats else None)
+            least = FLOOR if fixed is None else fixed
+            nothing_seen = (common.filled(64, least), common.filled(64, 0.0), common.filled(64, 0.0) if stats else None)
 
             def turn_wait():
                 if tiles.turns:
@@ -97,31 +102,33 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 pl.when(wg == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
 
             def softmax(s, place, sums, masked):
-                """Weights relative to the new running maximum; maximum, total and (weight . logit); the old ones' factor."""
+                """Weights relative to the new running maximum; it, their total and (weight . logit - it); the old ones' factor.
+
+                No factor, if the maximum is fixed.
+                """
                 m, l, e = sums
                 factor, shift = c, None
                 if score:
                     s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
                 if mask:
-                    s = place.masked(s) if masked is True else lax.cond(masked, place.masked, lambda s: s, s)
-                top, base = s.max(axis=1) * factor, lambda m: m
-                if shift is not None:  # of the row: it goes to the maximum, not to each logit
-                    top, base = top + shift * LOG2E, lambda m: m - shift * LOG2E
-                m_new = jnp.maximum(m, top)
-                alpha = jnp.exp2(m - m_new)
-                if stats:  # by halves, so that logits and weights are not all held at once
-                    parts, e = [], e * alpha
-                    for at in range(0, s.shape[1], 32):
-                        x = s[:, at : at + 32] * factor
-                        parts.append(jnp.exp2(x - common.row(base(m_new), x.shape)))
-                        x = x if shift is None else x + common.row(shift * LOG2E, x.shape)
-                        e += (parts[-1] * jnp.maximum(x, FLOOR)).sum(axis=1)
-                    p = jnp.concatenate(parts, axis=1)
+                    hidden = max(100 * FLOOR / factor, -3e38) if stats else -jnp.inf  # finite: times a weight of 0 it is 0
+                    hide = lambda s: place.masked(s, hidden)
+                    s = hide(s) if masked is True else lax.cond(masked, hide, lambda s: s, s)
+                shift = 0.0 if shift is None else shift * LOG2E  # of the row: it goes to the maximum, not to each logit
+                if fixed is None:
+                    m_new = jnp.maximum(m, s.max(axis=1) * factor + shift)
+                    alpha = jnp.exp2(m - m_new)
+                    base = common.row(m_new - shift, s.shape)
                 else:
-                    columns = min(tiles.polynomial, s.shape[1] // 2)
-                    p = common.exp2(s * factor - common.row(base(m_new), s.shape), columns)
-                return p, (m_new, l * alpha + p.sum(axis=1), e), alpha
+                    m_new, alpha = m, None
+                    base = fixed if isinstance(shift, float) else common.row(fixed - shift, s.shape)
+                x = s * factor - base
+                p = common.exp2(x, min(tiles.polynomial, s.shape[1] // 2))
+                if stats:
+                    e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
+                l = l if alpha is None else l * alpha
+                return p, (m_new, l + p.sum(axis=1), e), alpha
 
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""
@@ -132,7 +139,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
             def closed(h, sums):
                 """What to multiply the output with; log-sum-exp, largest and mean logit."""
                 m, l, e = sums
-                empty, top, alpha = l == 0, m, common.filled(64, 1.0)
+                empty, top, alpha, mean = l == 0, m, common.filled(64, 1.0), e + m * l if stats else None
                 if sinks_ref is not None:
                     sink = sinks_ref[h] * LOG2E
                     total = jnp.maximum(m, sink)
@@ -140,7 +147,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     l, m = l * alpha + jnp.exp2(sink - total), total
                 lse = jnp.where(empty, -jnp.inf, m + jnp.log2(l))
                 weight = alpha * jnp.where(empty, 0.0, 1.0 / l)
-                extra = (jnp.where(empty, -jnp.inf, top), e * weight) if stats else (None, None)
+                extra = (jnp.where(empty, -jnp.inf, top), mean * weight) if stats else (None, None)
                 return weight * dropout.inverse_keep if dropout else weight, (lse, *extra)
 
             def write(item, out, rows):
@@ -204,7 +211,8 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         p, sums, alpha = softmax(s, place, sums, True)
                         p = used(p, place)
                         for at, acc in zip(range(0, Hv, piece), accs):
-                            acc[...] = acc[...] * common.row(alpha, (64, piece))
+                            if alpha is not None:
+                                acc[...] = acc[...] * common.row(alpha, (64, piece))
                             place_in_memory(values(at)[0])
                             plgpu.wgmma(acc, p, o_smem.at[wg])
                             plgpu.wgmma_wait(0)
@@ -291,8 +299,9 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])
                             p = used(weights, place)
-                            o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
-                            o_acc[...] = o * common.row(alpha, (64, Hv))
+                            if alpha is not None:
+                                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
+                                o_acc[...] = o * common.row(alpha, (64, Hv))
                             return p, sums, then
 
                         p, sums, _ = lax.fori_loop(1, count, step, (p, sums_new, second))

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import common, tile_eval
+from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
 from pallas_kernels.common import COL, ROW, TILE
@@ -46,6 +46,7 @@ class Spec:
     T: int
     S: int
     batch: int | None = None
+    extent: tuple[float, float] = (-math.inf, math.inf)  # the score's values lie between these
 
     @property
     def operands(self) -> list[ew.Operand]:
@@ -80,7 +81,8 @@ def make_spec(mask, score, dropout, T: int, S: int, keys_padded: bool) -> Spec:
     if dropout is not None and dropout.threshold == 0:
         dropout = None
     seed = None if dropout is None else ew.Operand(jnp.asarray(dropout.seed).astype(jnp.uint32), '')
-    return Spec(pieces[0], pieces[1], dropout, seed, T, S)
+    extent = (-math.inf, math.inf) if score is None else blocks.extent(score, T, S)
+    return Spec(pieces[0], pieces[1], dropout, seed, T, S, extent=extent)
 
 
 def fold(spec: Spec, arrays, batched, size: int, batch: int):
@@ -223,8 +225,8 @@ class Place:
         (v,) = self._eval(fun, self._positions() + self._values(0, operands))
         return v.to('rc')
 
-    def masked(self, s):
-        return jnp.where(self.visible(), s, -jnp.inf)
+    def masked(self, s, hidden=-jnp.inf):
+        return jnp.where(self.visible(), s, hidden)
 
     def score(self, s, scale, derivative=False):
         """The score of the logits scale * s, as a tile and a positive number to multiply it with.

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from jax import lax
 
 from pallas_kernels import blocks
-from pallas_kernels.elementwise import Index, Mask, Operand, as_mask, flatten
+from pallas_kernels.elementwise import Index, Mask, Operand, Score, Term, as_mask, as_score, flatten
 
 
 def pairs(mask, B, N, T, S):
@@ -151,3 +151,25 @@ def test_union_and_lists(module):
     np.testing.assert_array_equal(columns.count, [0, 2, 1])
     np.testing.assert_array_equal(columns.block[1], [0, 1])
     assert sorted(rows.block[1].tolist()) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    'f, lo, hi',
+    [
+        (lambda s, i: 5 * jnp.tanh(s / 5), -5, 5),
+        (lambda s, i: 3 + 2 * jax.nn.sigmoid(s), 3, 5),
+        (lambda s, i: jnp.clip(s - jnp.abs(i.q - i.k), -7.0, 2.0), -7, 2),
+        (lambda s, i: 2 * s, -np.inf, np.inf),
+        (lambda s, i: jnp.where(i.q > i.k, 0.0, s), -np.inf, np.inf),
+        (lambda s, i: jnp.sqrt(s), -np.inf, np.inf),
+    ],
+)
+def test_extent_of_scores(f, lo, hi):
+    found = blocks.extent(as_score(f), 64, 64)
+    assert found[0] <= lo and found[1] >= hi
+    np.testing.assert_allclose(found, (lo, hi), rtol=1e-5)
+
+
+def test_extent_with_operands_is_unknown():
+    slope = Operand(jnp.ones(2), 'h')
+    assert blocks.extent(Score((Term(lambda s, i, a: jnp.tanh(s) * a, (slope,)),)), 64, 64) == (-np.inf, np.inf)
