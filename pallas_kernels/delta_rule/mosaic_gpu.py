@@ -40,10 +40,10 @@ def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     K, V = key.shape[3], value.shape[3]
     if log_decay is None or query.shape[1] == 1:
         return None
-    if log_decay.ndim == 4:
-        return f'auto leaves a decay per channel to xla: {UNPROVEN} for one token'
     if linear.padded(K) != 128 or linear.padded(V) != 128:
         return f'auto leaves decays at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
+    if log_decay.ndim == 4 and linear.pieces(*value.shape[:3], linear.padded(K), linear.padded(V)) > 1:
+        return f'auto leaves a decay per channel in pieces to xla: {UNPROVEN} where batch and heads fill the chip'
     return None
 
 

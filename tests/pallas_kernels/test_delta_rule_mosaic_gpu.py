@@ -169,9 +169,9 @@ def test_refusals():
 def test_held_back():
     """`auto` takes what has passed the gate on a GPU."""
     x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    call = lambda T, H, *decay: mosaic_gpu.held_back(*[x(8, T, 16, H)] * 3, x(8, T, 16), x(8, T, 16, *decay))
-    assert call(2048, 128) is None and call(1, 64, 64) is None
-    assert 'per channel' in call(2048, 128, 128)
+    call = lambda T, H, *decay, B=8: mosaic_gpu.held_back(*[x(B, T, 16, H)] * 3, x(B, T, 16), x(B, T, 16, *decay))
+    assert call(2048, 128) is None and call(1, 64, 64) is None and call(2048, 128, 128) is None
+    assert 'in pieces' in call(65536, 128, 128, B=1)
     assert 'at widths 64 and 64' in call(2048, 64)
 
 
