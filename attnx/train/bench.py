@@ -102,7 +102,8 @@ def changed(row: Row, given: list[str]) -> Row:
 def serve(jobs: list[dict], steps: int, small: bool, patience: float | None = None) -> None:
     """Prints a line for each job {'name', 'who', 'devices', 'set'}: all are compiled side by side, then timed in turn.
 
-    patience: seconds after which the first are timed, though others are not compiled yet."""
+    patience: seconds after which the first are timed, though others are not compiled yet.
+    """
 
     def say(number, run):
         try:
