@@ -3,9 +3,9 @@
     python -m attnx.train.bench [words] [--json FILE] [--steps N] [--tiny] [--no-peer] [--set remat=full ...]
                                 [--variant batch=64 unroll=1] [--together]
 
-Words choose rows, in their order: the one of that name, or else those whose name contains it. A row is a model at a shape; `scaling` rows
-run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with checkpoints
-written in the background.
+Words choose rows, in their order: the one of that name, or else those whose name contains it. A row is a model at a shape;
+`scaling` rows run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with
+checkpoints written in the background.
 `--set` changes all rows, each `--variant` is measured beside them: fields of a row (`attnx.train.timing.Row`) or of its model.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
 
