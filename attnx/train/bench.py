@@ -3,9 +3,9 @@
     python -m attnx.train.bench [words] [--json FILE] [--steps N] [--tiny] [--no-peer] [--set remat=full ...]
                                 [--variant batch=64 unroll=1] [--together]
 
-Words keep the rows of that name, or else those whose name contains one of them. A row is a model at a shape; `scaling` rows
-run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with checkpoints
-written in the background.
+Words choose rows, in their order: the one of that name, or else those whose name contains it. A row is a model at a shape;
+`scaling` rows run on one device and on all of them, `overhead` once more without norm, finite check and metrics, and with
+checkpoints written in the background.
 `--set` changes all rows, each `--variant` is measured beside them: fields of a row (`attnx.train.timing.Row`) or of its model.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
 
@@ -99,8 +99,11 @@ def changed(row: Row, given: list[str]) -> Row:
 # One process of measurements
 
 
-def serve(jobs: list[dict], steps: int, small: bool) -> None:
-    """Prints a line for each job {'name', 'who', 'devices', 'set'}: all are compiled side by side, then timed in turn."""
+def serve(jobs: list[dict], steps: int, small: bool, patience: float | None = None) -> None:
+    """Prints a line for each job {'name', 'who', 'devices', 'set'}: all are compiled side by side, then timed in turn.
+
+    patience: seconds after which the first are timed, though others are not compiled yet.
+    """
 
     def say(number, run):
         try:
@@ -130,16 +133,17 @@ def serve(jobs: list[dict], steps: int, small: bool) -> None:
             job['program'] = f'{row} {devices} {who}'
             if job['program'] not in programs:
                 programs[job['program']] = pool.submit(timing.prepare, row, devices, dtype, who)
-        concurrent.futures.wait(programs.values())
-    for number, (row, job) in enumerate(zip(rows, jobs)):
-        made = programs[job['program']]
-        say(number, lambda made=made, row=row, who=job['who']: timing.measure(made.result()._replace(row=row, who=who), steps))
+        concurrent.futures.wait(programs.values(), timeout=patience)
+        for number, (row, job) in enumerate(zip(rows, jobs)):
+            made = lambda row=row, job=job: programs[job['program']].result()._replace(row=row, who=job['who'])
+            say(number, lambda made=made: timing.measure(made(), steps))
 
 
 def measure(jobs: list[dict], options) -> list[dict[str, Any]]:
     """The jobs with what one process of their own has found; each is printed as it comes."""
     command = [sys.executable, '-m', 'attnx.train.bench', '--jobs', json.dumps(jobs), '--steps', str(options.steps)]
     command += ['--tiny'] if options.tiny else []
+    command += ['--patience', str(options.patience)] if options.patience else []
     env = dict(os.environ) | ({'JAX_PLATFORMS': 'cpu'} if jobs[0]['who'] == 'torch' else {})
     found: dict[int, dict] = {}
     with tempfile.TemporaryFile('w+') as errors:
@@ -217,15 +221,17 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='a field of the row or of its model')
     parser.add_argument('--variant', action='append', default=[], nargs='+', metavar='NAME=VALUE', help='measured as well')
     parser.add_argument('--together', action='store_true', help='ours in one process')
+    parser.add_argument('--patience', type=float, help='with --together: seconds until timing begins, compiled or not')
     parser.add_argument('--devices', type=int, default=0, help='devices of the scaling rows; 0: all')
     parser.add_argument('--jobs', type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.jobs:
-        serve(options.jobs, options.steps, options.tiny)
+        serve(options.jobs, options.steps, options.tiny, options.patience)
         return 0
     names = {r.name for r in ROWS}
     named = lambda row, word: row.name == word if word in names else word in row.name
-    chosen = [r for r in ROWS if not options.words or any(named(r, word) for word in options.words)]
+    found = [r for word in options.words for r in ROWS if named(r, word)] if options.words else list(ROWS)
+    chosen = [r for i, r in enumerate(found) if r not in found[:i]]
     if not chosen:
         print(f'no row is called like {" or ".join(options.words)}; rows: {", ".join(r.name for r in ROWS)}', file=sys.stderr)
         return 2
