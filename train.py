@@ -19,11 +19,6 @@ if not any(argument.lstrip('-').startswith('resolved') for argument in sys.argv[
 TRACEBACK = flags.DEFINE_bool('traceback', False, 'show the traceback of an error')
 
 
-def parse(argv):
-    with early.refusals():
-        return app.parse_flags_with_usage(argv)
-
-
 def read(parts):
     """The Config of the command line, made by `attnx.train.config`, which is given as a module."""
     return parts.resolved(RESOLVED.value) if RESOLVED.value else parts.build(CONFIG.value)
@@ -44,4 +39,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=early.parse)

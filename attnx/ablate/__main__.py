@@ -16,6 +16,8 @@ import sys
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from attnx.train import early
+
 CONFIG = config_flags.DEFINE_config_file('config', lock_config=True)
 PLAN = flags.DEFINE_bool('plan', False, 'say what would run, and stop')
 REPORT = flags.DEFINE_bool('report', True, 'write the report; --noreport: leave it')
@@ -83,4 +85,4 @@ def main(argv):
 
 
 if __name__ == '__main__':
-    app.run(main)
+    app.run(main, flags_parser=early.parse)

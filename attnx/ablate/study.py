@@ -85,6 +85,8 @@ class Study:
             object.__setattr__(self, name, config_lib.as_dict(getattr(self, name), name))
         if not self.question.strip():
             raise ValueError('question is empty: say in one sentence what the study asks')
+        if not self.run_dir:
+            raise ValueError('run_dir is empty; give a folder')
         if not self.seeds or len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f'seeds {self.seeds}: give at least one, each once')
         if self.rate not in RATES:

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import core
 
 from attnx import axes as axes_lib
 
@@ -52,7 +53,8 @@ def flat_axes(module: nnx.Module) -> dict[str, tuple[str | None, ...]]:
 def stack(build, keys: jax.Array) -> nnx.Module:
     """build(key) of every key, stacked on a leading 'layers' dimension with its axis name kept. keys: [layers, …].
 
-    One after another: random numbers of a batch of keys take XLA twice as long to compile, and are the same.
+    Within `jit` one after another: random numbers of a batch of keys take XLA twice as long to compile, and are the same. Else
+    operation by operation, so that other models with arrays of these shapes need not compile them again.
     """
     make = nnx.transform_metadata(build, in_axes=0, out_axes=0, partition='layers')
-    return jax.lax.map(make, keys)
+    return jax.lax.map(make, keys) if isinstance(keys, core.Tracer) else jax.vmap(make)(keys)

@@ -3,6 +3,7 @@
 import contextlib
 import pathlib
 import sys
+from collections.abc import Sequence
 
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
@@ -26,6 +27,26 @@ def refusals(traceback=lambda: False):
             raise
         print('error:', printable(text), file=sys.stderr)
         sys.exit(2)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """The arguments that are no flags, of a command whose config is the flag `config`; for `app.run(flags_parser=…)`.
+
+    Ends the process with one line where a flag is unknown, a config file is not there, or raises a ValueError; what else it
+    raises is a mistake in it, whose traceback is kept.
+    """
+    with refusals():
+        for argument in argv[1:]:
+            file = argument.lstrip('-').removeprefix('config=').partition(':')[0]
+            if argument.lstrip('-').startswith('config=') and not pathlib.Path(file).exists():
+                there = map(str, pathlib.Path('configs').glob('**/*.py'))
+                raise ValueError(f'there is no config file {file!r}; {nearest(file, there)}')
+        try:
+            return flags.FLAGS(argv)
+        except flags.Error as error:
+            last = str(error).strip().splitlines()[-1].strip()
+            mistake = 'Traceback' in str(error) and not last.startswith('ValueError: ')
+            raise ValueError(str(error) if mistake else last.removeprefix('ValueError: ')) from None
 
 
 def _unknown_key(error: Exception) -> str | None:
@@ -72,7 +93,7 @@ def plan() -> None:
     with refusals():
         config = config_flags.DEFINE_config_file('config', 'configs/base.py', lock_config=True)
         app.define_help_flags()
-        if unexpected := app.parse_flags_with_usage(sys.argv)[1:]:  # once: overrides of a config are flags made by parsing
+        if unexpected := parse(sys.argv)[1:]:  # once: overrides of a config are flags made by parsing
             raise ValueError(f'unexpected arguments {unexpected}; settings look like --config.model.width=512')
         name, parts = flags.FLAGS.topology, light.module('attnx.train.config')
         if name and chips.topology(name).tpu and (reason := libtpu.missing()):

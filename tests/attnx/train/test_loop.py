@@ -522,6 +522,8 @@ def test_text_that_is_shown_can_not_steer_a_terminal(capfd):
 BAD = {
     'key': ('--config.model.widht=8', "unknown config key 'widht'; did you mean 'width'? valid: conv_taps, "),
     'group': ('--config.modle.width=8', "unknown config key 'modle'; did you mean 'model'? valid: checkpoint, "),
+    'file': ('--config=configs/bas.py', "no config file 'configs/bas.py'; did you mean 'configs/base.py'?"),
+    'size': ('--config=configs/sizes.py:9b', "unknown size '9b' of configs/sizes.py; valid: 1b, 7b, 70b"),
     'argument': ('steps=3', "unexpected arguments ['steps=3']"),
     'mechanism': ("--config.model.pattern=('glaa',)", "pattern names 'glaa'", "did you mean 'gla'? valid: a, agent, "),
     'kind': ('--config.model.mixers.a.kind=gqq', "unknown mechanism 'gqq'; did you mean 'gqa'?"),
