@@ -200,7 +200,7 @@ def nan_in_layer(processes):
 
 
 BAD_DATA = {
-    'a cut line': (lambda text: text[:-20], r'line \d+: expected a JSON object'),
+    'a cut line': (lambda text: text[: text.rindex('}')], r'line \d+: expected a JSON object'),
     'no such field': (lambda text: text.replace('"text"', '"txet"', 1), r"line 1: .*field 'text'"),
     'a number': (lambda text: '{"text": 5}\n' + text, r"line 1: field 'text' must be a string"),
     'not JSON': (lambda text: 'no \x1b[2Jjson\n' + text, r'line 1: expected a JSON object'),
