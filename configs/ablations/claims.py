@@ -368,7 +368,7 @@ MORE_SEEDS = ('s005', 's016', 's022')  # undecided with three
 NOTES = (
     'Sizes and steps of the synthetic tasks were chosen with seed 10, which is not among those judged.',
     'What was not run, or not with all seeds, is said where it is so. S030 needs an accelerator to itself and had none yet.',
-    'S005, S016 and S022 were undecided with three seeds and then given seven more, once.',
+    'S005, S016 and S022 are undecided with three seeds; their studies ask for seven more, which were not run.',
     'That one failed statement decides, though another was not run, was settled after the first runs: it decides S018.',
     'Most runs were on a GPU, an arm’s seeds as one program; S012’s one layer, counting, and CoPE’s flip-flops '
     'were on a CPU, so that arms of one study may differ in rounding too (float32 products there may be TF32, not looked at).',
