@@ -330,7 +330,8 @@ def first_state(initial_state, key, value, dtype):
     """The state [B, N, H, Hv] that the first token finds."""
     if initial_state is not None:
         return jnp.asarray(initial_state, dtype)
-    return jnp.zeros((value.shape[0], value.shape[2], key.shape[3], value.shape[3]), dtype)
+    shape = value.shape[0], value.shape[2], key.shape[3], value.shape[3]
+    return jax.lax.full_like(value, 0, dtype, shape)  # of value, to vary over a caller's shard_map as it does
 
 
 def step_by_step(update, query, key, value, per_token, log_decay, initial_state, segment_ids, scale):

@@ -13,6 +13,7 @@ from attnx.ops import masks, scores
 from attnx.ops.context_attention import _legs, _needed
 from pallas_kernels import blocks
 from tests import tolerances
+from tests.attnx.ops import recurrences
 from tests.laws import close
 
 B, T, N, H = 2, 32, 4, 8
@@ -280,3 +281,14 @@ def test_kernels_take_the_parts(method):
     with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', method), dispatch.target('cuda'):
         traced = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).trace(array, array, array, ids)
         assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
+
+
+@pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
+def test_recurrences_within_a_callers_shard_map(name):
+    """With checked axes, from no first state: what the scan carries varies over the mesh from the first step on."""
+    arrays = recurrences.inputs(name, T=20, dtype=np.float32, state=False)
+    P, op = jax.sharding.PartitionSpec, recurrences.op(name)
+    mesh = jax.make_mesh((2,), ('data',), axis_types=(jax.sharding.AxisType.Auto,))
+    gradients = jax.grad(lambda arrays: (op(**arrays, chunk=8, impl='xla')[0] ** 2).sum())
+    sharded = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=P('data'), out_specs=P('data')))
+    jax.tree.map(functools.partial(close, tolerance=tolerances.FLOAT32), sharded(arrays), jax.jit(gradients)(arrays))
