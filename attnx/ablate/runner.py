@@ -46,7 +46,11 @@ def claim(study: Study) -> None:
     """
     path, now = folder(study) / 'study.json', study.description()
     if path.exists():
-        lines = differing(json.loads(path.read_text()), now)
+        saved = json.loads(path.read_text())
+        new = [name for name in now if name not in saved and name.startswith('base.')]
+        if study.says_the_same_without([name.removeprefix('base.') for name in new]):
+            now = {name: value for name, value in now.items() if name not in new}
+        lines = differing(saved, now)
         if lines:
             shown = '; '.join(lines[:5]) + (f'; and {len(lines) - 5} more' if len(lines) > 5 else '')
             raise ValueError(f'{path.parent} holds another form of this study: {shown}. Fork it: give another run_dir')

@@ -259,6 +259,18 @@ class Study:
         flat |= {f'arms.{name}': change for name, change in self.named_arms().items()}
         return json.loads(json.dumps(flat, default=str))
 
+    def says_the_same_without(self, settings: list[str]) -> bool:
+        """Whether these settings of the base are defaults: a newer file may spell out more of them than an older one."""
+        base = json.loads(json.dumps(config_lib.to_dict(self.base), default=str))
+        full = build(base)
+        for setting in settings:
+            *groups, last = setting.split('.')
+            inner = base
+            for group in groups:
+                inner = inner[group]
+            del inner[last]
+        return effect(build(base)) == effect(full)
+
 
 def load(path) -> dict:
     """The mapping that the config file's get_config returns. Relative to the working folder, or to the checkout."""

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 OPTIM = {'kind': 'adamw', 'learning_rate': 1e-2, 'schedule': 'cosine', 'warmup': 50, 'weight_decay': 0.01}
 QUIET = {'checkpoint.every': 0, 'checkpoint.keep_best': 0, 'sample.tokens': 0, 'eval_every': 100, 'optim': OPTIM}
 MODEL = {'model.num_layers': 4, 'model.width': 32, 'model.mlp.hidden': 64, 'model.conv_taps': 3, 'model.tie_embeddings': False}
-TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 150}
+TEXT = {'data.task': {'kind': 'text'}, 'data.length': 128, 'data.batch_size': 8, 'data.eval_batches': 16, 'steps': 300}
 
 
 def get_config():
@@ -34,6 +34,5 @@ def get_config():
     c.metric = 'nats_per_byte'
     c.match = {'what': 'parameters', 'by': 'model.mlp.hidden', 'step': 1}
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/principles'
     return c

@@ -25,11 +25,14 @@ def get_config():
         'linear, 4 heads': {'kind': 'linear_transformer', 'num_heads': 4},
     }
     c.arms = {name: {'model.mixers': {'m': mixer}} for name, mixer in mixers.items()}
-    common = {**QUIET, **MODEL, 'data.batch_size': 32, 'steps': 300}
-    task = lambda pairs: {'data.task': {'kind': 'mqar', 'num_pairs': pairs, 'vocab_size': 64}, 'data.length': 4 * pairs}
-    c.tasks = {f'{pairs} pairs': {**common, **task(pairs)} for pairs in (16,)}
+    common = {**QUIET, **MODEL, 'data.batch_size': 32, 'steps': 1500}
+    c.tasks = {
+        f'{pairs} pairs': {
+            **common, 'data.task': {'kind': 'mqar', 'num_pairs': pairs, 'vocab_size': vocab}, 'data.length': 4 * pairs,
+        }
+        for pairs, vocab in ((16, 64), (32, 256))
+    }  # fmt: skip
     c.metric = 'accuracy'
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/recall'
     return c

@@ -20,9 +20,8 @@ def get_config():
     c.arms = {'linear': {}}
     c.generate = ({'swap': {'kind': 'gqa', 'num_heads': 1, 'num_kv_heads': 1, 'position': 'none'}},)
     recall = {'data.task': {'kind': 'mqar', 'num_pairs': 8, 'vocab_size': 64}, 'data.length': 32, 'data.batch_size': 32}
-    c.tasks = {'recall': {**QUIET, **recall, 'steps': 250}}
+    c.tasks = {'recall': {**QUIET, **recall, 'steps': 2000}}
     c.metric = 'accuracy'
     c.seeds = (0, 1, 2)
-    c.batch_seeds = True
     c.run_dir = 'runs/ablations/where'
     return c

@@ -246,6 +246,10 @@ def test_seeds_share_data_and_differ(done):
 def test_a_changed_study_is_refused(done):
     with pytest.raises(ValueError, match=r'base\.steps: saved 4, now 6'):
         Study(**{**fields(done), 'base': {**SMALL, 'steps': 6}}).run()
+    spelled = {**SMALL, 'data': {**SMALL['data'], 'threads': 2}, 'context': 'auto'}  # defaults
+    runner.claim(Study(**{**fields(done), 'base': spelled}))
+    with pytest.raises(ValueError, match=r"base\.sharding: saved .*now 'fsdp'"):
+        runner.claim(Study(**{**fields(done), 'base': {**spelled, 'sharding': 'fsdp'}}))
     forked = Study(**{**fields(done), 'base': {**SMALL, 'steps': 6}, 'run_dir': done.run_dir + '-fork'})
     runner.claim(forked)  # another folder: another study
 
