@@ -71,24 +71,30 @@ def _chunked(x):
 
 def _sums(x, mask):
     """The sum over j of mask_ij x_j in every chunk: x [B, chunks, 64, N, H], mask [64, 64] or [B, chunks, 64, 64]."""
-    mask = jnp.broadcast_to(mask, (*x.shape[:2], CHUNK, CHUNK)).astype(jnp.float32)  # else the product is transposed
-    return jnp.einsum('bcij,bcjnh->bcinh', mask, x, precision='highest')
+    spec = 'ij,bcjnh->bcinh' if mask.ndim == 2 else 'bcij,bcjnh->bcinh'
+    return jnp.einsum(spec, mask.astype(jnp.float32), x, precision='highest')
 
 
 def fits(log_decay):
-    step = _chunked(_steps(log_decay))
-    both = lambda x, y: (x[0] + y[0], jnp.minimum(x[1], y[1]))
-    total, least = jax.lax.reduce((step, step), (0.0, 0.0), both, (2,))  # one pass
-    return (total.min() >= -SPAN) & (least.min() > shared.NEGLIGIBLE)
+    step = _steps(log_decay)
+    return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > shared.NEGLIGIBLE)
 
 
 def factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
-    G = _sums(_chunked(_steps(log_decay)), np.tri(CHUNK))
-    half = G[:, :, -1:] / 2
-    factor = jnp.exp2(G - half).reshape(G.shape[0], -1, *G.shape[3:])[:, : log_decay.shape[1]]
-    between = jnp.exp2(jnp.moveaxis(half[:, :, 0], 1, 2))
+    step = _chunked(_steps(log_decay))
+    coarse = shared.coarse(step)
+    sums = [_sums(x, np.tri(CHUNK)) for x in (coarse, step - coarse)]
+    half = [x[:, :, -1:] / 2 for x in sums]
+    factor = _exp2(*(x - y for x, y in zip(sums, half))).reshape(step.shape[0], -1, *step.shape[3:])[:, : log_decay.shape[1]]
+    between = jnp.moveaxis(_exp2(*half)[:, :, 0], 1, 2)
     return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
+
+
+def _exp2(coarse, fine):
+    """2 ** (coarse + fine), the sum not rounded."""
+    whole = jnp.round(coarse)
+    return jnp.exp2(whole) * jnp.exp2((coarse - whole) + fine)
 
 
 def decay_gradient(each, anchors, segment_ids):
