@@ -95,6 +95,19 @@ def flatten(given: Mapping, prefix: str = '') -> dict[str, Any]:
     return flat
 
 
+def put(nested: dict, name: str, value: Any) -> None:
+    """Sets `name`, as `flatten` writes it, in nested settings; ValueError where a value stands in its way."""
+    # Names have strings for keys only, where those of overrides are layers.
+    parts = name.split('.')
+    layer = [before in ('overrides', 'mlp_overrides') and part.isdecimal() for before, part in zip(['', *parts], parts)]
+    *folders, last = (int(part) if is_layer else part for part, is_layer in zip(parts, layer))
+    for folder in folders:
+        nested = nested.setdefault(folder, {})
+        if not isinstance(nested, dict):
+            raise ValueError(f'{name}: {folder!r} is a value and can not hold settings')
+    nested[last] = value
+
+
 def to_json(config: Any) -> str:
     """The resolved config, flat and sorted: what a run writes beside its checkpoints."""
     return json.dumps(flatten(to_dict(config)), sort_keys=True, indent=1, default=str)
@@ -114,20 +127,12 @@ def from_json(cls: type, text: str) -> Any:
         raise ValueError(f'expected a JSON object of settings, got {text[:40]!r}')
     nested: dict = {}
     for name, value in flat.items():
-        # JSON has strings for keys only, where those of overrides are layers, and lists where configs have tuples.
-        parts = name.split('.')
-        layer = [before in ('overrides', 'mlp_overrides') and part.isdecimal() for before, part in zip(['', *parts], parts)]
-        *folders, last = (int(part) if is_layer else part for part, is_layer in zip(parts, layer))
-        inner = nested
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-            if not isinstance(inner, dict):
-                raise ValueError(f'{name}: {folder!r} is a value and can not hold settings')
-        inner[last] = _tuples(value)
+        put(nested, name, _tuples(value))
     return build(cls, nested)
 
 
 def _tuples(value: Any) -> Any:
+    """JSON has lists where configs have tuples."""
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 

@@ -85,10 +85,10 @@ def test_target_brings_in_the_kernels_of_another_platform(kernel, monkeypatch):
 
 
 @pytest.mark.parametrize(('name', 'impl'), [
-    ('retnet', 'mosaic_gpu'), ('gla', 'mosaic_gpu'), ('deltanet', 'mosaic_gpu'), ('gated_deltanet', 'xla'),
+    ('retnet', 'mosaic_gpu'), ('gla', 'xla'), ('deltanet', 'mosaic_gpu'), ('gated_deltanet', 'xla'),
 ])  # fmt: skip
 def test_auto_passes_by_what_has_not_passed_its_gate(name, impl):
-    """Some decays of the delta rule; asked for by name they run."""
+    """Decays per channel in pieces, and decays of the delta rule; asked for by name they run."""
     from attnx import explanation
 
     calls = explanation.calls_of(name, width=256, length=256)

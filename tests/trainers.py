@@ -58,11 +58,7 @@ def make_config(run_dir, corpus, **change):
         'sample': {'tokens': 0},
     }  # fmt: skip
     for name, value in change.items():
-        *folders, last = name.split('.')
-        inner = given
-        for folder in folders:
-            inner = inner.setdefault(folder, {})
-        inner[last] = value
+        config_lib.put(given, name, value)
     return config_lib.build(loop.Config, given)
 
 

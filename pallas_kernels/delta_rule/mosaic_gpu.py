@@ -21,7 +21,6 @@ from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 WIDEST = 128
-UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 FAINTEST = 1e-6  # beta below it counts as it: the gradient of beta divides by beta
 
 
@@ -41,10 +40,8 @@ def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
     if log_decay is None or query.shape[1] == 1:
         return None
     if linear.padded(K) != 128 or linear.padded(V) != 128:
-        return f'auto leaves decays at widths {K} and {V} to xla: {UNPROVEN} at 65 to 128'
-    if log_decay.ndim == 4 and linear.pieces(*value.shape[:3], linear.padded(K), linear.padded(V)) > 1:
-        return f'auto leaves a decay per channel in pieces to xla: {UNPROVEN} where batch and heads fill the chip'
-    return None
+        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
+    return linear.held_back(query, key, value, log_decay)
 
 
 def schedule_of(query, key, value, beta, log_decay=None, *_, **__) -> str:

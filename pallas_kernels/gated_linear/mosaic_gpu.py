@@ -23,6 +23,7 @@ ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
 GROUP = 8  # chunks between the states that anchor the gradient of log_decay
 PROCESSORS = 132
+UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 
 
 def unsupported(
@@ -30,6 +31,18 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     return refuse(query, key, value, scale, chunk)
+
+
+def held_back(query, key, value, log_decay=None, **_) -> str | None:
+    """Why `auto` leaves a call that the kernel can run to another form; or None."""
+    (B, T, N, V), K = value.shape, key.shape[3]
+    if log_decay is None or log_decay.ndim < 4 or T == 1:
+        return None
+    if min(padded(K), padded(V)) < 128:
+        return f'auto leaves a decay per channel at widths {K} and {V} to xla: {UNPROVEN} above 64'
+    if pieces(B, T, N, padded(K), padded(V)) > 1:
+        return f'auto leaves a decay per channel in pieces to xla: {UNPROVEN} where batch and heads fill the chip'
+    return None
 
 
 def padded(width: int) -> int:

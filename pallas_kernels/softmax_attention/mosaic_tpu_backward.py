@@ -112,15 +112,7 @@ def backward(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, span, out_
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(B, N, steps),
-            in_specs=[
-                pl.BlockSpec((None, None, bq, H), query),
-                pl.BlockSpec((None, None, bk, H), key),
-                pl.BlockSpec((None, None, bk, Hv), key),
-                pl.BlockSpec((None, None, bq, Hv), query),
-                pl.BlockSpec((None, None, 1, bq), line),
-                pl.BlockSpec((None, None, 1, bq), line),
-                *operands.specs,
-            ],
+            in_specs=[*tiles.inputs_of_backward(bq, bk, H, Hv, query, key, line), *operands.specs],
             out_specs=[
                 pl.BlockSpec((None, None, span[1] * bq, H), lambda b, h, t, w: (b, h, 0, 0)),
                 pl.BlockSpec((None, None, bk, H), own),

@@ -119,15 +119,7 @@ def gradient(q, k, v, do, lse, delta, classes, *, spec, sizes, scale, which):
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(*outer, steps, shared),
-            in_specs=[
-                pl.BlockSpec((None, None, bq, H), query),
-                pl.BlockSpec((None, None, bk, H), key),
-                pl.BlockSpec((None, None, bk, Hv), key),
-                pl.BlockSpec((None, None, bq, Hv), query),
-                pl.BlockSpec((None, None, 1, bq), line),
-                pl.BlockSpec((None, None, 1, bq), line),
-                *specs,
-            ],
+            in_specs=[*tiles.inputs_of_backward(bq, bk, H, Hv, query, key, line), *specs],
             out_specs=pl.BlockSpec((None, None, *block), lies),
             scratch_shapes=[*operands.scratch, *scratch],
         ),

@@ -279,6 +279,12 @@ def wide(x, n: int):
 # What both calls tell the compiler
 
 
+def inputs_of_backward(bq: int, bk: int, H: int, Hv: int, query, key, line) -> list:
+    """Blocks of q, k, v, do, lse and delta, by the index maps of a query tile, a key tile and a query tile's row numbers."""
+    sizes = ((bq, H), query), ((bk, H), key), ((bk, Hv), key), ((bq, Hv), query), ((1, bq), line), ((1, bq), line)
+    return [pl.BlockSpec((None, None, *size), lies) for size, lies in sizes]
+
+
 def parameters(resident: int = 0, semantics=('parallel', 'parallel', 'arbitrary')):
     """`resident`: bytes held beyond the tiles of a step, which with their temporaries stay below 28 MiB."""
     return pltpu.CompilerParams(dimension_semantics=semantics, vmem_limit_bytes=28 * 2**20 + resident)

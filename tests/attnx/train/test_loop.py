@@ -52,11 +52,7 @@ def make_config(corpus, run_dir):
             'sample': {'tokens': 0},
         }
         for name, value in change.items():
-            *folders, last = name.split('.')
-            inner = given
-            for folder in folders:
-                inner = inner.setdefault(folder, {})
-            inner[last] = value
+            config_lib.put(given, name, value)
         return config_lib.build(loop.Config, given)
 
     return make
