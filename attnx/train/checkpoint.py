@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
@@ -63,6 +64,18 @@ def agreed(value: Any) -> Any:
     return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(raw, size))))
 
 
+def _remove(folder: epath.Path, seconds: float = 10.0) -> None:
+    """Removes what was never finished; a writer of this process that failed may still be letting go of files in it."""
+    end = time.monotonic() + seconds
+    while folder.exists():
+        try:
+            folder.rmtree()
+        except OSError as error:
+            if error.errno not in (errno.ENOENT, errno.ENOTEMPTY) or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
 class Checkpoints:
     """The checkpoints of one run, in one folder.
 
@@ -110,7 +123,7 @@ class Checkpoints:
                 if (self._path(step) / SEAL).exists():
                     self._sealed.add(step)
                 elif step not in self._sealed and not os.path.islink(self._path(step)):
-                    self._path(step).rmtree()
+                    _remove(self._path(step))
                     self.notes.append(f'checkpoint {step} was never finished: removed')
             self._mark()
         except CheckpointError as error:

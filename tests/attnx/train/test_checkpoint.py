@@ -1,6 +1,7 @@
 """What is restored is what was written: damage, foreign folders, other settings and failed writes are named."""
 
 import argparse
+import errno
 import gc
 import importlib.util
 import json
@@ -177,6 +178,29 @@ def test_a_failed_write_stops_and_leaves_the_last_one_valid(opened, tiny):
     step, state, _ = ck.restore(like(state_of(tiny)))
     assert step == 1
     jax.tree.map(np.testing.assert_array_equal, state, state_of(tiny, 1))
+
+
+def test_removes_a_folder_that_a_failed_writer_still_changes(tmp_path, monkeypatch):
+    folder = epath.Path(tmp_path / '2')
+    (folder / 'state').mkdir(parents=True)
+    errors, rmtree = [errno.ENOENT, errno.ENOTEMPTY], type(folder).rmtree
+
+    def changing(path):
+        if errors:
+            raise OSError(errors.pop(), 'changed meanwhile')
+        rmtree(path)
+
+    monkeypatch.setattr(type(folder), 'rmtree', changing)
+    checkpoint._remove(folder)
+    assert not errors and not folder.exists()
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, 'denied')
+
+    folder.mkdir()
+    monkeypatch.setattr(type(folder), 'rmtree', denied)
+    with pytest.raises(PermissionError):
+        checkpoint._remove(folder)
 
 
 def test_a_full_disk_is_named(opened, tiny, monkeypatch):
