@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
+from jaxlib.mlir.dialects import llvm, nvvm
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -82,6 +82,19 @@ def opaque_zero():
     return zero()
 
 
+def publish():
+    """Before a barrier at which every thread arrives: what this thread wrote to shared memory is there for copies and products.
+
+    `plgpu.commit_smem` without its barrier of the warpgroup.
+    """
+
+    @plgpu.inline_mgpu()
+    def fence(_):
+        nvvm.fence_proxy(nvvm.ProxyKind.async_shared, space=nvvm.SharedSpace.shared_cta)
+
+    fence()
+
+
 def any_not_finite(row):
     """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
 
@@ -101,17 +114,17 @@ def any_not_finite(row):
     return vote(row)
 
 
-def any_from(col, limit: float):
-    """Whether a float32 column vector, which each warp holds whole, has an entry that is not below `limit`: int32 0 or 1."""
+def any_to(col, limit: float):
+    """Whether a float32 column vector, which each warp holds whole, has an entry that is not above `limit`: int32 0 or 1."""
 
     @plgpu.inline_mgpu(arg_types=(COL,), return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
     def vote(_, col):
         pairs = [llvm.bitcast(ir.IntegerType.get_signless(64), x) for x in col.registers.flat]
         bound = f'0f{np.float32(limit).view(np.uint32):08X}'
-        code = '{ .reg .pred p; .reg .f32 x, y; setp.ne.u32 p, 0, 0; '
+        code = '{ .reg .pred p, q; .reg .f32 x, y; setp.ne.u32 p, 0, 0; setp.ne.u32 q, 0, 0; '  # two chains: half as long
         for n in range(1, len(pairs) + 1):
-            code += f'mov.b64 {{x, y}}, ${n}; setp.geu.or.f32 p, x, {bound}, p; setp.geu.or.f32 p, y, {bound}, p; '
-        code += 'vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
+            code += f'mov.b64 {{x, y}}, ${n}; setp.leu.or.f32 p, x, {bound}, p; setp.leu.or.f32 q, y, {bound}, q; '
+        code += 'or.pred p, p, q; vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
         i32 = ir.IntegerType.get_signless(32)
         value = llvm.inline_asm(i32, pairs, code, '=r' + ',l' * len(pairs), has_side_effects=True)
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)

@@ -186,6 +186,24 @@ COMPARE = {'lt': lax.lt, 'le': lax.le, 'gt': lax.gt, 'ge': lax.ge}
 FLIPPED = {'lt': 'gt', 'le': 'ge', 'gt': 'lt', 'ge': 'le'}
 
 
+class Ramp:
+    """`length` whole numbers from the scalar `first` on; `iota(n)` makes 0 ... n - 1."""
+
+    def __init__(self, iota, length, piece, first):
+        self.iota, self.length, self.piece, self.first = iota, length, piece, first
+
+    def __call__(self):
+        return self.iota(self.length) + self.first
+
+    def plus(self, scalar):
+        return Ramp(self.iota, self.length, self.piece, self.first + scalar)
+
+    def floating(self, center):
+        """Less `center`, in float32: one piece is converted, constants lead from it to the others."""
+        x = (self.iota(self.piece) + (self.first - center)).astype(jnp.float32)
+        return jnp.concatenate([x + float(n) for n in range(0, self.length, self.piece)]) if self.piece < self.length else x
+
+
 class Outer:
     """A tile row + column or row - column, formed only when something needs it as it is.
 
@@ -194,21 +212,33 @@ class Outer:
     the scalar, which costs an element nothing.
     """
 
-    def __init__(self, a, b, sign, widen, near=False):
+    def __init__(self, a, b, sign, widen, near=False, factor=None):
         self.a, self.b, self.sign, self.widen, self.near = a, b, sign, widen, near  # a, b: (vector, kind)
+        self.factor = factor  # of both, a scalar
 
     def __call__(self):
-        a, b = (self.widen(v, k, 'rc') for v, k in (self.a, self.b))
+        a, b = (self.widen(self.scaled(v), k, 'rc') for v, k in (self.a, self.b))
         return a + b if self.sign > 0 else a - b
+
+    def scaled(self, v, by=None):
+        factors = [x for x in (self.factor, by) if x is not None]
+        return v * functools.reduce(lambda x, y: x * y, factors) if factors else v
 
     def floating(self, center):
         """In float32. Positions become distances from `center`, which a factor rounds as it would their difference."""
         near = center is not None and self.sign < 0
-        single = lambda v: (v - center if near else v).astype(jnp.float32)
+
+
+        def single(v):
+            if near and isinstance(v, Ramp):
+                return v.floating(center)
+            v = v() if isinstance(v, Ramp) else v
+            return (v - center if near else v).astype(jnp.float32)
+
         return Outer(*((single(v), k) for v, k in (self.a, self.b)), self.sign, self.widen, near)
 
     def times(self, scalar):
-        return Outer(*((v * scalar, k) for v, k in (self.a, self.b)), self.sign, self.widen, True)
+        return Outer(self.a, self.b, self.sign, self.widen, True, self.scaled(scalar))
 
     def compared(self, name, scalar):
         """`self < scalar` and its like as (name, row, column) with row < column: the scalar joins the column."""
@@ -217,21 +247,25 @@ class Outer:
             return name, a, b + scalar if self.sign < 0 else scalar - b
         return (name, b, scalar - a) if self.sign > 0 else (FLIPPED[name], b, a - scalar)
 
-    def parts(self, sign):
-        """The signed vectors, by kind."""
-        return {self.a[1]: sign * self.a[0], self.b[1]: sign * self.sign * self.b[0]}
+    def parts(self, sign, by=None):
+        """The signed vectors, times the scalar `by`, by kind."""
+        return {k: self.scaled(v, by) * sign for (v, k), sign in ((self.a, sign), (self.b, sign * self.sign))}
 
 
 class Shifted:
     """A tile plus a row and a column vector: who uses it may add one of them where that costs less."""
 
-    def __init__(self, value, parts, widen):
-        self.value, self.parts, self.widen = value, parts, widen
+    def __init__(self, value, outer, sign, widen):
+        self.value, self.outer, self.sign, self.widen = value, outer, sign, widen
+
+    def parts(self, by=None):
+        """The vectors times the scalar `by`, by kind."""
+        return self.outer.parts(self.sign, by)
 
     def __call__(self, apart=''):
         """The tile, without the vector of kind `apart`."""
         total = self.value() if isinstance(self.value, Scaled) else self.value
-        for kind, v in self.parts.items():
+        for kind, v in self.parts().items():
             if kind != apart:
                 total = total + self.widen(v, kind, 'rc')
         return total
@@ -247,7 +281,7 @@ class Scaled:
         return self.value * jnp.float32(self.factor)
 
 
-LAZY = (Outer, Shifted, Scaled)
+LAZY = (Ramp, Outer, Shifted, Scaled)
 
 
 def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
@@ -255,8 +289,8 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
 
     Args:
       fun: scalars -> scalar or tuple of scalars.
-      operands: a list of (value or thunk, dtype, kind); kind '' is a scalar, 'r' a row vector (M,), 'c' a column vector
-        (N,), 'rc' a tile (M, N). Thunks are called on first use.
+      operands: a list of (value, `Ramp` or thunk, dtype, kind); kind '' is a scalar, 'r' a row vector (M,), 'c' a column
+        vector (N,), 'rc' a tile (M, N). Thunks are called on first use.
       shape: (M, N).
       cast: pins the layout of a tile made by broadcasting.
       small: which operands are integers below 2^22, so that their sums are exact in float32.
@@ -293,12 +327,19 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
                 env[atom] = v, k
             return v, k
 
+        def unread(atom):
+            ramp = not isinstance(atom, jex.Literal) and isinstance(env[atom][0], Ramp)
+            return env[atom] if ramp else read(atom)
+
         for eqn in _live(jp):
             name = eqn.primitive.name
             whole = eqn.outvars and jnp.issubdtype(eqn.outvars[0].aval.dtype, jnp.integer)
             if whole and name in ('add', 'sub') and all(little(a) for a in eqn.invars):
                 exact.add(eqn.outvars[0])
-                a, b = (read(x) for x in eqn.invars)
+                a, b = (unread(x) for x in eqn.invars)
+                if isinstance(a[0], Ramp) and b[1] == '':
+                    env[eqn.outvars[0]] = a[0].plus(b[0] if name == 'add' else -b[0]), a[1]
+                    continue
                 if {a[1], b[1]} == {'r', 'c'}:
                     env[eqn.outvars[0]] = Outer(a, b, 1 if name == 'add' else -1, widen), 'rc'
                     continue
@@ -326,7 +367,7 @@ def tile_eval(fun, operands, shape, cast, small=(), spread=None, center=None):
                     continue
                 if kind == 'rc' and (name == 'add' or (name == 'sub' and n == 1)):
                     tile = env[other][0] if isinstance(env[other][0], Scaled) else read(other)[0]
-                    env[eqn.outvars[0]] = Shifted(tile, held[n].parts(1 if name == 'add' else -1), widen), 'rc'
+                    env[eqn.outvars[0]] = Shifted(tile, held[n], 1 if name == 'add' else -1, widen), 'rc'
                     continue
             if name in ('mul', 'div') and single:
                 numbers = [a.val if isinstance(a, jex.Literal) else None for a in eqn.invars]

@@ -9,7 +9,7 @@ counter per tile, so that a second run is bit-equal; blocks start at different t
 waits. The key blocks of a head are neighbours in the grid, which keeps the head's dQ in the L2 cache.
 
 What is not finite meets a zero weight only as 0: a block cleans its keys and values, and tiles that hold rows without
-weight, or rows whose weights are all NaN, have those rows' q and do set to 0. NaN comes in by `lse` alone.
+weight, or rows whose weights are all NaN, have those rows' q and do set to 0. NaN comes in by `base` alone.
 """
 
 import jax
@@ -28,47 +28,68 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, scale, parts=0):
+def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, parts=0, late=0):
     """Gradients of the logits' inputs.
 
     Args:
       q, k, v, do: [B, T', N, H], [B, S', K, H], [B, S', K, Hv], [B, T', N, Hv]; padded as in the forward kernel.
-      lse, delta: float32 [B, N, padded T]; lse in base 2, HIDDEN for rows that add nothing, NaN for rows that turn all
-        they see into NaN, PADDING beyond T; delta = sum(o * do) - dlse, finite.
+      base, shift: float32 [B, N, padded T]: what the sums of the products start from. base = -lse / scale, in base 2 lse is
+        HIDDEN for rows that add nothing, NaN for rows that turn all they see into NaN, PADDING beyond T;
+        shift = dlse - sum(o * do), finite.
       lists: int32 [B or 1, N or 1, blocks, 3 + n]: per block the count, the key tile, -1 or, where several blocks share
         that tile, the part that this one gives, and then 2 * query tile + partial.
       ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile.
+      totals: int32 [B or 1, N or 1, query tiles]: how many contributions each dQ tile gets.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       parts: how many blocks share a key tile with others.
+      late: where `tiles.narrow`, as many heads behind its own a block finds one whose dQ tiles it makes 16-bit.
 
     Returns:
-      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds; dk [B, S', N, H]
+      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds, or where
+      `tiles.narrow` q's gradient, [B, padded T, N, H]; dk [B, S', N, H]
       and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks share; and where there are `parts`, theirs,
       [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
     bq, stages, outs, dtype = tiles.queries, tiles.stages, 2, q.dtype
-    nq, nk = common.cdiv(T, bq), common.cdiv(S, KEYS)
+    nq, nk, blocks = common.cdiv(T, bq), common.cdiv(S, KEYS), lists.shape[2]
     group = N // K
     shape = (64, bq)
     c = scale * LOG2E
+    least = -HIDDEN / 2 / c  # of base, where a row has weight
     by_rows = bq == 128  # dQ is shared out by query rows, else by columns of H
     half = (64, H) if by_rows else (64, H // 2)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, lse_ref, delta_ref, lists_ref, ranks_ref, operand_refs, *rest):
-        dq_ref, dk_ref, dv_ref, dk_part_ref, dv_part_ref, scratch = rest
-        k_smem, v_smem, q_smem, do_smem, lse_smem, delta_smem, ds_smem, dq_smem = scratch[:8]
+    def kernel(q_ref, k_ref, v_ref, do_ref, base_ref, shift_ref, lists_ref, ranks_ref, totals_ref, operand_refs, *rest):
+        narrow_ref, dq_ref, dk_ref, dv_ref, dk_part_ref, dv_part_ref, scratch = rest
+        k_smem, v_smem, q_smem, do_smem, base_smem, shift_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
-        b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
-        at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, lax.axis_index('block'))
+        head, block, wg = lax.axis_index('head'), lax.axis_index('block'), lax.axis_index('wg')
+        of = lambda head: (lax.div(head, N), lax.rem(head, N))
+        own = lambda ref, b, h: (b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0)
+        b, h = of(jnp.minimum(head, B * N - 1))
+        at = (*own(lists_ref, b, h), block)
+        attend = pl.when(head < B * N) if late else lambda f: f()
         count, ki, part = (lists_ref[(*at, n)] for n in range(3))
         entry = lambda j: lists_ref[(*at, j + 3)]
 
-        @pl.when(wg < 2)
-        def _consume():
-            plgpu.set_max_registers(tiles.registers[0], action='increase')
+        def narrowed(done):
+            """The 16-bit dQ of one head, of which this warpgroup makes its share of the tiles."""
+            b, h = of(done)
+
+            @pl.loop(0, lax.div(nq - (2 * block + wg) + 2 * blocks - 1, 2 * blocks))
+            def _(n):
+                tile = 2 * block + wg + 2 * blocks * n
+                total = totals_ref[(*own(totals_ref, b, h), tile)]
+                plgpu.semaphore_wait(turns.at[done * nq + tile], total, decrement=False, memory_scope='gpu')
+                for row in range(0, bq, 64):
+                    part = (b, pl.ds(tile * bq + row, 64), h)
+                    x = plgpu.load(dq_ref.at[part], layout=TILE, optimized=False)
+                    narrow_ref.at[part][...] = jnp.where(total > 0, x * scale, 0.0).astype(dtype)
+
+        def consume():
             mine = pl.ds(wg * 64, 64)
             k0 = ki * KEYS + wg * 64
             inputs = functions.Inputs(operand_refs, spec, b, h, (nq * bq, nk * KEYS), transposed=True)
@@ -80,15 +101,15 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                 nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
                 return place.addend(nothing, scale) if spec.score else {}
 
-            def weights(s, place, e, slot, started):
+            def weights(s, place, e, slot, start):
                 """P^T from the logits' products; and the score's slope."""
                 slope = None
-                if not started:
+                if start is None:
                     s, factor, slope = place.score(s, scale, derivative=True)
-                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
-                    p = jnp.exp2(s * (factor * LOG2E) - common.col(lse_col, shape))
+                    base_col = plgpu.load(base_smem.at[slot], layout=COL, optimized=False)
+                    p = jnp.exp2(s * (factor * LOG2E) + common.col(base_col * c, shape))
                 else:
-                    p = jnp.exp2(s * c)
+                    p = jnp.exp2(s * c + common.row(start['r'] * c, shape) if start else s * c)
                 if spec.mask:
 
                     def hide(*tiles):
@@ -98,15 +119,15 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                     p, slope = lax.cond(lax.rem(e, 2) == 1, hide, lambda *tiles: tiles, p, slope)
                 return p, slope
 
-            def scrub(ref, lse_ref):
+            def scrub(ref, base_ref):
                 """Sets rows without a finite weight to 0."""
                 for at in range(0, bq, 64):
                     rows = pl.ds(at, 64)
-                    lse_row = plgpu.load(lse_ref.at[rows], layout=ROW, optimized=False)
+                    base_row = plgpu.load(base_ref.at[rows], layout=ROW, optimized=False)
                     for column in range(0, ref.shape[-1], 64):
                         part = ref.at[rows, pl.ds(column, 64)]
                         x = plgpu.load(part, layout=TILE).astype(jnp.float32)
-                        part[...] = jnp.where(common.row(lse_row, x.shape) < HIDDEN / 2, x, 0.0).astype(dtype)
+                        part[...] = jnp.where(common.row(base_row, x.shape) > least, x, 0.0).astype(dtype)
 
             def accumulate(dk_acc, dv_acc):
                 def step(j, e):
@@ -116,12 +137,12 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
 
                     plgpu.barrier_wait(q_bar.at[slot])
 
-                    lse_col = plgpu.load(lse_smem.at[slot], layout=COL, optimized=False)
+                    base_col = plgpu.load(base_smem.at[slot], layout=COL, optimized=False)
 
-                    @pl.when(common.any_from(lse_col, HIDDEN / 2) > 0)
+                    @pl.when(common.any_to(base_col, least) > 0)
                     def _scrub():
-                        pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], lse_smem.at[slot]))
-                        pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], lse_smem.at[slot]))
+                        pl.when(wg == 0)(lambda: scrub(q_smem.at[slot], base_smem.at[slot]))
+                        pl.when(wg == 1)(lambda: scrub(do_smem.at[slot], base_smem.at[slot]))
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(scrubbed)
                         plgpu.barrier_wait(scrubbed)
@@ -130,18 +151,13 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         place = inputs.at((e // 2) * bq, k0, shape)
                         start = addend(place)
                         if start is not None:
-                            column = lse_col * (-1 / c)
-                            if start:
-                                column += start['c'] * (1 / scale)
-                            initial = common.col(column, shape)
-                            s_acc[...] = initial + common.row(start['r'] * (1 / scale), shape) if start else initial
+                            s_acc[...] = common.col(base_col + start['c'] if start else base_col, shape)
                         if not spec.dropout:
-                            delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
-                            dp_acc[...] = common.col(-delta_col, shape)
+                            dp_acc[...] = common.col(plgpu.load(shift_smem.at[slot], layout=COL, optimized=False), shape)
                         plgpu.wgmma(s_acc, k_smem.at[zero, mine], q_smem.at[slot].T)
                         plgpu.wgmma(dp_acc, v_smem.at[zero, mine], do_smem.at[slot].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope = weights(s, place, e, slot, start is not None)
+                        p, slope = weights(s, place, e, slot, start)
                         if spec.dropout:
                             keep = place.kept()
                             inverse = spec.dropout.inverse_keep
@@ -150,15 +166,15 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                             used = p.astype(dtype)
                         dp = dp_acc[...]
                         if spec.dropout:
-                            delta_col = plgpu.load(delta_smem.at[slot], layout=COL, optimized=False)
-                            dp = jnp.where(keep, dp * inverse, 0.0) - common.col(delta_col, shape)
+                            shift_col = plgpu.load(shift_smem.at[slot], layout=COL, optimized=False)
+                            dp = jnp.where(keep, dp * inverse, 0.0) + common.col(shift_col, shape)
                         plgpu.wgmma(dv_acc, used, do_smem.at[slot])
                         ds = p * dp if slope is None else p * dp * slope
                         return ds.astype(dtype)
 
                     ds = pl.run_scoped(logits, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
                     ds_smem.at[buffer, mine][...] = ds
-                    plgpu.commit_smem()
+                    common.publish()
                     plgpu.barrier_arrive(ds_bar)
                     plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
                     plgpu.barrier_wait(ds_bar)
@@ -179,7 +195,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         dq_smem.at[out, mine][...] = dq
                     else:
                         dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
-                    plgpu.commit_smem()
+                    common.publish()
                     plgpu.barrier_arrive(dq_full.at[out])
                     return following
 
@@ -211,9 +227,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
 
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-        @pl.when(wg == 2)
-        def _move():
-            plgpu.set_max_registers(tiles.registers[1], action='decrease')
+        def move():
             g = h // group
 
             @plgpu.warp_map
@@ -230,8 +244,8 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         rows = pl.ds((entry(j) // 2) * bq, bq)
                         pl.when(j >= stages)(lambda: plgpu.barrier_wait(q_free.at[slot]))
                         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, h], q_smem.at[slot], q_bar.at[slot])
-                        plgpu.copy_gmem_to_smem(lse_ref.at[b, h, rows], lse_smem.at[slot], q_bar.at[slot])
-                        plgpu.copy_gmem_to_smem(delta_ref.at[b, h, rows], delta_smem.at[slot], q_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(base_ref.at[b, h, rows], base_smem.at[slot], q_bar.at[slot])
+                        plgpu.copy_gmem_to_smem(shift_ref.at[b, h, rows], shift_smem.at[slot], q_bar.at[slot])
                         plgpu.copy_gmem_to_smem(do_ref.at[b, rows, h], do_smem.at[slot], q_bar.at[slot])
 
                     @pl.loop(jnp.maximum(count - stages, 0), count)
@@ -261,6 +275,18 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
                         plgpu.wait_smem_to_gmem(0)
                         plgpu.semaphore_signal(turn, 1, memory_scope='gpu')
 
+        @pl.when(wg < 2)
+        def _consume():
+            plgpu.set_max_registers(tiles.registers[0], action='increase')
+            if tiles.narrow:
+                pl.when(head >= late)(lambda: narrowed(head - late))
+            attend(consume)
+
+        @pl.when(wg == 2)
+        def _move():
+            plgpu.set_max_registers(tiles.registers[1], action='decrease')
+            attend(move)
+
     def entry_point(*refs):
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch),
@@ -271,7 +297,7 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             plgpu.SMEM((stages, bq), jnp.float32),
             plgpu.SMEM((stages, bq), jnp.float32),
             common.swizzled((2, KEYS, bq), dtype),
-            common.swizzled((outs, bq, H), jnp.float32),
+            common.swizzled((outs, bq, H), jnp.float32, tiles.swizzle),
             plgpu.Barrier(num_arrivals=2),
             plgpu.Barrier(num_arrivals=4, num_barriers=stages),
             plgpu.Barrier(num_arrivals=2, num_barriers=stages),
@@ -282,12 +308,14 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             collective_axes='wg',
         )
 
+    rows = nq * bq if tiles.narrow else T
+    narrow = jax.ShapeDtypeStruct((B, rows, N, H), dtype) if tiles.narrow else None
     keys = lambda rows: [jax.ShapeDtypeStruct((B, rows, N, width), dtype) if rows else None for width in (H, Hv)]
     found = plgpu.kernel(
         entry_point,
-        out_type=(jax.ShapeDtypeStruct((B, T, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
-        grid=(B, N, lists.shape[2]),
-        grid_names=('b', 'h', 'block'),
+        out_type=(narrow, jax.ShapeDtypeStruct((B, rows, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
+        grid=(B * N + late, blocks),
+        grid_names=('head', 'block'),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(
@@ -296,5 +324,5 @@ def backward(q, k, v, do, lse, delta, lists, ranks, operands, *, spec, tiles, sc
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, do, lse, delta, lists, ranks, operands)
-    return tuple(x for x in found if x is not None)
+    )(q, k, v, do, base, shift, lists, ranks, totals, operands)
+    return tuple(x for n, x in enumerate(found) if x is not None and not (n == 1 and tiles.narrow))

@@ -154,10 +154,17 @@ def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: b
 
 
 class Inputs:
-    """A kernel's operand references."""
+    """A kernel's operand references; operands that are one number for the whole head are loaded here, once."""
 
     def __init__(self, refs, spec: Spec, b, h, padded, transposed: bool):
         self.refs, self.spec, self.b, self.h, self.padded, self.transposed = refs, spec, b, h, padded, transposed
+        number = lambda o: kind(o.index, transposed) == ''
+        self.numbers = [ref[self.lead(o) or (0,)] if number(o) else None for ref, o in zip(refs, spec.operands)]
+
+    def lead(self, operand) -> tuple:
+        """Where batch and head stand in an operand's array."""
+        sizes = dict(zip(operand.index, operand.array.shape))
+        return tuple(getattr(self, c) if sizes[c] > 1 else 0 for c in 'bh' if c in sizes)
 
     def at(self, q0, k0, shape):
         """The tile whose first query is q0 and first key k0."""
@@ -172,21 +179,24 @@ class Place:
         """The positions as `tile_eval` operands: b, h, q, k."""
         M, N = self.shape
         kq, kk = ('c', 'r') if self.inputs.transposed else ('r', 'c')
-        vector = lambda k: common.iota(M, ROW) if k == 'r' else common.iota(N, COL)
+
+        def ramp(k, first):
+            layout, length, piece = (ROW, M, M) if k == 'r' else (COL, N, 8)
+            return tile_eval.Ramp(lambda n: common.iota(n, layout), length, piece, first)
+
         b, batch = self.inputs.b, self.inputs.spec.batch
         return [
             (b if batch is None else jax.lax.rem(b, batch), jnp.int32, ''),
             (self.inputs.h, jnp.int32, ''),
-            (lambda: vector(kq) + self.q0, jnp.int32, kq),
-            (lambda: vector(kk) + self.k0, jnp.int32, kk),
+            (ramp(kq, self.q0), jnp.int32, kq),
+            (ramp(kk, self.k0), jnp.int32, kk),
         ]
 
     def _load(self, ref, operand):
         letters, t = operand.index, self.inputs.transposed
         M, N = self.shape
         (r0, c0) = (self.k0, self.q0) if t else (self.q0, self.k0)
-        sizes = dict(zip(letters, operand.array.shape))
-        at = [getattr(self.inputs, c) if sizes[c] > 1 else 0 for c in 'bh' if c in letters]
+        at = [*self.inputs.lead(operand)]
         k = kind(letters, t)
         if 'd' in letters:
             shift = self.inputs.padded[1] if t else self.inputs.padded[0]
@@ -194,16 +204,13 @@ class Place:
         else:
             at += [pl.ds(r0, M)] if 'r' in k else []
             at += [pl.ds(c0, N)] if 'c' in k else []
-        if k == '':
-            return ref[tuple(at) or (0,)]
         return plgpu.load(ref.at[tuple(at)], layout={'r': ROW, 'c': COL, 'rc': TILE}[k], optimized=False)
 
     def _values(self, first: int, operands):
-        refs = self.inputs.refs[first : first + len(operands)]
-        return [
-            (lambda ref=ref, o=o: self._load(ref, o), ref.dtype, kind(o.index, self.inputs.transposed))
-            for ref, o in zip(refs, operands)
-        ]
+        chosen = slice(first, first + len(operands))
+        found = zip(self.inputs.refs[chosen], self.inputs.numbers[chosen], operands)
+        load = lambda ref, number, o: (lambda: self._load(ref, o)) if number is None else number
+        return [(load(ref, n, o), ref.dtype, kind(o.index, self.inputs.transposed)) for ref, n, o in found]
 
     def _eval(self, fun, operands, first=0):
         """`first`: where the positions b, h, q, k stand among the operands."""
@@ -240,17 +247,17 @@ class Place:
         """As `score`, and last a vector over rows to add to tile * number, or None."""
         held = (value := self._scored(s, scale, False)[0]).value
         if isinstance(held, tile_eval.Shifted):
-            return held('r'), 1.0, held.parts['r']
+            return held('r'), 1.0, held.parts()['r']
         return *self._factored(value), None
 
     def addend(self, s, scale):
-        """{kind: vector} where all that the score does is to add these to the logits scale * s, whatever s; else None."""
+        """{kind: vector} where all that the score does is to add these times `scale` to the logits scale * s; else None."""
         value, slope = self._scored(s, scale, True)
         held = value.value
         if slope is not None or not isinstance(held, tile_eval.Shifted) or not isinstance(held.value, tile_eval.Scaled):
             return None
         plain = held.value.value is s and math.isclose(held.value.factor, scale, rel_tol=1e-6)
-        return held.parts if plain else None
+        return held.parts(1 / scale) if plain else None
 
     def _scored(self, s, scale, derivative):
         if not derivative:

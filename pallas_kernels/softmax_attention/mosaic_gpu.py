@@ -231,16 +231,23 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
     owners = divided(classes)
-    lists, ranks, touched = schedule(classes, owners)
+    lists, ranks, totals = schedule(classes, owners)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
-    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=int(owners[:, 3].max()) + 1)
-    arrays = q8, k8, v8, do8, fit(base, PADDING), fit(delta, 0.0)
-    dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks), operands)
+    # So late that the blocks of a head have most likely ended: as many started as run at a time, twice.
+    late = min(B * N, common.cdiv(2 * _processors(), len(owners)) + 1) if shape.narrow else 0
+    parts = int(owners[:, 3].max()) + 1
+    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late)
+    unit = -1 / (scale * common.LOG2E)
+    arrays = q8, k8, v8, do8, fit(base * unit, PADDING * unit), fit(-delta, 0.0)
+    dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), operands)
     if parts:
         dk, dv = (_joined(x, part, owners) for x, part in zip((dk, dv), parts))
-    dq = dq[:, :T, :, :H] * scale
-    if not (isinstance(touched, np.ndarray) and touched.all()):  # tiles that no block visits were never written
-        rows = jnp.repeat(jnp.asarray(touched), bq, axis=-1)[..., :T]
+    dq = dq[:, :T, :, :H]
+    if shape.narrow:
+        return dq, dk, dv
+    dq = dq * scale
+    if not (isinstance(totals, np.ndarray) and totals.all()):  # tiles that no block visits were never written
+        rows = jnp.repeat(jnp.asarray(totals > 0), bq, axis=-1)[..., :T]
         dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
     return dq, dk, dv
 
@@ -473,7 +480,8 @@ def schedule(classes, owners, together: int | None = None):
       owners: as of `divided`.
 
     Returns:
-      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, touched bool [.., nq].
+      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, totals int32 [.., nq]: how many blocks
+      visit a query tile.
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or _processors()
@@ -503,7 +511,7 @@ def schedule(classes, owners, together: int | None = None):
     count = seen.sum(-1)[..., None]
     block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
     lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
-    return lists, _placed(position, rank, seen, nq), seen.any(-2)
+    return lists, _placed(position, rank, seen, nq), seen.sum(-2, dtype=np.int32)
 
 
 assert math.isclose(common.LN2 * common.LOG2E, 1)

@@ -7,7 +7,7 @@ import pytest
 from pallas_kernels import blocks, common
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
-from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu, wide
+from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu, tiles, wide
 from tests.pallas_kernels import emulation
 
 causal = ew.as_mask(check.causal)
@@ -35,6 +35,24 @@ def test_emulated_kernels_pass_the_gate(name, monkeypatch):
     case = CASES[name]
     if name == 'shared key tile':
         assert len(mosaic_gpu.divided(blocks.classify(case.mask, 1, 1, case.T, case.T, 64, 128))) > 6
+    passes(case, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('H, queries', [(64, 128), (128, 64)])
+def test_emulated_choices_pass_the_gate(H, queries, monkeypatch):
+    """What the table does not choose: dQ made 16-bit by later blocks, of heads that have ended and of the last ones."""
+    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: 2)
+    hidden = lambda c: CASES['documents'].mask(c) & ew.as_mask(lambda i: i.q < 130)  # a query tile that no block visits
+    case = check.Case('', B=1, T=270, N=5, H=H, mask=hidden)
+    tiles.pin({tiles.name(tiles.Backward, H, H): tiles.Backward(queries, 2, (240, 24), swizzle=32, narrow=True)})
+    try:
+        passes(case, monkeypatch)
+    finally:
+        tiles.pin(None)
+
+
+def passes(case, monkeypatch):
     plain = lambda kernel, spec: lambda arrays, metadata, operands: kernel(*arrays, *metadata, operands, spec=spec)
     monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
     monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
