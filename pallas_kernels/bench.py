@@ -1,15 +1,16 @@
 """Times the softmax attention kernel against what a user would pick instead, after checking that it is right.
 
-    python -m pallas_kernels.bench [words] [--json FILE] [--with module:function ...] [--peers NAME,...] [--no-gate]
+    python -m pallas_kernels.bench [words] [--json FILE] [--with module:function ...] [--tiles FILE ...] [--peers NAME,...]
+        [--no-gate]
 
 Words keep the rows whose name contains one of them. `--with attnx.ops.softmax_attention:xla` adds an implementation
-with the op's signature. First every row's mask, score and shape class pass the gate of `softmax_attention.check` at a
-small size; a row that fails is not timed. Peers: cuDNN through `jax.nn`, tokamax where installed, and, in a second process,
-PyTorch's cuDNN, FlashAttention-2 and FlexAttention. Both processes compile everything first; then they time, one after the
-other, this one in rounds over the implementations of a row, each round in another order: what runs after a program that
-hardly warms the card meets higher clocks. Times are medians; TFLOP/s
-count visible pairs, 3.5 times the forward for forward + backward. Prints a table, one JSON line a figure, and writes them
-all to FILE. Several of these processes may run at once: they take turns in timing.
+with the op's signature, `--tiles FILE` ours with the choices of `softmax_attention.tiles` in that file. First every row's
+mask, score and shape class pass the gate of `softmax_attention.check` at a small size; what fails is not timed. Peers:
+cuDNN through `jax.nn`, tokamax where installed, and, in a second process, PyTorch's cuDNN, FlashAttention-2 and
+FlexAttention. Both processes compile everything first; then they time, one after the other, this one in rounds over the
+implementations of a row, each round in another order: what runs after a program that hardly warms the card meets higher
+clocks. Times are medians; TFLOP/s count visible pairs, 3.5 times the forward for forward + backward. Prints a table, one
+JSON line a figure, and writes them all to FILE. Several of these processes may run at once: they take turns in timing.
 """
 
 import argparse
@@ -22,6 +23,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -167,9 +169,9 @@ def tokamax_mosaic(row: Row):
     return lambda q, k, v, extra: tokamax.dot_product_attention(q, k, v, **options)
 
 
-def gate(row: Row) -> str | None:
-    """None, or what is wrong with the kernel on this row's mask and score at T = 1000."""
-    from pallas_kernels.softmax_attention import check, mosaic_gpu
+def gate(row: Row, choices) -> str | None:
+    """None, or what is wrong with the kernel, by these tiles, on this row's mask and score at T = 1000."""
+    from pallas_kernels.softmax_attention import check, mosaic_gpu, tiles
 
     _, _, N, K, H = row.shape
     heads = 4 if N > K else 2
@@ -186,7 +188,8 @@ def gate(row: Row) -> str | None:
         ),
     )
     try:
-        return check.verdict(check.errors(small, mosaic_gpu.softmax_attention))
+        with tiles.within(choices):
+            return check.verdict(check.errors(small, mosaic_gpu.softmax_attention))
     except Exception as error:
         return f'{type(error).__name__}: {str(error)[:300]}'
 
@@ -210,16 +213,17 @@ def timed_jax(f, args, target=0.03) -> float:
 ROUNDS = 7
 
 
-def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
+def run_jax(chosen, extra, tile_files, with_gate, peers, results, ready=lambda: None):
     import jax
 
-    from pallas_kernels.softmax_attention import mosaic_gpu
+    from pallas_kernels.softmax_attention import mosaic_gpu, tiles
 
     pool = concurrent.futures.ThreadPoolExecutor(12)
-    wrong = dict(zip(chosen, pool.map(gate, chosen))) if with_gate else {}
-    for row, reason in wrong.items():
-        emit(results, case=row.name, peer='gate', ok=reason is None, reason=reason)
-    chosen = [row for row in chosen if not wrong.get(row)]
+    choices = {'ours': {}} | {f'ours {x}': tiles.from_json(pathlib.Path(x).read_text(), x) for x in tile_files}
+    gated = [(row, name) for row in chosen for name in choices] if with_gate else []
+    wrong = dict(zip(gated, pool.map(lambda job: gate(job[0], choices[job[1]]), gated)))
+    for (row, name), reason in wrong.items():
+        emit(results, case=row.name, peer=f'gate of {name}', ok=reason is None, reason=reason)
 
     def compile_all(job):
         row, name, f = job
@@ -238,14 +242,15 @@ def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
                 return out, pull(do)
 
             start = time.perf_counter()
-            compiled = jax.jit(f).lower(*args).compile(), jax.jit(both).lower(do, *args).compile()
+            with tiles.within(choices.get(name, {})):
+                compiled = jax.jit(f).lower(*args).compile(), jax.jit(both).lower(do, *args).compile()
             return row, name, compiled, time.perf_counter() - start
         except Exception as error:
             return row, name, f'{type(error).__name__}: {str(error)[:300]}', 0.0
 
     jobs = []
     for row in chosen:
-        jobs.append((row, 'ours', ours(mosaic_gpu.softmax_attention, row)))
+        jobs += [(row, n, ours(mosaic_gpu.softmax_attention, row)) for n in choices if not wrong.get((row, n))]
         jobs += [(row, name, ours(f, row)) for name, f in extra.items()]
         for name, make in (('jax-cudnn', cudnn), ('tokamax-mosaic', tokamax_mosaic)):
             f = make(row)
@@ -253,7 +258,7 @@ def run_jax(chosen, extra, with_gate, peers, results, ready=lambda: None):
                 emit(results, case=row.name, peer=name, error=f'{type(f).__name__}: {f}')
             elif f is not None:
                 jobs.append((row, name, f))
-    jobs = [job for job in jobs if not peers or job[1] in peers]
+    jobs = [job for job in jobs if not peers or job[1].split()[0] in peers]
     done = list(pool.map(compile_all, jobs))
     ready()
     for row in chosen:
@@ -402,8 +407,10 @@ def table(results) -> str:
             ratio.append(f'{best[0] / mine[f"{key}_ms"]:.2f}' if best else '-')
             other = peers.get('torch-flex', {}).get(f'{key}_ms')
             flex.append(f'{other / mine[f"{key}_ms"]:.2f}' if other else '-')
-        own = f'{mine["fwd_tflops"]:.0f} / {mine["fwdbwd_tflops"]:.0f}'
+        rates = lambda r: f'{r["fwd_tflops"]:.0f} / {r["fwdbwd_tflops"]:.0f}'
+        own = rates(mine)
         lines.append(f'{case:36} {own:>11} {" / ".join(cell):>28} {" / ".join(ratio):>11} {" / ".join(flex):>11}')
+        lines += [f'{name:36} {rates(r):>11}' for name, r in found.items() if name.startswith('ours ')]
     return '\n'.join(lines)
 
 
@@ -415,6 +422,7 @@ def main(argv=None):
     parser.add_argument('words', nargs='*')
     parser.add_argument('--json')
     parser.add_argument('--with', dest='extra', action='append', default=[])
+    parser.add_argument('--tiles', action='append', default=[])
     parser.add_argument('--peers', help='only these, "ours" included')
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
@@ -443,7 +451,7 @@ def main(argv=None):
             if line.strip() == until:
                 return
 
-    run_jax(chosen, extra, not args.no_gate, peers, results, ready=lambda: lines('READY'))
+    run_jax(chosen, extra, args.tiles, not args.no_gate, peers, results, ready=lambda: lines('READY'))
     if torch:
         with contextlib.suppress(BrokenPipeError):
             torch.stdin.write('go\n')

@@ -5,15 +5,16 @@ twice that of the oracle run in the kernel's own precision (16-bit operands of e
 float32 sums), and a second run must be bit-equal. Cases with poison put NaN or Inf into inputs: what may see it must be
 NaN, all else as if 0 stood there. On a GPU machine
 
-    python -m pallas_kernels.softmax_attention.check [words] [--part i/n] [--run]
+    python -m pallas_kernels.softmax_attention.check [words] [--part i/n] [--tiles FILE] [--run]
 
-runs the whole grid, or the cases whose name contains one of the words, or every n-th of them; with --run only runs the
-kernels, without comparing, for compute-sanitizer.
+runs the whole grid, or the cases whose name contains one of the words, or every n-th of them; with --tiles by the
+choices of `tiles` in that file; with --run only runs the kernels, without comparing, for compute-sanitizer.
 """
 
 import dataclasses
 import functools
 import os
+import pathlib
 import sys
 import time
 from typing import Any
@@ -498,9 +499,13 @@ def run_only(case: Case, attention):
 def main(words):
     # Before a device is asked for: XLA would spend most of the time on the fastest way to multiply the oracle's matrices.
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} --xla_gpu_autotune_level=0'
-    from pallas_kernels.softmax_attention import mosaic_gpu
+    from pallas_kernels.softmax_attention import mosaic_gpu, tiles
 
     part, of = 0, 1
+    if '--tiles' in words:
+        at = words.index('--tiles')
+        tiles.pin(tiles.from_json(pathlib.Path(words[at + 1]).read_text(), words[at + 1]))
+        words = words[:at] + words[at + 2 :]
     only = '--run' in words
     words = [w for w in words if w != '--run']
     if '--part' in words:

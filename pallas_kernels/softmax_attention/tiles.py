@@ -5,6 +5,7 @@ The figures behind the table are in README.md. `tune` writes the file; `pin` mak
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import json
 from typing import NamedTuple
@@ -49,6 +50,7 @@ class Call(NamedTuple):
 
 
 _pinned: dict = {}
+_within: contextvars.ContextVar[dict | None] = contextvars.ContextVar('within', default=None)
 _asked: list[list] = []
 
 
@@ -66,7 +68,7 @@ def forward(call: Call) -> Forward:
         default = Forward(2, 128, 2, (240, 24), polynomial=24 if call.special else 0)
     else:
         default = Forward(2, 64, 2, (240, 24), buffers=1)
-    return _pinned.get(call.name, default)
+    return _chosen(call.name, default)
 
 
 @contextlib.contextmanager
@@ -81,7 +83,21 @@ def asked():
 
 def backward(H: int, Hv: int) -> Backward:
     default = Backward(128 if max(H, Hv) <= 64 else 64, 2, (240, 24))
-    return _pinned.get(name(Backward, H, Hv), default)
+    return _chosen(name(Backward, H, Hv), default)
+
+
+def _chosen(key: str, default):
+    return (_within.get() or _pinned).get(key, default)
+
+
+@contextlib.contextmanager
+def within(choices: dict):
+    """Within, in this thread: these tiles instead of those pinned, unless there are none, for what is traced."""
+    token = _within.set(choices)
+    try:
+        yield
+    finally:
+        _within.reset(token)
 
 
 def to_json(choices: dict) -> str:
