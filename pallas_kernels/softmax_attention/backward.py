@@ -28,7 +28,7 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, parts=0, late=0):
+def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, parts=0, late=0, tail=0):
     """Gradients of the logits' inputs.
 
     Args:
@@ -38,11 +38,13 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         shift = dlse - sum(o * do), finite.
       lists: int32 [B or 1, N or 1, blocks, 3 + n]: per block the count, the key tile, -1 or, where several blocks share
         that tile, the part that this one gives, and then 2 * query tile + partial.
-      ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile.
+      ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile. With a `tail` [1, 1 + tail,
+        blocks, n]: those of all other heads, and of each in it.
       totals: int32 [B or 1, N or 1, query tiles]: how many contributions each dQ tile gets.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       parts: how many blocks share a key tile with others.
       late: where `tiles.narrow`, as many heads behind its own a block finds one whose dQ tiles it makes 16-bit.
+      tail: of so many heads, the last ones, the first blocks are launched, then the second ones, and so on.
 
     Returns:
       dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds, or where
@@ -66,12 +68,19 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         k_smem, v_smem, q_smem, do_smem, base_smem, shift_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
-        head, block, wg = lax.axis_index('head'), lax.axis_index('block'), lax.axis_index('wg')
+        launched, place, wg = lax.axis_index('head'), lax.axis_index('block'), lax.axis_index('wg')
         of = lambda head: (lax.div(head, N), lax.rem(head, N))
         own = lambda ref, b, h: (b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0)
-        b, h = of(jnp.minimum(head, B * N - 1))
+        attend = pl.when(launched < B * N) if late else lambda f: f()
+        head, block = jnp.minimum(launched, B * N - 1), place
+        if tail:
+            first = B * N - tail
+            turn = (head - first) * blocks + place
+            block = jnp.where(head < first, place, lax.div(turn, tail))
+            head = jnp.where(head < first, head, first + lax.rem(turn, tail))
+        b, h = of(head)
         at = (*own(lists_ref, b, h), block)
-        attend = pl.when(head < B * N) if late else lambda f: f()
+        ranks_at = (0, jnp.maximum(head - first + 1, 0), block) if tail else (*own(ranks_ref, b, h), block)
         count, ki, part = (lists_ref[(*at, n)] for n in range(3))
         entry = lambda j: lists_ref[(*at, j + 3)]
 
@@ -79,9 +88,9 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
             """The 16-bit dQ of one head, of which this warpgroup makes its share of the tiles."""
             b, h = of(done)
 
-            @pl.loop(0, lax.div(nq - (2 * block + wg) + 2 * blocks - 1, 2 * blocks))
+            @pl.loop(0, lax.div(nq - (2 * place + wg) + 2 * blocks - 1, 2 * blocks))
             def _(n):
-                tile = 2 * block + wg + 2 * blocks * n
+                tile = 2 * place + wg + 2 * blocks * n
                 total = totals_ref[(*own(totals_ref, b, h), tile)]
                 plgpu.semaphore_wait(turns.at[done * nq + tile], total, decrement=False, memory_scope='gpu')
                 for row in range(0, bq, 64):
@@ -261,8 +270,8 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
                     def _(n):
                         j = 2 * n + out
                         tile = entry(j) // 2
-                        rank = ranks_ref[(*at, j)]
-                        turn = turns.at[(b * N + h) * nq + tile]
+                        rank = ranks_ref[(*ranks_at, j)]
+                        turn = turns.at[head * nq + tile]
                         target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
                         plgpu.barrier_wait(dq_full.at[out])
                         plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
@@ -279,7 +288,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         def _consume():
             plgpu.set_max_registers(tiles.registers[0], action='increase')
             if tiles.narrow:
-                pl.when(head >= late)(lambda: narrowed(head - late))
+                pl.when(launched >= late)(lambda: narrowed(launched - late))
             attend(consume)
 
         @pl.when(wg == 2)

@@ -232,11 +232,15 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
     owners = divided(classes)
     lists, ranks, totals = schedule(classes, owners)
+    tail = in_turn(lists, B * N, shape.tail)
+    if tail is not None:
+        ranks = np.concatenate([ranks, tail[None]], 1)
+    tail = 0 if tail is None else len(tail)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     # So late that the blocks of a head have most likely ended: as many started as run at a time, twice.
-    late = min(B * N, common.cdiv(2 * _processors(), len(owners)) + 1) if shape.narrow else 0
+    late = min(B * N, max(tail, common.cdiv(2 * _processors(), len(owners)) + 1)) if shape.narrow else 0
     parts = int(owners[:, 3].max()) + 1
-    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late)
+    kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late, tail=tail)
     unit = -1 / (scale * common.LOG2E)
     arrays = q8, k8, v8, do8, fit(base * unit, PADDING * unit), fit(-delta, 0.0)
     dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), operands)
@@ -512,6 +516,53 @@ def schedule(classes, owners, together: int | None = None):
     block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
     lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
     return lists, _placed(position, rank, seen, nq), seen.sum(-2, dtype=np.int32)
+
+
+STEPS = 2.0  # what a block of the backward kernel costs beside its query tiles, in query tiles
+
+
+def in_turn(lists, heads: int, tail: int):
+    """Ranks for the `tail` last heads, whose blocks are launched in turn: the long ones of all, then the shorter ones.
+
+    Blocks go to the multiprocessor that is free first; ranks follow the times that this gives. A contribution waits for
+    earlier ones only, and when a block is launched, at most as many others are under way as there are multiprocessors,
+    less one: so of those that run, one never waits for what is not launched yet.
+
+    Args:
+      lists: as of `schedule`.
+
+    Returns:
+      int32 [tail, blocks, nq], or None where nothing is gained, or the lists depend on data or on the head.
+    """
+    tail = min(tail, heads)
+    if tail < 2 or not isinstance(lists, np.ndarray) or lists.shape[:2] != (1, 1):
+        return None
+    lists = lists[0, 0]
+    n, nq = len(lists), lists.shape[1] - 3
+    counts = lists[:, 0]
+    before = min(heads - tail, common.cdiv(4 * _processors(), n))  # of those before, what sets when the tail starts
+
+    def times(order):
+        """When blocks start, and when all have ended."""
+        free, started = [0.0] * _processors(), []
+        for count in counts[order]:
+            started.append(heapq.heappop(free))
+            heapq.heappush(free, started[-1] + count + STEPS)
+        return np.array(started), max(free)
+
+    head_by_head = np.tile(np.arange(n), before + tail)
+    order = np.concatenate([np.tile(np.arange(n), before), np.repeat(np.arange(n), tail)])
+    started, end = times(order)
+    if end > 0.99 * times(head_by_head)[1]:
+        return None
+    started = started[before * n :].reshape(n, tail).T
+    visited = np.arange(nq) < counts[:, None]
+    tile = np.where(visited, lists[:, 3:] // 2, nq)
+    block = np.arange(n)[:, None]
+    late = np.full((tail, n, nq + 1), np.inf)
+    late[:, block, tile] = started[:, :, None] + np.arange(nq)
+    rank = np.argsort(np.argsort(late, axis=1, stable=True), axis=1)
+    return np.where(visited, rank[:, block, tile], 0).astype(np.int32)
 
 
 assert math.isclose(common.LN2 * common.LOG2E, 1)

@@ -29,6 +29,7 @@ class Backward:
     registers: tuple[int, int]
     swizzle: int = 128  # bytes, of the dQ tile in shared memory; by 32 it is written without exchanges within warps
     narrow: bool = False  # the kernel makes dQ 16-bit itself
+    tail: int = 0  # of so many heads, the last ones, blocks are launched in turn where that ends sooner
 
 
 class Call(NamedTuple):

@@ -39,13 +39,18 @@ def test_emulated_kernels_pass_the_gate(name, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('H, queries', [(64, 128), (128, 64)])
-def test_emulated_choices_pass_the_gate(H, queries, monkeypatch):
-    """What the table does not choose: dQ made 16-bit by later blocks, of heads that have ended and of the last ones."""
-    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: 2)
+@pytest.mark.parametrize('H, queries, tail', [(64, 128, 0), (128, 64, 0), (128, 64, 3)])
+def test_emulated_choices_pass_the_gate(H, queries, tail, monkeypatch):
+    """What the table does not choose: dQ made 16-bit by later blocks, of heads that have ended and of the last ones; a tail."""
+    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: 4 if tail else 2)
     hidden = lambda c: CASES['documents'].mask(c) & ew.as_mask(lambda i: i.q < 130)  # a query tile that no block visits
-    case = check.Case('', B=1, T=270, N=5, H=H, mask=hidden)
-    tiles.pin({tiles.name(tiles.Backward, H, H): tiles.Backward(queries, 2, (240, 24), swizzle=32, narrow=True)})
+    case = check.Case('', B=1, T=270, N=5, H=H, mask=causal if tail else hidden)
+    choice = tiles.Backward(queries, 2, (240, 24), swizzle=32, narrow=True, tail=tail)
+    if tail:
+        classes = blocks.classify(causal, 1, 1, case.T, case.T, queries, 128)
+        lists = mosaic_gpu.schedule(classes, mosaic_gpu.divided(classes))[0]
+        assert mosaic_gpu.in_turn(lists, case.N, tail) is not None
+    tiles.pin({tiles.name(tiles.Backward, H, H): choice})
     try:
         passes(case, monkeypatch)
     finally:

@@ -71,6 +71,37 @@ def test_schedule_ends_and_is_ordered(c, together):
         assert done == list((c[at] != 0).sum(-1))
 
 
+@pytest.mark.parametrize('mask', [check.causal, check.prefix_lm(500)])
+@pytest.mark.parametrize('processors', [13, 17, 30])
+def test_blocks_in_turn_end(mask, processors, monkeypatch):
+    """Launched in order, as many at a time as there are multiprocessors, however fast each: all contributions get their turn."""
+    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: processors)
+    c = blocks.classify(ew.as_mask(mask), 1, 1, 2048, 2048, 64, 128)
+    owners = mosaic_gpu.divided(c)
+    lists, ranks, totals = mosaic_gpu.schedule(c, owners)
+    heads, n = 9, len(owners)
+    tail = mosaic_gpu.in_turn(lists, heads, 4)
+    assert tail.shape == (4, n, 32)
+    order = [(h, x) for h in range(heads - 4) for x in range(n)] + [(h, x) for x in range(n) for h in range(heads - 4, heads)]
+    rng = np.random.default_rng(processors)
+    done, running = np.zeros((heads, 32), int), {}
+    while order or running:
+        while order and len(running) < processors:
+            running[order.pop(0)] = 0
+        able = []
+        for (h, x), j in running.items():
+            rank = ranks[0, 0, x, j] if h < heads - 4 else tail[h - heads + 4, x, j]
+            able += [(h, x)] if done[h, lists[0, 0, x, 3 + j] // 2] == rank else []
+        assert able, 'the blocks wait for each other'
+        h, x = able[rng.integers(len(able))]
+        done[h, lists[0, 0, x, 3 + running[h, x]] // 2] += 1
+        running[h, x] += 1
+        if running[h, x] == lists[0, 0, x, 0]:
+            del running[h, x]
+    np.testing.assert_array_equal(done, np.broadcast_to(totals[0, 0], done.shape))
+    assert mosaic_gpu.in_turn(lists, heads, 0) is None and mosaic_gpu.in_turn(jnp.asarray(lists), heads, 4) is None
+
+
 def test_tiles_that_many_see_are_shared():
     """Global tokens before a window: blocks of about equal length, each key tile once or in parts that join."""
     T = 4096
