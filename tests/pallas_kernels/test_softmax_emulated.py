@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from pallas_kernels import blocks, common
@@ -72,3 +73,17 @@ def test_emulated_statistics(monkeypatch):
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
     with emulation.emulated(monkeypatch, common, forward, functions):
         assert check.statistics_agree(mosaic_gpu.softmax_attention) is None
+
+
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize('bad', [(), (jnp.nan,), (jnp.inf, -jnp.inf), (-jnp.inf,)])
+def test_what_is_not_finite_is_cleaned(dtype, bad, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((2, 64, 128)).astype(dtype)
+    x[0, 0, 0] = jnp.finfo(dtype).max
+    want = x.copy()
+    for n, value in enumerate(bad):
+        x[n, 5 + n, 100] = value
+        want[n, 5 + n, 100] = 0
+    with emulation.emulated(monkeypatch, common):
+        common.clean([emulation.Ref(x[0]), emulation.Ref(x[1])])
+    np.testing.assert_array_equal(x, want)

@@ -74,7 +74,7 @@ def test_schedule_ends_and_is_ordered(c, together):
 @pytest.mark.parametrize('mask', [check.causal, check.prefix_lm(500)])
 @pytest.mark.parametrize('processors', [13, 17, 30])
 def test_blocks_in_turn_end(mask, processors, monkeypatch):
-    """Launched in order, as many at a time as there are multiprocessors, however fast each: all contributions get their turn."""
+    """Launched in order, as many at a time as there are multiprocessors, however fast each: every contribution has its turn."""
     monkeypatch.setattr(mosaic_gpu, '_processors', lambda: processors)
     c = blocks.classify(ew.as_mask(mask), 1, 1, 2048, 2048, 64, 128)
     owners = mosaic_gpu.divided(c)
