@@ -14,6 +14,10 @@ from jaxlib.mlir.dialects import llvm, nvvm
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
 COL = plgpu.Layout.WGMMA.reduce(0)
+# Four neighbours of a row in a thread: whole sectors of global memory, in 16 bits too.
+LINES = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 32), (16, 32), (4, 32), (4,))), warp_dims=(-7,), lane_dims=(-3, -2), vector_dim=-1
+)
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 SMEM_LIMIT = 232448

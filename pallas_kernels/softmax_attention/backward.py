@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, LOG2E, ROW, TILE
+from pallas_kernels.common import COL, LINES, LOG2E, ROW, TILE
 from pallas_kernels.softmax_attention import functions
 
 KEYS = 128  # keys a block, 64 per consumer
@@ -95,7 +95,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
                 plgpu.semaphore_wait(turns.at[done * nq + tile], total, decrement=False, memory_scope='gpu')
                 for row in range(0, bq, 64):
                     part = (b, pl.ds(tile * bq + row, 64), h)
-                    x = plgpu.load(dq_ref.at[part], layout=TILE, optimized=False)
+                    x = plgpu.load(dq_ref.at[part], layout=LINES, optimized=False)
                     narrow_ref.at[part][...] = jnp.where(total > 0, x * scale, 0.0).astype(dtype)
 
         def consume():
