@@ -1,7 +1,7 @@
 """Forward kernel of softmax attention for Hopper.
 
 A block works through (batch, head, query tile) items of `consumers` x 64 query rows, one block per multiprocessor and a
-range of items for each (`mosaic_gpu.agenda`). A producer warpgroup streams queries, keys and values through rings,
+range of items for each (`schedule.agenda`). A producer warpgroup streams queries, keys and values through rings,
 running ahead into the next item. Each consumer warpgroup issues S_j = Q K_j^T and then O += P_{j-1} V_{j-1}, and runs
 the softmax of S_j while that second product is still on the tensor cores. Consumers take turns in issuing, so that one's
 softmax hides behind the other's products (FlashAttention-3, arXiv:2407.08608). An item's first step carries the last

@@ -8,7 +8,6 @@ can't run here. README.md in this folder has the maths, the limits and what was 
 
 import dataclasses
 import functools
-import heapq
 import math
 
 import jax
@@ -22,11 +21,10 @@ from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
 from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
+from pallas_kernels.softmax_attention import schedule as plan
 from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
 
 WIDEST = 256
-# What an item of the forward kernel costs beside its key tiles, and a key tile more with the mask, in key tiles.
-ITEM_COST, MASK_COST = 1.0, 0.3
 
 
 def unsupported(
@@ -177,12 +175,12 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     lists, cost, reach = None, np.full((1, 1, nq), nk), nk
     if spec.mask:
-        lists = forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
-        cost = lists[..., 0] + MASK_COST * lists[..., 1]
+        lists = plan.forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
+        cost = lists[..., 0] + plan.MASK_COST * lists[..., 1]
         reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
     # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
     together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
-    todo = agenda(B, N, nq, cost + ITEM_COST, together, _processors())
+    todo = plan.agenda(B, N, nq, cost + plan.ITEM_COST, together, plan.processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
@@ -230,22 +228,22 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
-    owners = divided(classes)
-    lists, ranks, totals = schedule(classes, owners)
-    tail = in_turn(lists, B * N, shape.tail)
+    owners = plan.divided(classes)
+    lists, ranks, totals = plan.schedule(classes, owners)
+    tail = plan.in_turn(lists, B * N, shape.tail)
     if tail is not None:
         ranks = np.concatenate([ranks, tail[None]], 1)
     tail = 0 if tail is None else len(tail)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     # So late that the blocks of a head have most likely ended: as many started as run at a time, twice.
-    late = min(B * N, max(tail, common.cdiv(2 * _processors(), len(owners)) + 1)) if shape.narrow else 0
+    late = min(B * N, max(tail, common.cdiv(2 * plan.processors(), len(owners)) + 1)) if shape.narrow else 0
     parts = int(owners[:, 3].max()) + 1
     kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late, tail=tail)
     unit = -1 / (scale * common.LOG2E)
     arrays = q8, k8, v8, do8, fit(base * unit, PADDING * unit), fit(-delta, 0.0)
     dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), operands)
     if parts:
-        dk, dv = (_joined(x, part, owners) for x, part in zip((dk, dv), parts))
+        dk, dv = (plan.joined(x, part, owners) for x, part in zip((dk, dv), parts))
     dq = dq[:, :T, :, :H]
     if shape.narrow:
         return dq, dk, dv
@@ -292,7 +290,7 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         by_key = which != 'dq'
         spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
         classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
-        lists = forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
+        lists = plan.forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
         operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
         run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
         found.append(run(*map(_pad, arrays), *rows, lists, operands))
@@ -344,225 +342,6 @@ def _over_groups(x, K):
     if N == K:
         return x
     return x.reshape(B, S, K, N // K, H).sum(3, dtype=jnp.float32).astype(x.dtype)
-
-
-def _placed(position, value, keep, size):
-    """out[.., position] = value where `keep`, over the last axis; the rest 0. NumPy stays NumPy, else without a sort."""
-    if isinstance(position, np.ndarray) and isinstance(value, np.ndarray) and isinstance(keep, np.ndarray):
-        shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
-        position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
-        out = np.zeros((*shape[:-1], size + 1), np.int32)
-        np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
-        return out[..., :size]
-    hit = keep[..., None, :] & (position[..., None, :] == np.arange(size)[:, None])
-    return jnp.where(hit, value[..., None, :], 0).sum(-1, dtype=jnp.int32)
-
-
-def forward_lists(classes):
-    """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
-
-    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy.
-    """
-    xp = np if isinstance(classes, np.ndarray) else jnp
-    partial, full = classes == blocks.PARTIAL, classes == blocks.FULL
-    few = partial.sum(-1, dtype=np.int32)[..., None]
-    position = xp.where(partial, xp.cumsum(partial, -1), few + xp.cumsum(full, -1)) - 1
-    nk = classes.shape[-1]
-    entries = _placed(position, np.arange(nk), partial | full, nk)
-    return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
-
-
-def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
-    """Which items each block of the forward kernel does.
-
-    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
-    while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
-    items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
-
-    Returns:
-      bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
-    """
-    items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
-    P = min(processors, items.size)
-    if not isinstance(cost, np.ndarray):
-        return _dealt(jnp.broadcast_to(cost, (B, N, nq)).ravel(), P)
-    cost = np.broadcast_to(cost, (B, N, nq))
-    if (cost == cost[0, 0, 0]).all():
-        order = items.ravel()
-    else:
-        heads = np.array_split(items.reshape(-1, nq), common.cdiv(B * N, together))
-        order = np.concatenate([x.T[::-1].ravel() for x in heads])  # causal masks: the last query tiles see most
-    rows = [[] for _ in range(P)]
-    free = [(0.0, p) for p in range(P)]
-    for item, work in zip(order, cost.ravel()[order]):
-        t, p = heapq.heappop(free)
-        rows[p].append(item)
-        heapq.heappush(free, (t + work, p))
-    return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
-
-
-def _dealt(cost, P: int):
-    """An agenda by costs that depend on data.
-
-    Of 2 P neighbouring items at a time each block gets two, the n-th longest and the n-th shortest: they add up to about
-    the same for all, and the blocks are at work on the same few heads, whose keys and values stay in the L2 cache.
-    """
-    n, size = cost.size, 2 * P
-    groups = common.cdiv(n, size)
-    cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
-    mine, other = cost[:, :, None], cost[:, None, :]
-    longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
-    items = np.arange(groups * size).reshape(groups, size)
-    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
-    x = np.arange(P)[:, None, None]
-    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
-    places = places.reshape(P, -1)
-    real = places < n  # in the last group too: what fills it up is shortest
-    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
-    return bounds, sorted_items.reshape(-1)[places[real]]
-
-
-def _processors() -> int:
-    try:
-        return int(jax.devices('cuda')[0].core_count)
-    except (RuntimeError, AttributeError):
-        return 132
-
-
-def divided(classes):
-    """The blocks of the backward kernel for one head, in launch order.
-
-    One for each key tile; but several for one that more than twice as many queries see as see the average key tile
-    (sinks and global tokens before a window), where that is known while tracing.
-
-    Args:
-      classes: int8 [.., nq, nk].
-
-    Returns:
-      int32 [blocks, 4]: key tile, the query tiles first <= i < last that the block may visit, and the number of its part,
-      -1 where the key tile is not shared.
-    """
-    nq, nk = classes.shape[-2:]
-    if not isinstance(classes, np.ndarray):
-        return np.array([(tile, 0, nq, -1) for tile in range(nk)], np.int32)
-    seen = (classes != blocks.EMPTY).any(tuple(range(classes.ndim - 2)))
-    count, part, rows = seen.sum(0), 0, []
-    mean = max(1, math.ceil(count.mean()))
-    for tile in range(nk):
-        if count[tile] <= 2 * mean:
-            rows.append((tile * nq // nk, tile, 0, nq, -1))
-            continue
-        for chunk in np.array_split(np.flatnonzero(seen[:, tile]), common.cdiv(count[tile], mean)):
-            rows.append((chunk[0], tile, chunk[0], chunk[-1] + 1, part))  # launched with its neighbours
-            part += 1
-    return np.array(sorted(rows), np.int32)[:, 1:]
-
-
-def _joined(x, parts, owners):
-    """The gradient of all keys, [B, S, N, H], of which `parts` [B, 128 parts, N, H] holds the sums of shared key tiles."""
-    B, S, *rest = x.shape
-    size = backward_kernel.KEYS
-    for tile in np.unique(owners[owners[:, 3] >= 0, 0]):
-        mine = owners[(owners[:, 0] == tile) & (owners[:, 3] >= 0), 3]  # consecutive
-        own = parts[:, mine[0] * size : (mine[-1] + 1) * size].reshape(B, len(mine), size, *rest)
-        rows = slice(tile * size, min((tile + 1) * size, S))
-        x = x.at[:, rows].set(own.sum(1, dtype=jnp.float32)[:, : rows.stop - rows.start].astype(x.dtype))
-    return x
-
-
-def schedule(classes, owners, together: int | None = None):
-    """Which query tiles each block visits in the backward kernel, and when it may add to their dq.
-
-    A block starts at its key tile's diagonal and wraps around, so that at any time the blocks of a head work on different
-    query tiles. Additions to a query tile happen in the order of nominal time, position in the visiting block's list.
-    That order agrees with each block's own, so no cycle of waits exists as long as the blocks that wait for each other
-    are resident together: `together` blocks (the number of multiprocessors) form a group, and groups follow one
-    another in launch order.
-
-    Args:
-      classes: int8 [.., nq, nk].
-      owners: as of `divided`.
-
-    Returns:
-      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, totals int32 [.., nq]: how many blocks
-      visit a query tile.
-    """
-    xp = np if isinstance(classes, np.ndarray) else jnp
-    together = together or _processors()
-    tile, first, last, part = owners.T
-    nq, nk = classes.shape[-2:]
-    classes = classes.swapaxes(-1, -2)
-    if len(owners) > nk:
-        inside = (first[:, None] <= np.arange(nq)) & (np.arange(nq) < last[:, None])
-        classes = xp.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
-    seen = classes != blocks.EMPTY
-    start = tile * nq // nk
-    nk = len(owners)
-    before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
-    passed = xp.cumsum(seen, -1)
-    skipped = (seen & before).sum(-1)[..., None]
-    position = passed - 1 + xp.where(before, passed[..., -1:] - skipped, -skipped)
-    time = position + (np.arange(nk) // together * nq)[:, None]
-    if xp is np:
-        late = np.where(seen, time, np.iinfo(np.int32).max)
-        rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
-    else:
-        mine, other = time[..., :, None, :], time[..., None, :, :]
-        tie = np.arange(nk)[None, :, None] < np.arange(nk)[:, None, None]
-        earlier = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
-        rank = earlier.sum(-2, dtype=jnp.int32)
-    entries = _placed(position, 2 * np.arange(nq) + (classes == blocks.PARTIAL), seen, nq)
-    count = seen.sum(-1)[..., None]
-    block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
-    lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
-    return lists, _placed(position, rank, seen, nq), seen.sum(-2, dtype=np.int32)
-
-
-STEPS = 2.0  # what a block of the backward kernel costs beside its query tiles, in query tiles
-
-
-def in_turn(lists, heads: int, tail: int):
-    """Ranks for the `tail` last heads, whose blocks are launched in turn: the long ones of all, then the shorter ones.
-
-    Blocks go to the multiprocessor that is free first; ranks follow the times that this gives. A contribution waits for
-    earlier ones only, and when a block is launched, at most as many others are under way as there are multiprocessors,
-    less one: so of those that run, one never waits for what is not launched yet.
-
-    Args:
-      lists: as of `schedule`.
-
-    Returns:
-      int32 [tail, blocks, nq], or None where nothing is gained, or the lists depend on data or on the head.
-    """
-    tail = min(tail, heads)
-    if tail < 2 or not isinstance(lists, np.ndarray) or lists.shape[:2] != (1, 1):
-        return None
-    lists = lists[0, 0]
-    n, nq = len(lists), lists.shape[1] - 3
-    counts = lists[:, 0]
-    before = min(heads - tail, common.cdiv(4 * _processors(), n))  # of those before, what sets when the tail starts
-
-    def times(order):
-        """When blocks start, and when all have ended."""
-        free, started = [0.0] * _processors(), []
-        for count in counts[order]:
-            started.append(heapq.heappop(free))
-            heapq.heappush(free, started[-1] + count + STEPS)
-        return np.array(started), max(free)
-
-    head_by_head = np.tile(np.arange(n), before + tail)
-    order = np.concatenate([np.tile(np.arange(n), before), np.repeat(np.arange(n), tail)])
-    started, end = times(order)
-    if end > 0.99 * times(head_by_head)[1]:
-        return None
-    started = started[before * n :].reshape(n, tail).T
-    visited = np.arange(nq) < counts[:, None]
-    tile = np.where(visited, lists[:, 3:] // 2, nq)
-    block = np.arange(n)[:, None]
-    late = np.full((tail, n, nq + 1), np.inf)
-    late[:, block, tile] = started[:, :, None] + np.arange(nq)
-    rank = np.argsort(np.argsort(late, axis=1, stable=True), axis=1)
-    return np.where(visited, rank[:, block, tile], 0).astype(np.int32)
 
 
 assert math.isclose(common.LN2 * common.LOG2E, 1)

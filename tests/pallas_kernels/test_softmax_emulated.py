@@ -8,7 +8,7 @@ import pytest
 from pallas_kernels import blocks, common
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
-from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu, tiles, wide
+from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu, schedule, tiles, wide
 from tests.pallas_kernels import emulation
 
 causal = ew.as_mask(check.causal)
@@ -35,7 +35,7 @@ QUICK = 'causal, grouped', 'alibi'
 def test_emulated_kernels_pass_the_gate(name, monkeypatch):
     case = CASES[name]
     if name == 'shared key tile':
-        assert len(mosaic_gpu.divided(blocks.classify(case.mask, 1, 1, case.T, case.T, 64, 128))) > 6
+        assert len(schedule.divided(blocks.classify(case.mask, 1, 1, case.T, case.T, 64, 128))) > 6
     passes(case, monkeypatch)
 
 
@@ -43,14 +43,14 @@ def test_emulated_kernels_pass_the_gate(name, monkeypatch):
 @pytest.mark.parametrize('H, queries, tail', [(64, 128, 0), (128, 64, 0), (128, 64, 3)])
 def test_emulated_choices_pass_the_gate(H, queries, tail, monkeypatch):
     """What the table does not choose: dQ made 16-bit by later blocks, of heads that have ended and of the last ones; a tail."""
-    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: 4 if tail else 2)
+    monkeypatch.setattr(schedule, 'processors', lambda: 4 if tail else 2)
     hidden = lambda c: CASES['documents'].mask(c) & ew.as_mask(lambda i: i.q < 130)  # a query tile that no block visits
     case = check.Case('', B=1, T=270, N=5, H=H, mask=causal if tail else hidden)
     choice = tiles.Backward(queries, 2, (240, 24), swizzle=32, narrow=True, tail=tail)
     if tail:
         classes = blocks.classify(causal, 1, 1, case.T, case.T, queries, 128)
-        lists = mosaic_gpu.schedule(classes, mosaic_gpu.divided(classes))[0]
-        assert mosaic_gpu.in_turn(lists, case.N, tail) is not None
+        lists = schedule.schedule(classes, schedule.divided(classes))[0]
+        assert schedule.in_turn(lists, case.N, tail) is not None
     tiles.pin({tiles.name(tiles.Backward, H, H): choice})
     try:
         passes(case, monkeypatch)

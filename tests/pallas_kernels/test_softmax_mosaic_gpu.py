@@ -14,7 +14,7 @@ from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, tiles, tune
+from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, schedule, tiles, tune
 
 
 @st.composite
@@ -27,7 +27,7 @@ def classes(draw):
 @settings(max_examples=30, deadline=None)
 @given(classes())
 def test_forward_lists(c):
-    lists = mosaic_gpu.forward_lists(c)
+    lists = schedule.forward_lists(c)
     assert lists.dtype == np.int32
     for at in np.ndindex(c.shape[:3]):
         count, partial, *tiles = lists[at]
@@ -35,17 +35,17 @@ def test_forward_lists(c):
         assert count == (row != 0).sum() and partial == (row == blocks.PARTIAL).sum()
         assert list(tiles[:partial]) == list(np.flatnonzero(row == blocks.PARTIAL))
         assert list(tiles[partial:count]) == list(np.flatnonzero(row == blocks.FULL))
-    np.testing.assert_array_equal(jax.jit(mosaic_gpu.forward_lists)(c), lists)
+    np.testing.assert_array_equal(jax.jit(schedule.forward_lists)(c), lists)
 
 
 @settings(max_examples=30, deadline=None)
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
     """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
-    owners = mosaic_gpu.divided(c)
-    lists, ranks, totals = mosaic_gpu.schedule(c, owners, together)
+    owners = schedule.divided(c)
+    lists, ranks, totals = schedule.schedule(c, owners, together)
     np.testing.assert_array_equal(totals, (c != 0).sum(-1))
-    for x, y in zip((lists, ranks, totals), jax.jit(lambda c: mosaic_gpu.schedule(c, owners, together))(c)):
+    for x, y in zip((lists, ranks, totals), jax.jit(lambda c: schedule.schedule(c, owners, together))(c)):
         np.testing.assert_array_equal(x, y)
     nq, nk = c.shape[2:]
     for at in np.ndindex(c.shape[:2]):
@@ -75,12 +75,12 @@ def test_schedule_ends_and_is_ordered(c, together):
 @pytest.mark.parametrize('processors', [13, 17, 30])
 def test_blocks_in_turn_end(mask, processors, monkeypatch):
     """Launched in order, as many at a time as there are multiprocessors, however fast each: every contribution has its turn."""
-    monkeypatch.setattr(mosaic_gpu, '_processors', lambda: processors)
+    monkeypatch.setattr(schedule, 'processors', lambda: processors)
     c = blocks.classify(ew.as_mask(mask), 1, 1, 2048, 2048, 64, 128)
-    owners = mosaic_gpu.divided(c)
-    lists, ranks, totals = mosaic_gpu.schedule(c, owners)
+    owners = schedule.divided(c)
+    lists, ranks, totals = schedule.schedule(c, owners)
     heads, n = 9, len(owners)
-    tail = mosaic_gpu.in_turn(lists, heads, 4)
+    tail = schedule.in_turn(lists, heads, 4)
     assert tail.shape == (4, n, 32)
     order = [(h, x) for h in range(heads - 4) for x in range(n)] + [(h, x) for x in range(n) for h in range(heads - 4, heads)]
     rng = np.random.default_rng(processors)
@@ -99,22 +99,22 @@ def test_blocks_in_turn_end(mask, processors, monkeypatch):
         if running[h, x] == lists[0, 0, x, 0]:
             del running[h, x]
     np.testing.assert_array_equal(done, np.broadcast_to(totals[0, 0], done.shape))
-    assert mosaic_gpu.in_turn(lists, heads, 0) is None and mosaic_gpu.in_turn(jnp.asarray(lists), heads, 4) is None
+    assert schedule.in_turn(lists, heads, 0) is None and schedule.in_turn(jnp.asarray(lists), heads, 4) is None
 
 
 def test_tiles_that_many_see_are_shared():
     """Global tokens before a window: blocks of about equal length, each key tile once or in parts that join."""
     T = 4096
     c = blocks.classify(ew.as_mask(check.global_window(512, 64)), 1, 1, T, T, 64, 128)
-    owners = mosaic_gpu.divided(c)
-    lists = mosaic_gpu.schedule(c, owners)[0][0, 0]
+    owners = schedule.divided(c)
+    lists = schedule.schedule(c, owners)[0][0, 0]
     assert c.shape[3] < len(owners) and set(owners[owners[:, 3] >= 0, 0]) == {0}
     assert lists[:, 0].max() <= 2 * lists[:, 0].mean() < (c[0, 0, :, 0] != 0).sum()
-    assert len(mosaic_gpu.divided(blocks.classify(ew.as_mask(check.causal), 1, 1, T, T, 64, 128))) == T // 128
+    assert len(schedule.divided(blocks.classify(ew.as_mask(check.causal), 1, 1, T, T, 64, 128))) == T // 128
     rng = np.random.default_rng(0)
     parts = rng.standard_normal((2, 128 * (owners[:, 3].max() + 1), 3, 8)).astype(np.float32)
     x = rng.standard_normal((2, 200, 3, 8)).astype(np.float32)
-    joined = mosaic_gpu._joined(jnp.asarray(x), jnp.asarray(parts), owners)
+    joined = schedule.joined(jnp.asarray(x), jnp.asarray(parts), owners)
     np.testing.assert_array_equal(joined[:, 128:], x[:, 128:])
     np.testing.assert_allclose(joined[:, :128], parts.reshape(2, -1, 128, 3, 8).sum(1), rtol=1e-5, atol=1e-5)
 
@@ -131,7 +131,7 @@ def test_tiles_that_many_see_are_shared():
 def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
     cost = np.arange(B * N * nq).reshape(B, N, nq) % 7 + 0.5
     cost = cost if kind == 'by data and head' else cost[:, :1]
-    bounds, order = mosaic_gpu.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
+    bounds, order = schedule.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
     assert sorted(order) == list(range(B * N * nq))
     assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
     assert len(bounds) == min(processors, B * N * nq) + 1
@@ -146,7 +146,7 @@ def shares(agenda, cost):
 
 def test_agenda_is_balanced():
     cost = np.broadcast_to(np.arange(2, 66), (2, 16, 64))
-    work = shares(mosaic_gpu.agenda(2, 16, 64, cost[:1, :1], 4, 132), cost)
+    work = shares(schedule.agenda(2, 16, 64, cost[:1, :1], 4, 132), cost)
     assert work.max() < 1.02 * work.mean()
 
 
@@ -158,7 +158,7 @@ def test_agenda_by_data_is_balanced(kind):
         cost = np.broadcast_to(np.arange(64) % 12 + 1, (2, 1, 64))
     else:
         cost = rng.integers(1, 14, (2, 16 if 'head' in kind else 1, 64))
-    bounds, order = jax.jit(lambda cost: mosaic_gpu.agenda(2, 16, 64, cost, 4, 132))(cost)
+    bounds, order = jax.jit(lambda cost: schedule.agenda(2, 16, 64, cost, 4, 132))(cost)
     work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
     assert work.max() <= work.mean() + 7
     for n in range(13):
