@@ -1,9 +1,14 @@
-"""A stand-in model: a flat dict of parameters and three pure functions, so that these tests need no mechanism."""
+"""A stand-in model for tests of steps, a flat dict of parameters and pure functions; and a whole run of a tiny real one."""
+
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+
+from attnx.train import loop
+from tests import runs
 
 VOCAB, WIDTH, LAYERS = 11, 8, 3
 AXES = {
@@ -45,6 +50,25 @@ def make_batch(seed=0, rows=8, length=6, **change):
 @pytest.fixture
 def tiny():
     """The stand-in as a namespace: params(), batch(), forward, AXES."""
-    import types
-
     return types.SimpleNamespace(params=make_params, batch=make_batch, forward=forward, axes=AXES, vocab=VOCAB)
+
+
+@pytest.fixture(scope='session')
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('corpus')
+    for i in range(12):
+        (folder / f'file_{i}.py').write_text(runs.TEXT.replace('10', str(i)) * 3)
+    return str(folder)
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return runs.make_config(corpus, tmp_path / 'run')
+
+
+@pytest.fixture(scope='session')
+def whole(corpus, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    made = runs.make_config(corpus, tmp_path_factory.mktemp('whole') / 'run')()
+    assert loop.run(made).status == 'complete'
+    return made.run_dir
