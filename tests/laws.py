@@ -46,7 +46,7 @@ class Case:
         if causal is not self and [v.shape for v in leaves] == [v.shape for v in jax.tree.leaves(causal.shapes)]:
             leaves = jax.tree.leaves(causal.module)  # both forms begin alike
         else:
-            fresh = jax.tree.leaves(jax.jit(lambda: self.build(self.dims))())
+            fresh = jax.tree.leaves(self.build(self.dims))  # no program: mechanisms draw arrays of the same few shapes
             leaves = [jnp.asarray(np.asarray(v) + move) for v, move in zip(fresh, self.moves)]
         return jax.tree.unflatten(jax.tree.structure(self.shapes), leaves)
 

@@ -236,7 +236,7 @@ def spread(c, preset, mesh, remat=False):
 def run_spread(c, preset, mesh, x, ids, cotangent, remat):
     shapes = {k: v.shape for k, v in to_flat(c.module).items()}
     where = sharding.param_shardings(mesh, preset, flat_axes(c.module), shapes)
-    leaves = [jax.device_put(v, where[k]) for k, v in to_flat(c.module).items()]
+    leaves = [jax.device_put(v, where[k]) for k, v in flat(c.module).items()]  # from numpy: else parts are cut by programs
     module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
     layer = lambda module, x, ids: c.plain(module, x, ids).y
     layer = jax.checkpoint(layer) if remat else layer
