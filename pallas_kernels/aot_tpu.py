@@ -1,6 +1,7 @@
 """TPU kernels compiled by the real compiler on a machine without a TPU, and what it says about their cost.
 
     python -m pallas_kernels.aot_tpu compile [--topology=v5e:1x1] [--slow] [words]    cases whose names hold a word
+    python -m pallas_kernels.aot_tpu compile --in-turn [words]                        each for one chip, another each time
     python -m pallas_kernels.aot_tpu bundles [--topology=v6e:1x1]                     against JAX's splash attention
 
 It needs libtpu: `pip install 'libtpu>=0.0.50,<0.1'`, or the extra `tpu-aot`. libtpu ends the process on some errors, so
@@ -304,10 +305,9 @@ def main(argv: list[str]) -> int:
         return 0
     libtpu.prepare()
     failed = 0
-    for case in cases():
-        if (case.slow and '--slow' not in options) or (words and not any(w in case.name for w in words)):
-            continue
-        for name in [topology] if topology else TOPOLOGIES:
+    wanted = [c for c in cases() if ('--slow' in options or not c.slow) and any(w in c.name for w in words or [''])]
+    for n, case in enumerate(wanted):
+        for name in [topology] if topology else TOPOLOGIES[n % 3 :][:1] if '--in-turn' in options else TOPOLOGIES:
             try:
                 result = case.compile(name)
                 good = result['kernels'] >= result['expected'] and result['largest'] < result['allowed']
