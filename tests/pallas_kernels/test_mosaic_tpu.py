@@ -18,7 +18,7 @@ from pallas_kernels import aot_tpu, blocks, libtpu
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
-from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles
+from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles, paged_tpu
 from tests.attnx.ops import recurrences
 from tests.tolerances import FLOAT32, FLOAT32_GRAD
 
@@ -193,8 +193,9 @@ def test_documents_keep_their_poison(interpreted, name, decay):
 
 
 @pytest.mark.parametrize('T', [1, 3])
-def test_paged_attention(interpreted, T):
+def test_paged_attention(interpreted, monkeypatch, T):
     """Ragged lengths down to 0, pages in any order, NaN in unused slots and pages, window, softcap, sinks, grouped heads."""
+    monkeypatch.setattr(paged_tpu, 'KEYS', 32)  # two pages a step, three steps
     r = np.random.default_rng(0)
     B, N, K, H, size, count = 4, 4, 2, 16, 16, 6
     lengths = np.array([0, 5, 40, 96], np.int32)
@@ -208,9 +209,10 @@ def test_paged_attention(interpreted, T):
     mask = masks.causal(queries, np.tile(np.arange(count * size), (B, 1)))
     mask = mask & masks.window(50, queries, np.tile(np.arange(count * size), (B, 1)))
     options = {'mask': mask, 'score': scores.softcap(2.0), 'sinks': sinks, 'impl': 'reference', 'return_lse': True}
-    want = softmax_attention(q, *dense, **options)
+    want = jax.jit(functools.partial(softmax_attention, **options))(q, *dense)
     for impl in ('mosaic_tpu', 'xla', 'reference'):
-        close(paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks, impl=impl), want, FLOAT32)
+        run = functools.partial(paged_attention, window=50, softcap=2.0, sinks=sinks, impl=impl)
+        close(jax.jit(run)(q, k, v, pages, lengths), want, FLOAT32)
 
 
 @pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
@@ -218,7 +220,7 @@ def test_a_recurrent_step(interpreted, name):
     """One token, from a state to the next."""
     arrays = recurrences.inputs(name, T=1, N=4, K=4, H=16, Hv=8, dtype=np.float32)
     op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
-    close(op(**arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
+    close(jax.jit(lambda arrays: op(**arrays))(arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
 
 
 BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
