@@ -1,6 +1,7 @@
 """TPU kernels compiled by the real compiler on a machine without a TPU, and what it says about their cost.
 
     python -m pallas_kernels.aot_tpu compile [--topology=v5e:1x1] [--slow] [words]    cases whose names hold a word
+    python -m pallas_kernels.aot_tpu compile --in-turn [words]                        each for one chip, another each time
     python -m pallas_kernels.aot_tpu bundles [--topology=v6e:1x1]                     against JAX's splash attention
 
 It needs libtpu: `pip install 'libtpu>=0.0.50,<0.1'`, or the extra `tpu-aot`. libtpu ends the process on some errors, so
@@ -140,15 +141,15 @@ def _attention(
     return Case(name, call, (q, k, v, *extra), largest or T * S, **case)
 
 
-def _recurrence(op, decay, T, N=4, K=2, H=128, V=128, dtype=bf16, **case):
-    row, shape = (1, T, N), {'head': (N,), 'token': (1, T, N), 'channel': (1, T, N, H)}
-    arrays = [((1, T, K, H), dtype), ((1, T, K, H), dtype), ((*row, V), dtype)]
+def _recurrence(op, decay, T, N=4, K=2, H=128, V=128, B=1, dtype=bf16, largest=None, **case):
+    row, shape = (B, T, N), {'head': (N,), 'token': (B, T, N), 'channel': (B, T, N, H)}
+    arrays = [((B, T, K, H), dtype), ((B, T, K, H), dtype), ((*row, V), dtype)]
     arrays += [(row, f32)] if op is delta else []
     arrays += [(shape[decay], f32)] if decay != 'none' else []
-    arrays += [((1, N, H, V), f32), ((1, T), jnp.int32)]
+    arrays += [((B, N, H, V), f32), ((B, T), jnp.int32)]
     run = op.delta_rule if op is delta else op.gated_linear
     call = lambda *a: run(*a[:-2], initial_state=a[-2], segment_ids=a[-1])
-    return Case(f'{run.__name__} {decay}', call, tuple(arrays), T * T, **case)
+    return Case(f'{run.__name__} {decay}' + ', a step' * (T == 1), call, tuple(arrays), largest or T * T, **case)
 
 
 def _paged(T, window):
@@ -195,6 +196,8 @@ def cases() -> list[Case]:
           for op in (linear, delta) for decay in ('none', 'head', 'token', 'channel')),
         _paged(1, None),
         _paged(4, 1024),
+        *(_recurrence(op, decay, 1, B=32, differentiable=False, largest=2**24)
+          for op in (linear, delta) for decay in ('token', 'channel')),
         _recurrence(linear, 'token', 32768, H=256, V=256, N=1, K=1),
         _recurrence(delta, 'token', 2048, dtype=f32, H=64, V=64),
     ]  # fmt: skip
@@ -246,46 +249,40 @@ def _splash(T, size, side):
     return lambda q, k, v: jax.vmap(attend)(*(x.swapaxes(1, 2) for x in (q, k, v))).swapaxes(1, 2)
 
 
-def bundles(topology: str, T: int = 8192, H: int = 128):
-    """Prints bundles and spills of a head's forward and backward pass, ours and splash attention's."""
-    with tempfile.TemporaryDirectory() as folder:
-        libtpu.prepare(
-            xla_jf_dump_to=folder,
-            xla_jf_dump_llo_text='true',
-            xla_jf_dump_llo_pass_label_regex='.*(final_hlo-static).*',
-        )
-        x = jax.ShapeDtypeStruct((1, T, 1, H), bf16)
-        args = [x, x, x, jax.ShapeDtypeStruct(x.shape, f32)]
-        classify = blocks.classify
-        for name, size in (('causal', None), ('causal, window 1024', 1024)):
-            mask = ew.Mask(causal) if size is None else window(size)
-            rows = []
-            for side in (512, 1024):
-                part = min(side, 512)
-                classes = classify(mask, 1, 1, T, T, side, side)
-                number = {kind: int((classes == kind).sum()) for kind in (blocks.PARTIAL, blocks.FULL)}
-                ours = {}
-                for kind, amount in number.items():
-                    if not amount:
-                        continue
-                    forced = lambda *_, kind=kind, shape=classes.shape: np.full(shape, kind, np.int8)
-                    with mock.patch.object(blocks, 'classify', forced):
-                        call = functools.partial(_first, mask=mask, sides=(side, side, part))
-                        found = _count(_gradients(call), args, topology, folder, ('attention_forward', 'attention_backward'))
-                    for pass_, cost in found.items():
-                        ours[pass_] = np.add(ours.get(pass_, (0, 0)), np.multiply(amount, cost))
-                peer = _count(_gradients(_splash(T, size, side)), args, topology, folder, ('mha_fwd', 'mha_dkv'))
-                live = sum(number.values())
-                rows.append((side, live, list(ours.values()), [np.multiply(live, x) for x in peer.values()]))
-            for n, pass_ in enumerate(('forward', 'backward')):
-                best = min(row[3][n][0] for row in rows)
-                for side, live, ours, peer in rows:
-                    (a, b), (c, d) = ours[n], peer[n]
-                    print(
-                        f'{topology:9} {name:20} {pass_:9} tile {side:4}, {live:3} live: bundles {a:7} spills {b:6} | splash '
-                        f'{c:7} {d:6} | {a / c:.2f} of it, {a / best:.2f} of its best',
-                        flush=True,
-                    )
+def bundles(topology: str, folder: str, T: int = 8192, H: int = 128):
+    """Prints bundles and spills of a head's forward and backward pass, ours and splash attention's; libtpu dumps to folder."""
+    x = jax.ShapeDtypeStruct((1, T, 1, H), bf16)
+    args = [x, x, x, jax.ShapeDtypeStruct(x.shape, f32)]
+    classify = blocks.classify
+    for name, size in (('causal', None), ('causal, window 1024', 1024)):
+        mask = ew.Mask(causal) if size is None else window(size)
+        rows = []
+        for side in (512, 1024):
+            part = min(side, 512)
+            classes = classify(mask, 1, 1, T, T, side, side)
+            number = {kind: int((classes == kind).sum()) for kind in (blocks.PARTIAL, blocks.FULL)}
+            ours = {}
+            for kind, amount in number.items():
+                if not amount:
+                    continue
+                forced = lambda *_, kind=kind, shape=classes.shape: np.full(shape, kind, np.int8)
+                with mock.patch.object(blocks, 'classify', forced):
+                    call = functools.partial(_first, mask=mask, sides=(side, side, part))
+                    found = _count(_gradients(call), args, topology, folder, ('attention_forward', 'attention_backward'))
+                for pass_, cost in found.items():
+                    ours[pass_] = np.add(ours.get(pass_, (0, 0)), np.multiply(amount, cost))
+            peer = _count(_gradients(_splash(T, size, side)), args, topology, folder, ('mha_fwd', 'mha_dkv'))
+            live = sum(number.values())
+            rows.append((side, live, list(ours.values()), [np.multiply(live, x) for x in peer.values()]))
+        for n, pass_ in enumerate(('forward', 'backward')):
+            best = min(row[3][n][0] for row in rows)
+            for side, live, ours, peer in rows:
+                (a, b), (c, d) = ours[n], peer[n]
+                print(
+                    f'{topology:9} {name:20} {pass_:9} tile {side:4}, {live:3} live: bundles {a:7} spills {b:6} | splash '
+                    f'{c:7} {d:6} | {a / c:.2f} of it, {a / best:.2f} of its best',
+                    flush=True,
+                )
 
 
 def main(argv: list[str]) -> int:
@@ -299,15 +296,18 @@ def main(argv: list[str]) -> int:
         print(reason)
         return 3
     if command == 'bundles':
-        for name in [topology] if topology else ('v5e:1x1', 'v6e:1x1'):
-            bundles(name)
+        with tempfile.TemporaryDirectory() as folder:  # one for all chips: libtpu reads its flags once
+            regex = '.*(final_hlo-static).*'
+            libtpu.prepare(xla_jf_dump_to=folder, xla_jf_dump_llo_text='true', xla_jf_dump_llo_pass_label_regex=regex)
+            for name in [topology] if topology else ('v5e:1x1', 'v6e:1x1'):
+                bundles(name, folder)
+        print(f'Estimated by the compiler ({libtpu.versions()}), not measured: no TPU was at hand.')
         return 0
     libtpu.prepare()
     failed = 0
-    for case in cases():
-        if (case.slow and '--slow' not in options) or (words and not any(w in case.name for w in words)):
-            continue
-        for name in [topology] if topology else TOPOLOGIES:
+    wanted = [c for c in cases() if ('--slow' in options or not c.slow) and any(w in c.name for w in words or [''])]
+    for n, case in enumerate(wanted):
+        for name in [topology] if topology else TOPOLOGIES[n % 3 :][:1] if '--in-turn' in options else TOPOLOGIES:
             try:
                 result = case.compile(name)
                 good = result['kernels'] >= result['expected'] and result['largest'] < result['allowed']

@@ -21,6 +21,7 @@ KERNELS: tuple[Kernel, ...] = (
     Kernel('gated_linear', 'mosaic_gpu', 'pallas_kernels.gated_linear.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
     Kernel('delta_rule', 'mosaic_gpu', 'pallas_kernels.delta_rule.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
     Kernel('short_conv', 'mosaic_gpu', 'pallas_kernels.short_conv.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
+    # Compiled for these chips, never timed on one.
     Kernel('softmax_attention', 'mosaic_tpu', 'pallas_kernels.softmax_attention.mosaic_tpu', 'tpu', 'v5e, v5p, v6e'),
     Kernel('paged_attention', 'mosaic_tpu', 'pallas_kernels.softmax_attention.paged_tpu', 'tpu', 'v5e, v5p, v6e'),
     Kernel('gated_linear', 'mosaic_tpu', 'pallas_kernels.gated_linear.mosaic_tpu', 'tpu', 'v5e, v5p, v6e'),

@@ -18,7 +18,7 @@ from pallas_kernels import aot_tpu, blocks, libtpu
 from pallas_kernels.delta_rule import mosaic_tpu as delta
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.gated_linear import mosaic_tpu as linear
-from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles
+from pallas_kernels.softmax_attention import mosaic_tpu, mosaic_tpu_tiles, paged_tpu
 from tests.attnx.ops import recurrences
 from tests.tolerances import FLOAT32, FLOAT32_GRAD
 
@@ -55,35 +55,60 @@ def attention(T, S, N=2, K=1, H=32, Hv=16):
     return draw(1, T, N, H, seed=1), draw(1, S, K, H, seed=2), draw(1, S, K, Hv, seed=3), draw(1, T, N, Hv, seed=4)
 
 
-def gradients(attend, q, k, v, w, **options):
-    """(out, lse) and the gradients by q, k, v, the score's arrays and the sinks."""
+def gradients(attend, **options):
+    """Jitted (q, k, v, w) -> (out, lse), and gradients by q, k, v, the score's arrays and the sinks; of rows with a weight."""
     floating = {name: options.pop(name) for name in ('score', 'sinks') if name in options}
 
-    def loss(q, k, v, floating):
+    def loss(q, k, v, floating, w):
         out, lse = attend(q, k, v, **floating, **options)
-        return (out * w).sum() + jnp.where(jnp.isfinite(lse), jnp.sin(lse), 0).sum(), (out, lse)
+        seen = jnp.where((w != 0).any(-1).swapaxes(1, 2), lse, 0)
+        return (out * w).sum() + jnp.where(jnp.isfinite(seen), jnp.sin(seen), 0).sum(), (out, lse)
 
-    grads, outs = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True, allow_int=True))(q, k, v, floating)
-    return outs, grads
+    run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True, allow_int=True))
+    return lambda q, k, v, w: run(q, k, v, floating, w)[::-1]
+
+
+def oracle(**options):
+    return gradients(functools.partial(softmax_attention, impl='reference', return_lse=True), **options)
 
 
 def check(arrays, sides, **options):
-    got = gradients(functools.partial(mosaic_tpu.attend, sides=sides), *arrays, **options)
-    want = gradients(functools.partial(softmax_attention, impl='reference', return_lse=True), *arrays, **options)
+    got = gradients(functools.partial(mosaic_tpu.attend, sides=sides), **options)(*arrays)
+    want = oracle(**options)(*arrays)
     close(got[0], want[0], FLOAT32)
     close(got[1], want[1], FLOAT32_GRAD)
 
 
-DOCUMENTS = np.repeat([[1, 2, 0, 3]], 50, 1)[:, :200]  # a hidden document: rows and keys that see nothing
+@functools.cache
+def by_rows():
+    """The kernel's gradients and the oracle's of a call with all that scales by rows; 100 to 149 is a hidden document."""
+    options = {
+        'mask': masks.causal() & masks.window(90) & masks.segments(np.repeat([[1, 2, 0, 3]], 50, 1)),
+        'score': scores.alibi(jnp.array([0.1, 0.3])) >> scores.bias(draw(1, 2, 200, 1)) >> scores.softcap(3.0),
+        'sinks': jnp.array([0.5, -1.0]),
+        'dropout': Dropout(0.2, 7),
+    }
+    return gradients(functools.partial(mosaic_tpu.attend, sides=(128, 256, 128)), **options), oracle(**options)
 
 
 def test_attention_with_everything_that_scales_by_rows(interpreted):
     """Documents, window, row and head operands, softcap, sinks, dropout, grouped heads, ragged lengths, keys in parts."""
-    score = scores.alibi(jnp.array([0.1, 0.3])) >> scores.bias(draw(1, 2, 200, 1)) >> scores.softcap(3.0)
-    mask = masks.causal() & masks.window(90) & masks.segments(DOCUMENTS)
-    check(
-        attention(200, 200), (128, 256, 128), mask=mask, score=score, sinks=jnp.array([0.5, -1.0]), dropout=Dropout(0.2, 7)
-    )  # fmt: skip
+    got, want = (run(*attention(200, 200)) for run in by_rows())
+    close(got[0], want[0], FLOAT32)
+    close(got[1], want[1], FLOAT32_GRAD)
+
+
+def test_attention_keeps_poison_in_its_place(interpreted):
+    """NaN and Inf where nothing looks change nothing, in values too; where a row looks, that row is NaN."""
+    ours, reference = by_rows()
+    q, k, v, w = attention(200, 200)
+    bad = q.at[:, 3].set(jnp.nan), k.at[:, 110].set(jnp.inf), v.at[:, 120].set(jnp.nan).at[:, 190].set(jnp.nan)
+    poisoned = np.isin(np.arange(200), [3, *range(190, 200)])
+    w = w.at[:, poisoned].set(0)  # the poisoned rows have no cotangent
+    ((out, lse), grads), (want, want_grads) = ours(*bad, w), reference(q, k, v, w)
+    assert np.isnan(out[:, poisoned]).all() and np.isnan(lse[:, :, poisoned]).all()
+    close((out[:, ~poisoned], lse[:, :, ~poisoned]), (want[0][:, ~poisoned], want[1][:, :, ~poisoned]), FLOAT32)
+    close(grads, want_grads, FLOAT32_GRAD)
 
 
 def test_attention_with_strip_and_empty_tiles(interpreted):
@@ -100,23 +125,6 @@ def test_attention_with_dense_operands(interpreted):
     visible[..., 5, :] = False
     score = scores.bias(draw(1, 1, 130, 200)) >> scores.bias(draw(1, 2, 1, 200))
     check(attention(130, 200), (256, 256, 128), mask=masks.array(visible), score=score)
-
-
-def test_attention_keeps_poison_in_its_place(interpreted):
-    """NaN and Inf where nothing looks change nothing, in values too; where a row looks, that row is NaN."""
-    q, k, v, w = attention(200, 200)
-    seen = masks.causal() & masks.padding(jnp.array([150]))
-    bad = q.at[:, 3].set(jnp.nan), k.at[:, 170].set(jnp.inf), v.at[:, 180].set(jnp.nan)
-    w = w.at[:, 3].set(0)  # the poisoned row has no cotangent
-    attend = functools.partial(mosaic_tpu.attend, sides=(128, 128, 128), mask=seen)
-    out, lse = attend(*bad)
-    assert np.isnan(out[:, 3]).all() and np.isnan(lse[:, :, 3]).all()
-    want = softmax_attention(q, k, v, mask=seen, impl='reference')
-    others = np.arange(200) != 3
-    np.testing.assert_allclose(out[:, others], want[:, others], atol=FLOAT32 * 4)
-    got = jax.grad(lambda *a: (attend(*a)[0] * w)[:, others].sum(), (0, 1, 2))(*bad)
-    want = jax.grad(lambda *a: (softmax_attention(*a, mask=seen, impl='reference') * w)[:, others].sum(), (0, 1, 2))(q, k, v)
-    close(got, want, FLOAT32_GRAD)
 
 
 @pytest.mark.parametrize('traced', [False, True])
@@ -167,27 +175,27 @@ def test_recurrences(interpreted, name, decay, nats, chunk):
     if decay == 'token':
         arrays['log_decay'] = arrays['log_decay'].at[0, 7].set(-jnp.inf)
     ids = recurrences.segments(0, B=1, T=40) if decay in ('token', 'channel') else None
-    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
-
-    def loss(arrays):
-        outputs = op(**arrays, segment_ids=ids, scale=0.5, chunk=chunk)
-        return recurrences.total(*outputs), outputs
-
-    got = jax.jit(lambda a: jax.grad(loss, has_aux=True)(a)[::-1])(arrays)
+    got = recurrence(name, chunk)(arrays, ids, jnp.arange(40))
     want = recurrences.gradients(name, 'reference', scale=0.5)(arrays, ids)
     close(got[0], want[0], FLOAT32)
     close(got[1], want[1], FLOAT32_GRAD)
 
 
+@functools.cache
+def recurrence(name, chunk):
+    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
+    return recurrences.over_rows(functools.partial(op, scale=0.5, chunk=chunk))
+
+
 @pytest.mark.parametrize(('name', 'decay'), [('gated_linear', 'channel'), ('delta_rule', 'token')])
 def test_documents_keep_their_poison(interpreted, name, decay):
-    op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
-    recurrences.assert_documents_keep_their_poison(name, decay, functools.partial(op, chunk=16), FLOAT32_GRAD)
+    recurrences.assert_documents_keep_their_poison(name, decay, recurrence(name, 16), FLOAT32_GRAD)
 
 
 @pytest.mark.parametrize('T', [1, 3])
-def test_paged_attention(interpreted, T):
+def test_paged_attention(interpreted, monkeypatch, T):
     """Ragged lengths down to 0, pages in any order, NaN in unused slots and pages, window, softcap, sinks, grouped heads."""
+    monkeypatch.setattr(paged_tpu, 'KEYS', 32)  # two pages a step, three steps
     r = np.random.default_rng(0)
     B, N, K, H, size, count = 4, 4, 2, 16, 16, 6
     lengths = np.array([0, 5, 40, 96], np.int32)
@@ -201,9 +209,10 @@ def test_paged_attention(interpreted, T):
     mask = masks.causal(queries, np.tile(np.arange(count * size), (B, 1)))
     mask = mask & masks.window(50, queries, np.tile(np.arange(count * size), (B, 1)))
     options = {'mask': mask, 'score': scores.softcap(2.0), 'sinks': sinks, 'impl': 'reference', 'return_lse': True}
-    want = softmax_attention(q, *dense, **options)
+    want = jax.jit(functools.partial(softmax_attention, **options))(q, *dense)
     for impl in ('mosaic_tpu', 'xla', 'reference'):
-        close(paged_attention(q, k, v, pages, lengths, window=50, softcap=2.0, sinks=sinks, impl=impl), want, FLOAT32)
+        run = functools.partial(paged_attention, window=50, softcap=2.0, sinks=sinks, impl=impl)
+        close(jax.jit(run)(q, k, v, pages, lengths), want, FLOAT32)
 
 
 @pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
@@ -211,7 +220,7 @@ def test_a_recurrent_step(interpreted, name):
     """One token, from a state to the next."""
     arrays = recurrences.inputs(name, T=1, N=4, K=4, H=16, Hv=8, dtype=np.float32)
     op = {'gated_linear': linear.gated_linear, 'delta_rule': delta.delta_rule}[name]
-    close(op(**arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
+    close(jax.jit(lambda arrays: op(**arrays))(arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
 
 
 BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
@@ -268,31 +277,29 @@ def test_auto_on_tpu_takes_the_kernels():
 # Compiled by libtpu, in a child process: it ends the process on some errors.
 
 
-def compiled(topology, *arguments):
+def compiled(*arguments):
     if reason := libtpu.missing():
         pytest.skip(reason)
-    command = [sys.executable, '-m', 'pallas_kernels.aot_tpu', 'compile', f'--topology={topology}', *arguments]
+    command = [sys.executable, '-m', 'pallas_kernels.aot_tpu', 'compile', *arguments]
     env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''}
     out = subprocess.run(command, capture_output=True, text=True, env=env)
     results = [json.loads(line) for line in out.stdout.splitlines() if line.startswith('{')]
     assert results and out.returncode == 0, f'{results}\n{out.stderr[-2000:]}'
     for result in results:
         assert result['good'], result
+    return results
 
 
-@pytest.mark.parametrize(
-    'topology, words',
-    [('v5e:1x1', 'small tiles'), ('v5p:1x1x1', 'gated_linear token'), ('v6e:1x1', 'delta_rule token')],
-)
-def test_compiles(topology, words):
+def test_compiles():
     """One case a chip; each holds two kernels and no array of T x S."""
-    compiled(topology, words)
+    results = compiled('--in-turn', 'small tiles', 'gated_linear token', 'delta_rule token')
+    assert [result['topology'] for result in results] == [*aot_tpu.TOPOLOGIES]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('topology', aot_tpu.TOPOLOGIES)
 def test_everything_compiles(topology):
-    compiled(topology, '--slow')
+    compiled(f'--topology={topology}', '--slow')
 
 
 FORWARD = {

@@ -18,6 +18,7 @@ from tests.attnx.ops.recurrences import (
     gradients,
     inputs,
     op,
+    over_rows,
     second_derivatives,
     segments,
     split_and_carry,
@@ -243,4 +244,5 @@ def test_bad_input(change, message):
 
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_documents_keep_their_poison(decay):
-    assert_documents_keep_their_poison(NAME, decay, functools.partial(op(NAME), impl='xla'), tolerances.FLOAT32_GRAD)
+    run = over_rows(functools.partial(op(NAME), impl='xla'))
+    assert_documents_keep_their_poison(NAME, decay, run, tolerances.FLOAT32_GRAD)
