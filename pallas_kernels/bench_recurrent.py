@@ -1,14 +1,17 @@
 """Gate and clock of the recurrent kernels, beside flash-linear-attention where it is installed.
 
-    python -m pallas_kernels.bench_recurrent [words] [--json FILE] [--with MODULE:FUNCTION] [--patience S] [--no-gate]
+    python -m pallas_kernels.bench_recurrent [words] [options]
+
+Options: --json FILE, --with MODULE:FUNCTION, --patience S, --gate CASE, --no-gate.
 
 Words keep the rows whose name contains one of them, in the words' order. `--with attnx.ops.{op}:xla` adds an implementation,
-{op} standing for gated_linear or delta_rule, to the rows of no more than 16,384 tokens. The gate, first, is that of
-`gated_linear.check` and `delta_rule.check`. Then a few processes each compile a row, take the only lock, time it and say so; no
-row waits for another. The one of PyTorch does likewise; what Triton chooses from is compiled beforehand by processes of less
-priority, each a part, which run it once. The peer `softmax` is the causal softmax kernel, `copy` a copy of the state. Prints a
-JSON line a figure as soon as it is known, also to FILE, and at last a table; milliseconds are medians, `kernels` their parts by
-CUPTI. Rows that are not begun within S seconds are left out.
+{op} standing for gated_linear or delta_rule; one that names its op goes to that op's rows, one that is no kernel to rows of no
+more than 16,384 tokens. The gate, first, is that of `gated_linear.check` and `delta_rule.check`, where they have rows, and of
+kernels that are added; of all cases, or those that contain CASE. Then a few processes each compile a row, take the only lock,
+time it and say so; no row waits for another. The one of PyTorch does likewise; what Triton chooses from is compiled beforehand
+by processes of less priority, each a part, which run it once. The peer `softmax` is the causal softmax kernel, `copy` a copy of
+the state. Prints a JSON line a figure as soon as it is known, also to FILE, and at last a table; milliseconds are medians,
+`kernels` their parts by CUPTI. Rows that are not begun within S seconds are left out.
 """
 
 import argparse
@@ -22,6 +25,7 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -124,6 +128,24 @@ def parts(function, args) -> dict | None:
     return dict(sorted(total.items(), key=lambda x: -x[1])[:14])
 
 
+def named(extra, op: str) -> list[str]:
+    """Of the implementations that are added, those of `op`."""
+    others = {LINEAR, DELTA} - {op}
+    return [spec.format(op=op) for spec in extra if not others & set(re.split('[.:]', spec))]
+
+
+def ours(spec: str) -> bool:
+    return spec.startswith('pallas_kernels.')
+
+
+def gates(rows, words, extra) -> list[list[str]]:
+    """The gates' processes: of the kernels of the rows' ops, and of kernels that are added."""
+    added = lambda op: [[f'kernel={spec}'] for spec in named(extra, op) if ours(spec)]
+    ops = dict.fromkeys(row.op for row in rows)
+    each = [(f'pallas_kernels.{op}.check', *words, *kernel) for op in ops for kernel in ([], *added(op))]
+    return [[*command, f'{i}/{SHARDS}'] for i in range(SHARDS) for command in each]
+
+
 def implementation(row: Row, peer: str):
     """The function that `peer` names, with the op's arguments."""
     if peer == 'softmax':
@@ -134,7 +156,7 @@ def implementation(row: Row, peer: str):
     if peer == 'copy':
         return lambda *_, initial_state: (initial_state[0, 0, 0, 0], initial_state * 0.5)
     spec = f'pallas_kernels.{row.op}.mosaic_gpu:{row.op}' if peer == 'ours' else peer
-    module, _, function = spec.format(op=row.op).partition(':')
+    module, _, function = spec.partition(':')
     return getattr(importlib.import_module(module), function)
 
 
@@ -199,7 +221,7 @@ def measured(built, row, peer) -> dict:
             figure[f'{key}_error'] = found
             continue
         figure[f'{key}_ms'] = guarded(lambda f=found: round(clock(*f), 4))
-        if row.B == 1 or peer not in ('ours', 'copy'):
+        if row.B == 1 or not (peer in ('ours', 'copy') or ours(peer)):
             continue
         figure[f'{key}_kernels'] = found = guarded(lambda f=found: parts(*f))
         if row.copied and isinstance(found, dict) and sum(found.values()):
@@ -409,6 +431,7 @@ def main(argv=None):
     parser.add_argument('--json', metavar='FILE', help='a JSON line a figure')
     parser.add_argument('--patience', type=float, default=600.0)
     parser.add_argument('--with', dest='extra', action='append', default=[])
+    parser.add_argument('--gate', metavar='WORD', action='append', default=[])
     parser.add_argument('--no-gate', action='store_true')
     parser.add_argument('--no-torch', action='store_true')
     for option in ('--worker', '--torch', '--lock', '--deadline'):
@@ -423,11 +446,12 @@ def main(argv=None):
         return run_torch(rows, args.lock, deadline) if args.torch == 'time' else compile_torch(rows, deadline, args.torch)
     results, good = Results(args.json), True
     if not args.no_gate:
-        for process in [start(f'pallas_kernels.{op}.check', f'{i}/{SHARDS}') for i in range(SHARDS) for op in (LINEAR, DELTA)]:
+        for process in [start(*command) for command in gates(rows, args.gate, args.extra)]:
             read(process, results)
             good &= process.returncode == 0
         deadline = time.time() + args.patience
-    others = lambda row: args.extra if row.B * row.T <= 2**14 and 'softmax' not in row.peers else ()
+    small = lambda row: row.B * row.T <= 2**14
+    others = lambda row: [x for x in named(args.extra, row.op) if small(row) or ours(x)] if 'softmax' not in row.peers else []
     jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
     beside = [r for r in rows if r.backward and not r.peers]
     with tempfile.TemporaryDirectory() as folder:

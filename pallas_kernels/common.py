@@ -70,6 +70,12 @@ def exp2(x, columns: int):
     return jnp.concatenate([y, jnp.exp2(x[:, columns:])], axis=1) if columns < x.shape[1] else y
 
 
+def power_of_two(x):
+    """2^x of whole float32 numbers, exactly; 0 below -126, 2^127 above that."""
+    exponent = jnp.minimum(jnp.maximum(x, -127.0), 127.0).astype(jnp.int32) + 127
+    return jax.lax.bitcast_convert_type(exponent << 23, jnp.float32)
+
+
 def opaque_zero():
     """An int32 zero that the compiler cannot see through.
 

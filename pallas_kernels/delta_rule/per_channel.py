@@ -44,7 +44,7 @@ def _prepare(interpret, q, k, beta, log_decay, segment_ids, V):
     return cut, query, reads, enters, write, reach, factor
 
 
-def _by_chunks(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+def _by_chunks(static, _, q, k, v, beta, log_decay, initial_state, segment_ids):
     scale, interpret = static
     (_, T, _, K), V = k.shape, v.shape[3]
     cut, query, reads, _, write, _, _ = _prepare(interpret, q, k, beta, log_decay, segment_ids, V)
@@ -54,7 +54,7 @@ def _by_chunks(static, q, k, v, beta, log_decay, initial_state, segment_ids):
     return cut.join(out)[:, :T, :, :V], cut.join(states, 2)[:, :, -1, :K, :V]
 
 
-def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do, dlast):
+def _gradients(static, _, q, k, v, beta, log_decay, initial_state, segment_ids, do, dlast):
     scale, interpret = static
     (_, T, heads, K), V = k.shape, v.shape[3]
     cut, query, reads, enters, write, reach, factor = _prepare(interpret, q, k, beta, log_decay, segment_ids, V)
@@ -96,4 +96,4 @@ def _gradients(static, q, k, v, beta, log_decay, initial_state, segment_ids, do,
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0
 
 
-per_channel = channel.either(_by_chunks, _by_pairs, _gradients)
+per_channel = channel.either(channel.on_its_own, _by_chunks, _by_pairs, _gradients)

@@ -1,11 +1,11 @@
 """The correctness gate of the gated linear kernel.
 
-    python -m pallas_kernels.gated_linear.check [words] [i/n] [form=MODULE:FUNCTION]
+    python -m pallas_kernels.gated_linear.check [words] [i/n] [form=MODULE:FUNCTION] [kernel=MODULE:FUNCTION]
 
 The kernel's outputs, last state and every gradient are compared with a token-by-token recurrence in float64, and a second run
 must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, for results in float32
 `FLOORS` too. That form is the same recurrence in float32, or the one named, such as `form=attnx.ops.gated_linear:xla`. Errors
-beyond twice the form's are marked with `!`.
+beyond twice the form's are marked with `!`. `kernel` names another kernel of the op, to be checked instead.
 """
 
 import dataclasses
@@ -98,7 +98,9 @@ CASES = [
     Case('per channel, resets', T=1000, decay='channel', resets=0.02),
     Case('per channel, in pieces', T=4096, decay='channel', strength=(0.0, 0.02), resets=0.0005),
     Case('per channel, widths 256, 128', T=200, K=256, V=128, decay='channel'),
+    Case('per channel, near the span', T=300, decay='channel', strength=(1.9, 2.05)),
     Case('per channel, strong', T=300, decay='channel', strength=(0.0, 50.0)),
+    Case('per channel, -50', T=300, decay='channel', strength=(49.9, 50.0)),
     Case('per channel, widths 64, 128', T=200, K=64, V=128, decay='channel'),
     Case('strong', T=1000, strength=(0.0, 50.0)),
     Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
@@ -126,9 +128,9 @@ def gradients(function, arrays, ids, cotangents, scale, wide=None, names=NAMES):
     return {'out': out, 'state': state, **{f'd{n}': g for n, g in zip(names, grads) if g is not None}}
 
 
-def check(case: Case, interpret=False, form=None) -> tuple[bool, dict]:
+def check(case: Case, interpret=False, form=None, kernel=mosaic_gpu.gated_linear) -> tuple[bool, dict]:
     """(passes, {result: (error, error of the float32 form)})."""
-    return compare(mosaic_gpu.gated_linear, oracle, case, NAMES, FLOORS, interpret, form)
+    return compare(kernel, oracle, case, NAMES, FLOORS, interpret, form)
 
 
 def compare(kernel, oracle, case, names, floors, interpret, form):
@@ -160,18 +162,22 @@ def compare(kernel, oracle, case, names, floors, interpret, form):
     return good, errors
 
 
+def function_of(spec: str):
+    """MODULE:FUNCTION."""
+    module, _, name = spec.partition(':')
+    return getattr(importlib.import_module(module), name)
+
+
 def main(words, cases, check):
     """Checks the cases that contain one of the words; of these, where a word is i/n, every n-th from the i-th on."""
     shard = next((w for w in words if re.fullmatch(r'\d+/\d+', w)), '0/1')
-    form = next((w for w in words if w.startswith('form=')), '')
-    words = [w for w in words if w not in (shard, form)]
-    module, _, name = form.removeprefix('form=').partition(':')
-    form = getattr(importlib.import_module(module), name) if name else None
+    named = {key: function_of(spec) for key, spec in (w.split('=') for w in words if '=' in w)}
+    words = [w for w in words if w != shard and '=' not in w]
     first, every = map(int, shard.split('/'))
     failed = 0
     for case in [c for c in cases if not words or any(w in c.name for w in words)][first::every]:
         try:
-            good, errors = check(case, form=form)
+            good, errors = check(case, **named)
             text = ' '.join(f'{n} {e:.1e}/{p:.1e}{"!" * (e > FACTOR * p)}' for n, (e, p) in errors.items())
         except Exception as error:
             good, text = False, f'{type(error).__name__}: {str(error)[:300]}'

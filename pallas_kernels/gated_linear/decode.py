@@ -2,8 +2,8 @@
 
     S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
 
-One warpgroup a head and 64 columns of v. The copy engine brings the state to shared memory and takes it back; the arithmetic
-is float32 throughout, so that nothing here is less exact than the XLA form.
+One warpgroup a head and some columns of v. The copy engine brings the state to shared memory and takes it back, whole or, in
+the candidate, 64 rows at a time; the arithmetic is float32 throughout, so that nothing here is less exact than the XLA form.
 """
 
 import functools
@@ -17,8 +17,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
 
-SQUARE = (64, 64)
-block = lambda i: pl.ds(i * 64, 64)
+COLUMNS = {'proven': 64, 'candidate': 32}  # of v that a block computes
+LN2 = 0.693145751953125, 1.42860677e-6  # their sum; of the first, multiples to 2^8 are exact
+block = lambda i, size=64: pl.ds(i * size, size)
+f32 = lambda x: None if x is None else x.astype(jnp.float32)
 
 
 def one_token(static, query, key, value, beta, log_decay, initial_state):
@@ -41,30 +43,31 @@ def step(static, query, key, value, beta, log_decay, state):
     """out [B, N, V] in value's dtype and the new state.
 
     Args:
-      static: (scale, interpret).
+      static: (scale, version, interpret).
       query, key: [B, heads, K], heads divide N.
       value: [B, N, V].
       beta: [B, N], or None for the gated linear recurrence.
       log_decay: None, [N], [B, N] or [B, N, K], natural log.
       state: float32 [B, N, K, V], K and V multiples of 64.
     """
-    scale, interpret = static
+    scale, version, interpret = static
     (B, N, V), K = value.shape, key.shape[2]
-    groups = N // key.shape[1]
-    f32 = lambda x: None if x is None else x.astype(jnp.float32)
-    decay = None if log_decay is None else jnp.exp(f32(log_decay))
-    if decay is not None and decay.ndim == 1:
-        decay = jnp.broadcast_to(decay, (B, N))
-    depth = K // 64
+    groups, depth, columns = N // key.shape[1], K // 64, COLUMNS[version]
+    tile = 64, columns
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (B, N))
 
-    def kernel(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bar):
+    def load(ref, head, at, layout):
+        return f32(plgpu.load(ref.at[lax.axis_index('b'), head, at], layout=layout, optimized=False))
+
+    def rows(ref, i, head):
+        return common.row(load(ref, head, block(i), ROW), tile)
+
+    def proven(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bar):
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
-        cols = block(part)
+        cols, shared = block(part), h // groups
         plgpu.copy_gmem_to_smem(state_ref.at[b, h, :, cols], s_smem, bar)
-        load = lambda ref, head, at, layout: f32(plgpu.load(ref.at[b, head, at], layout=layout, optimized=False))
-        rows = lambda ref, i, head: common.row(load(ref, head, block(i), ROW), SQUARE)
-        shared = h // groups
-        u, nothing = load(v_ref, h, cols, COL), common.filled(64, 0.0, COL)
+        u, nothing = load(v_ref, h, cols, COL), common.filled(columns, 0.0, COL)
         plgpu.barrier_wait(bar)
 
         def before(i):
@@ -78,7 +81,7 @@ def step(static, query, key, value, beta, log_decay, state):
             u = (u - lax.fori_loop(0, depth, predict, nothing)) * beta_ref[b, h]
 
         def write(i, out):
-            new = before(i) + rows(k_ref, i, shared) * common.col(u, SQUARE)
+            new = before(i) + rows(k_ref, i, shared) * common.col(u, tile)
             s_smem.at[block(i)][...] = new
             return out + (new * rows(q_ref, i, shared)).sum(axis=0)
 
@@ -88,21 +91,69 @@ def step(static, query, key, value, beta, log_decay, state):
         out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
         plgpu.wait_smem_to_gmem(0)
 
-    kernel.__name__ = 'one_token'  # what profilers show
+    def candidate(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bars):
+        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
+        cols, shared = block(part, columns), h // groups
+        for i in range(depth):
+            plgpu.copy_gmem_to_smem(state_ref.at[b, h, block(i), cols], s_smem.at[i], bars.at[i])
+        u, nothing = load(v_ref, h, cols, COL), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), TILE)
+        whole = None if decay_ref is None or len(decay_ref.shape) == 3 else _exp(decay_ref[b, h])
+
+        def before(i, arriving):
+            decay = _exp(rows(decay_ref, i, h)) if whole is None and decay_ref is not None else whole
+            key = rows(k_ref, i, shared)
+            if arriving:  # what is loaded above comes meanwhile
+                plgpu.barrier_wait(bars.at[i])
+            x = plgpu.load(s_smem.at[i], layout=TILE)
+            return x if decay is None else x * decay, key
+
+        if beta_ref is not None:
+
+            def predict(i, total):
+                x, key = before(i, True)
+                return total + x * key
+
+            u = (u - lax.fori_loop(0, depth, predict, nothing).sum(axis=0)) * beta_ref[b, h]
+
+        def write(i, out):
+            query = rows(q_ref, i, shared)
+            x, key = before(i, beta_ref is None)
+            new = x + key * common.col(u, tile)
+            s_smem.at[i][...] = new
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(s_smem.at[i], new_ref.at[b, h, block(i), cols])
+            return out + new * query
+
+        out = lax.fori_loop(0, depth, write, nothing).sum(axis=0)
+        out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    if version == 'proven':
+        body, decay, space = proven, None if log_decay is None else jnp.exp(f32(log_decay)), (K, columns)
+    else:
+        body, decay, space = candidate, f32(log_decay), (depth, 64, columns)
+    body.__name__ = 'one_token'  # what profilers show
     return plgpu.kernel(
-        kernel,
+        body,
         out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
-        scratch_types=(common.swizzled((K, 64), jnp.float32), plgpu.Barrier()),
-        grid=(B, N, V // 64),
+        scratch_types=(common.swizzled(space, jnp.float32), plgpu.Barrier(num_barriers=depth if body is candidate else 1)),
+        grid=(B, N, V // columns),
         grid_names=('b', 'h', 'v'),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(query, key, value, f32(beta), decay, state)
 
 
+def _exp(x):
+    """exp to float32: its approximation is given what is left of whole powers of two."""
+    x = jnp.maximum(x, -104.0)  # below, it is 0 in float32
+    whole = jnp.round(x * common.LOG2E)
+    return common.power_of_two(whole) * jnp.exp2(((x - whole * LN2[0]) - whole * LN2[1]) * common.LOG2E)
+
+
 def plain(static, query, key, value, beta, log_decay, state):
     """The same without a kernel, for derivatives."""
-    scale, _ = static
+    scale, *_ = static
     wide = lambda x: jnp.repeat(x.astype(jnp.float32), value.shape[1] // x.shape[1], 1)
     q, k, u = scale * wide(query), wide(key), value.astype(jnp.float32)
     if log_decay is not None:

@@ -100,6 +100,7 @@ def gated_linear(
     segment_ids=None,
     scale=None,
     chunk=None,
+    version='proven',
     interpret=False,
 ):
     """Linear attention with decay.
@@ -111,6 +112,7 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
+      version: 'proven', or 'candidate': what is to pass the gate on a GPU and then to be all there is.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -122,14 +124,19 @@ def gated_linear(
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
+        return decode.one_token((scale, version, interpret), query, key, value, None, log_decay, initial_state)
     run = _gated_linear
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
+        from pallas_kernels.gated_linear import per_channel  # it stands on this module
+
+        run = per_channel.VERSIONS[version]
     if segment_ids is None or interpret:
         return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
     run = functools.partial(_without_beta, run, (scale, interpret))
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
+
+
+candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):

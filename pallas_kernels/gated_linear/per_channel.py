@@ -19,6 +19,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear import mosaic_gpu as shared
+from pallas_kernels.gated_linear import scaling
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
@@ -26,15 +27,18 @@ choose = jax.lax.cond  # on the device
 PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
-def either(by_chunks, by_pairs, gradients):
+def either(ready, by_chunks, by_pairs, gradients):
     """f(static, q, k, v, .., log_decay, initial_state, segment_ids) -> (out, last state), as `by_chunks` or `by_pairs` has it.
 
-    gradients(static, *args, do, dlast): those of `by_chunks`, in the order of all arguments but the last.
+    ready(static, backward, *args): whether `by_chunks` is to run, and what it and `gradients` take before the arguments.
+    gradients(static, made, *args, do, dlast): those of `by_chunks`, in the order of all arguments but the last.
     """
 
     @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
     def run(static, *args):
-        return choose(fits(args[-3]), lambda a: by_chunks(static, *a), lambda a: by_pairs(static, *a), args)
+        fits, made = ready(static, False, *args)
+        fast = lambda made, a: by_chunks(static, made, *a)
+        return choose(fits, fast, lambda _, a: by_pairs(static, *a), made, args)
 
     def forward(static, *args):
         args = jax.tree.map(lambda x: x.value, args, is_leaf=shared.is_primal)
@@ -47,16 +51,22 @@ def either(by_chunks, by_pairs, gradients):
         if isinstance(dlast, SymbolicZero):
             dlast = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], v.shape[3]), jnp.float32)
 
-        def slow(args, do, dlast):
+        def slow(_, args, do, dlast):
             *floats, ids = args
             _, pull = jax.vjp(lambda *a: by_pairs(static, *a, ids), *floats)
             return pull((do, dlast))
 
-        fast = lambda args, do, dlast: gradients(static, *args, do, dlast)
-        return *choose(fits(args[-3]), fast, slow, args, do, dlast), None
+        fits, made = ready(static, True, *args)
+        fast = lambda made, args, do, dlast: gradients(static, made, *args, do, dlast)
+        return *choose(fits, fast, slow, made, args, do, dlast), None
 
     run.defvjp(forward, backward, symbolic_zeros=True)
     return run
+
+
+def on_its_own(static, backward, *args):
+    """`ready` for forms that make what they need where they run."""
+    return fits(args[-3]), None
 
 
 def _steps(log_decay):
@@ -99,39 +109,46 @@ def _exp2(coarse, fine):
 
 def decay_gradient(each, anchors, segment_ids):
     """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
-    (B, T, N, H), groups = each.shape, anchors.shape[1] - 1
+    return chained(_within(each, segment_ids), anchors, segment_ids, each.shape[1])
+
+
+def _within(each, segment_ids):
+    """The sum of each token and of those after it in its chunk, up to a reset: [B, whole chunks, N, H]."""
     later = np.triu(np.ones((CHUNK, CHUNK)))
-    silence = None
     if segment_ids is not None:
-        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, groups * shared.GROUP * CHUNK - T)])
-        reset = reset.reshape(B, -1, CHUNK).astype(jnp.int32)
+        reset = jnp.pad(_resets(segment_ids), [(0, 0), (0, -each.shape[1] % CHUNK)]).reshape(len(each), -1, CHUNK)
         count = jnp.cumsum(reset, 2)
         later = (later > 0) & ((count - reset)[..., :, None] == count[..., None, :])
-        silence = (count[..., -1:] - count + reset).reshape(B, groups, shared.GROUP, CHUNK, 1, 1)
-    each = jnp.pad(each, [(0, 0), (0, groups * shared.GROUP * CHUNK - T), (0, 0), (0, 0)])
-    within = _sums(each.reshape(B, -1, CHUNK, N, H), later).reshape(B, groups, shared.GROUP, CHUNK, N, H)
+    sums = _sums(_chunked(each), later)
+    return sums.reshape(len(each), -1, *each.shape[2:])
+
+
+def _resets(segment_ids):
+    """1 where a document begins: int32 [B, T]."""
+    return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)]).astype(jnp.int32)
+
+
+def chained(within, anchors, segment_ids, T: int):
+    """`decay_gradient` of T tokens from their sums `_within` chunks."""
+    (B, _, N, H), groups = within.shape, anchors.shape[1] - 1
+    size = groups * shared.GROUP * CHUNK
+    within = jnp.pad(within, [(0, 0), (0, size - within.shape[1]), (0, 0), (0, 0)])
+    within = within.reshape(B, groups, shared.GROUP, CHUNK, N, H)
+    silence, heard = None, jnp.ones((B, groups, shared.GROUP * CHUNK), bool)
+    if segment_ids is not None:
+        reset = jnp.pad(_resets(segment_ids), [(0, 0), (0, size - T)])
+        count = jnp.cumsum(reset.reshape(B, groups, shared.GROUP, CHUNK), 3)
+        silence = (count[..., -1:] - count + reset.reshape(count.shape))[..., None, None]
+        heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
     following, chunks = anchors[:, 1:], []
     for c in reversed(range(shared.GROUP)):
         felt = following[:, :, None]
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
     each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
-    heard = jnp.ones((B, groups, shared.GROUP * CHUNK), bool)
-    if silence is not None:
-        heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
     each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * shared.bridge(heard, T)[..., None, None]
     each = each.reshape(B, -1, N, H)[:, :T]
-    return each if silence is None else jnp.where(reset.reshape(B, -1)[:, :T, None, None] > 0, 0.0, each)
-
-
-def _prepare(q, k, v, log_decay, segment_ids):
-    groups = v.shape[2] // k.shape[2]
-    wide = lambda x: jnp.repeat(x, groups, 2).astype(jnp.float32)
-    factor, between = factors(log_decay)
-
-    resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
-    terms = functools.partial(split, dtype=q.dtype, terms=3)
-    return terms(wide(q) * factor), terms(wide(k) / factor), shared.pad(v), resets, factor, between
+    return each if segment_ids is None else jnp.where(_resets(segment_ids)[..., None, None] > 0, 0.0, each)
 
 
 def split(x, dtype, terms=2) -> tuple:
@@ -144,39 +161,70 @@ def split(x, dtype, terms=2) -> tuple:
     return tuple(found)
 
 
-def _by_chunks(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, interpret = static
-    qd, kd, v8, resets, _, between = _prepare(q, k, v, log_decay, segment_ids)
+def _wide(x, heads):
+    return jnp.repeat(x, heads // x.shape[2], 2).astype(jnp.float32)
+
+
+def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
+    """made: terms of q' and of k', exp(E/2)."""
+    (scale, interpret), (qd, kd, between) = static, made
+    resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = shared.run(qd[0], kd, v8, resets, state, scales=between, scale=scale, interpret=interpret)
+    out, states, _ = shared.run(qd[0], kd, shared.pad(v), resets, state, scales=between, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
-def _gradients(static, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
-    scale, interpret = static
+def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
+    """back: (static, q, k, log_decay, segment_ids, dq', dk', own) -> dq, dk and what `chained` takes, by the heads of v."""
+    (scale, interpret), (qd, kd, between) = static, made
     (_, T, heads, K), V = k.shape, v.shape[3]
-    qd, kd, v8, resets, factor, between = _prepare(q, k, v, log_decay, segment_ids)
+    resets = shared.cumulative(shared.steps(None, segment_ids), T)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
-    dstate, do8 = shared.pad_state(dlast) / scale, shared.pad(do)
+    dstate, do8, v8 = shared.pad_state(dlast) / scale, shared.pad(do), shared.pad(v)
     run = functools.partial(shared.run, scales=between, scale=scale, grouped=True, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
     dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state))
     dv, dstates, _ = run(kd[0], qd, do8, resets, dstate, reverse=True)
     dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), reverse=True)
-    dq, dk = factor * dqd[:, :T, :, :K], dkd[:, :T, :, :K] / factor
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
-    own = scale * (v.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1, keepdims=True)
-    q_wide, k_wide = (jnp.repeat(x, v.shape[2] // heads, 2).astype(jnp.float32) for x in (q, k))
-    each = q_wide * dq - k_wide * dk
-    dq = shared.over_groups(dq + own * k_wide, heads).astype(q.dtype)
-    dk = shared.over_groups(dk + own * q_wide, heads).astype(k.dtype)
+    own = scale * (v8.astype(jnp.float32) * do8.astype(jnp.float32)).sum(-1)
+    dq, dk, within = back(static, q, k, log_decay, segment_ids, dqd, dkd, own)
+    dq, dk = (shared.over_groups(x, heads).astype(like.dtype) for x, like in ((dq, q), (dk, k)))
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
-    dlog_decay = decay_gradient(each, anchors, segment_ids).astype(log_decay.dtype)
+    dlog_decay = chained(within, anchors, segment_ids, T).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
+
+
+def _scaled_by_xla(q, k, v, log_decay, *_):
+    factor, between = factors(log_decay)
+    terms = functools.partial(split, dtype=q.dtype, terms=3)
+    return terms(_wide(q, v.shape[2]) * factor), terms(_wide(k, v.shape[2]) / factor), between
+
+
+def _unscaled_by_xla(static, q, k, log_decay, segment_ids, dq, dk, own):
+    (_, T, N, K), (factor, _) = log_decay.shape, factors(log_decay)
+    dq, dk, own = factor * dq[:, :T, :, :K], dk[:, :T, :, :K] / factor, own[:, :T, :, None]
+    q, k = _wide(q, N), _wide(k, N)
+    return dq + own * k, dk + own * q, _within(q * dq - k * dk, segment_ids)
+
+
+def _scaled(static, backward, q, k, v, log_decay, initial_state, segment_ids):
+    """`ready` by a kernel: the factors fit where the bound on them says so."""
+    wanted = (shared.pad(q), 1, 3 if backward else 1), (shared.pad(k), -1, 3)
+    (qd, kd), between, bound = scaling.scaled(shared.pad(log_decay), wanted, interpret=static[1])
+    return bound.min() >= -SPAN, (qd, kd, between)
+
+
+def _unscaled(static, q, k, log_decay, segment_ids, dq, dk, own):
+    T = q.shape[1]
+    resets = None if segment_ids is None else jnp.pad(_resets(segment_ids), [(0, 0), (0, -T % CHUNK)])
+    q, k, log_decay = map(shared.pad, (q, k, log_decay))
+    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[1])
+    return dq[:, :T], dk[:, :T], within
 
 
 def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
@@ -221,4 +269,26 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     return jnp.moveaxis(out, (0, 1, 3), (1, 2, 4)).reshape(B, -1, N, V)[:, :T], state
 
 
-per_channel = either(_by_chunks, lambda static, *args: by_pairs(static[0], *args), _gradients)
+def _slow(static, *args):
+    return by_pairs(static[0], *args)
+
+
+_by_kernel = either(_scaled, _by_chunks, _slow, functools.partial(_gradients, _unscaled))
+
+
+def by_kernel(static, q, k, v, log_decay, initial_state, segment_ids):
+    """`_by_kernel`, which takes whole parts of channels."""
+    K = q.shape[3]
+    widen = lambda x, axis: x if x is None else jnp.pad(x, [(0, -K % scaling.PART * (axis == i)) for i in range(4)])
+    q, k, log_decay, initial_state = widen(q, 3), widen(k, 3), widen(log_decay, 3), widen(initial_state, 2)
+    out, state = _by_kernel(static, q, k, v, log_decay, initial_state, segment_ids)
+    return out, state[:, :, :K]
+
+
+by_xla = either(
+    on_its_own,
+    lambda static, _, *args: _by_chunks(static, _scaled_by_xla(*args), *args),
+    _slow,
+    lambda static, _, *args: _gradients(_unscaled_by_xla, static, _scaled_by_xla(*args[:-2]), *args),
+)
+VERSIONS = {'proven': by_xla, 'candidate': by_kernel}  # by what scales and unscales

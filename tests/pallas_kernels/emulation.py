@@ -198,7 +198,7 @@ def _semaphore_signal(counter, value, memory_scope):
     counter.array += value
 
 
-def _kernel(body, *, out_type, grid, grid_names, num_threads, **_):
+def _kernel(body, *, out_type, grid, grid_names, num_threads=1, **_):
     def call(*args):
         is_spec = lambda x: isinstance(x, jax.ShapeDtypeStruct)
         refs = jax.tree.map(lambda x: Ref(np.array(x)), args)

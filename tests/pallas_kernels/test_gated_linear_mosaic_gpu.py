@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import apart
-from pallas_kernels.gated_linear import check, decode, mosaic_gpu, per_channel
+from pallas_kernels import apart, common
+from pallas_kernels.gated_linear import check, decode, mosaic_gpu, per_channel, scaling
+from tests.pallas_kernels.emulation import emulated
 
 
 def plain_sweep(
@@ -33,7 +34,8 @@ def plain_sweep(
 ):
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, wide
-    q, k, v = (sum(terms) if terms else None for terms in map(mosaic_gpu.terms_of, (q, k, v)))
+    exact = lambda terms: sum(np.asarray(x, np.float64) for x in terms) if terms else None
+    q, k, v = (exact(mosaic_gpu.terms_of(x)) for x in (q, k, v))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -88,21 +90,29 @@ def gradients(function, case):
     return check.gradients(function, arrays, ids, cotangents, case.scale)
 
 
+CHANNELS = [
+    check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
+    check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
+    check.Case('channel, near the span', T=70, N=1, K=64, V=64, decay='channel', strength=(1.9, 2.05)),
+    check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
+]
+CASES = [
+    check.Case('shared heads', T=50, N=2, heads=1, K=64, V=64, resets=0.1, erase=0.1, scale=0.5),
+    check.Case('none', T=30, K=40, V=64, decay='none', state=False),
+    check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
+    check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
+    *CHANNELS,
+]
+
+
 @pytest.mark.parametrize(
-    'case',
-    [
-        check.Case('shared heads', T=50, N=2, heads=1, K=64, V=64, resets=0.1, erase=0.1, scale=0.5),
-        check.Case('none', T=30, K=40, V=64, decay='none', state=False),
-        check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
-        check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
-        check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
-        check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
-        check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
-    ],
-    ids=lambda c: c.name,
+    'function, case',
+    [(mosaic_gpu.gated_linear, case) for case in CASES] + [(mosaic_gpu.candidate, case) for case in CHANNELS],
+    ids=lambda x: x.name if isinstance(x, check.Case) else 'candidate' if x is mosaic_gpu.candidate else '',
 )
-def test_derivatives_and_pieces(plain, case):
-    got = gradients(mosaic_gpu.gated_linear, case)
+def test_derivatives_and_pieces(plain, monkeypatch, function, case):
+    with emulated(monkeypatch, common, scaling):
+        got = gradients(function, case)
     with jax.enable_x64(True):
         want = gradients(functools.partial(check.oracle, dtype=jnp.float64), case)
     assert got.keys() == want.keys()
@@ -120,12 +130,13 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
 
 @pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
 @pytest.mark.parametrize('beta', [False, True])
-def test_one_token(decay, beta):
+@pytest.mark.parametrize('version', decode.COLUMNS)
+def test_one_token(version, decay, beta):
     (q, k, v, g, state), _, _ = check.Case('step', T=1, B=2, N=2, heads=1, K=40, V=80, decay=decay).arrays()
     strength = jnp.asarray([[[0.3, 1.0]], [[0.0, 2.0]]]) if beta else None
-    got = decode.one_token((0.5, True), q, k, v, strength, g, state)
+    got = decode.one_token((0.5, version, True), q, k, v, strength, g, state)
     narrow = lambda x: x if x is None or x.ndim == 1 else x[:, 0]
-    want = decode.plain((0.5, True), *map(narrow, (q, k, v, strength, g)), state)
+    want = decode.plain((0.5,), *map(narrow, (q, k, v, strength, g)), state)
     np.testing.assert_allclose(np.float32(got[0][:, 0]), np.float32(want[0]), rtol=1e-2, atol=1e-5)
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
@@ -136,27 +147,30 @@ def test_interpreted_with_race_detection():
 
 
 @pytest.mark.slow
-def test_interpreted_per_channel_in_pieces(monkeypatch):
+@pytest.mark.parametrize('kernel', [mosaic_gpu.gated_linear, mosaic_gpu.candidate])
+def test_interpreted_per_channel_in_pieces(monkeypatch, kernel):
     monkeypatch.setattr(mosaic_gpu, 'GROUP', 1)
     case = check.Case('pieces', T=128, N=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
     assert mosaic_gpu.pieces(1, case.T, 1, 64, 64) == 2
-    good, errors = check.check(case, interpret=True)
+    good, errors = check.check(case, interpret=True, kernel=kernel)
     assert good, errors
 
 
 @pytest.mark.parametrize(
-    'K, V, channels',
+    'kernel, K, V, channels',
     [
-        (128, 128, ()),
-        (128, 128, (128,)),
-        pytest.param(256, 64, (), marks=pytest.mark.slow),
-        pytest.param(256, 128, (256,), marks=pytest.mark.slow),
+        (mosaic_gpu.gated_linear, 128, 128, ()),
+        (mosaic_gpu.gated_linear, 128, 128, (128,)),
+        (mosaic_gpu.candidate, 128, 128, (128,)),
+        pytest.param(mosaic_gpu.gated_linear, 256, 64, (), marks=pytest.mark.slow),
+        pytest.param(mosaic_gpu.gated_linear, 256, 128, (256,), marks=pytest.mark.slow),
+        pytest.param(mosaic_gpu.candidate, 64, 128, (64,), marks=pytest.mark.slow),
     ],
 )
-def test_lowers_for_hopper(K, V, channels):
+def test_lowers_for_hopper(kernel, K, V, channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     ones = x(1, 1000, 4, K), x(1, 1000, 4, K), x(1, 1000, 4, V), x(1, 1000, 4, *channels, dtype=jnp.float32)
-    loss = lambda *a: mosaic_gpu.gated_linear(*a)[0].astype(jnp.float32).sum()
+    loss = lambda *a: kernel(*a)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     jax.export.export(jax.jit(jax.grad(loss, (0, 1, 2, 3))), platforms=['cuda'], disabled_checks=allowed)(*ones)
 
