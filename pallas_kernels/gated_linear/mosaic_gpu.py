@@ -131,8 +131,8 @@ def gated_linear(
 
         run = per_channel.VERSIONS[version]
     if segment_ids is None or interpret:
-        return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
-    run = functools.partial(_without_beta, run, (scale, interpret))
+        return run((scale, version, interpret), query, key, value, log_decay, initial_state, segment_ids)
+    run = functools.partial(_without_beta, run, (scale, version, interpret))
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
 
 
@@ -145,7 +145,7 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, interpret = static
+    scale, _, interpret = static
     decay = cumulative(steps(log_decay, segment_ids), q.shape[1])
     state = None if initial_state is None else pad_state(initial_state)
     out, states, _ = run(*map(pad, (q, k, v)), decay, state, scale=scale, interpret=interpret)
@@ -167,7 +167,7 @@ def is_primal(x) -> bool:
 
 def _backward(static, saved, cotangents):
     q, k, v, log_decay, initial_state, segment_ids, wanted = saved
-    scale, interpret = static
+    scale, version, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
@@ -177,11 +177,13 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    sweep_ = functools.partial(run, scale=scale, grouped=grouped, precise=grouped, interpret=interpret)
-    dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None)
-    dv, dstates, writes = sweep_(k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
+    sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
+    dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
+    of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    dk, _, _ = run(v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
+    of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
+    back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
+    dv, dstates, writes, dk, felt = back('bng', version) if grouped else back(None, None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
     dstate0 = None
     if initial_state is not None:
@@ -191,7 +193,7 @@ def _backward(static, saved, cotangents):
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
         each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decay_gradient(each[..., :T], anchors('bngvk,bngkv->bng', state, states, dstate, dstates) * scale, step)
+        each = decay_gradient(each[..., :T], felt * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -246,6 +248,31 @@ def anchors(spec: str, state, states, dstate, dstates):
     states = jnp.concatenate([whole(state, states), states], axis=2)
     dstates = jnp.concatenate([dstates, whole(dstate, dstates)], axis=2)
     return jnp.einsum(spec, states, dstates, precision='highest')
+
+
+def backward_in_time(of_values, of_keys, state, states, dstate, felt, version):
+    """The two sweeps backward in time, and what `anchors` has of them.
+
+    Args:
+      of_values, of_keys: `run` of dv and of dk, of all but `grouped` and `against`.
+      state, states: transposed, [B, N, V, K] before the first group or None for zero, [B, N, groups, V, K] after each.
+      dstate: [B, N, K, V] after the last, or None for zero.
+      felt: einsum's letters of the anchors, of bngk; None: there are none.
+      version: 'proven', from the states of both; 'candidate', whose sweep of dk meets the states in the kernel.
+
+    Returns:
+      dv, the states and the dots of its sweep, dk, the anchors.
+    """
+    if felt is None:
+        return *of_values(), of_keys()[0], None
+    if version == 'proven':
+        dv, dstates, writes = of_values(grouped=True)
+        return dv, dstates, writes, of_keys()[0], anchors(f'bngvk,bngkv->{felt}', state, states, dstate, dstates)
+    dk, met, _ = of_keys(grouped=True, against=states)
+    dv, dstates, writes = of_values()
+    first = jnp.zeros_like(dstates) if state is None else state.swapaxes(2, 3)[:, :, None] * dstates
+    ends = jnp.einsum(f'bngkv->{felt}', first), jnp.einsum(f'bngvk->{felt}', met)
+    return dv, dstates, writes, dk, jnp.concatenate(ends, axis=felt.index('g'))
 
 
 def decay_gradient(each, anchors, step):
@@ -340,6 +367,7 @@ def run(
     partner=None,
     *,
     scales=None,
+    against=None,
     by_columns=False,
     reverse=False,
     grouped=False,
@@ -359,10 +387,11 @@ def run(
     shared = {'reverse': reverse, 'interpret': interpret}
     options |= shared | {'every': GROUP if grouped else None}
     if cut.count == 1:
-        return sweep(q, k, v, decay, state, partner, scales, by_columns=by_columns, **options)
+        return sweep(q, k, v, decay, state, partner, scales, against=against, by_columns=by_columns, **options)
     local_decay = cut.cut_decay(decay, B)
     q, k, v, partner = jax.tree.map(cut.cut, (q, k, v, partner))
     scales = cut.cut(scales, 2, CHUNK, fill=1)
+    against = cut.cut(against, 2, GROUP * CHUNK)
     shared['by_columns'] = options['by_columns'] = by_columns
     _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **shared)
     total = None  # [B or 1, N or 1, channels or 1, parts]
@@ -378,7 +407,7 @@ def run(
     turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
     starts = _starts(turn(local.reshape(B, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
     starts = turn(starts).reshape(-1, N, K, V)
-    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, **options)
+    out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, against=against, **options)
     states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]

@@ -167,7 +167,7 @@ def _wide(x, heads):
 
 def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
     """made: terms of q' and of k', exp(E/2)."""
-    (scale, interpret), (qd, kd, between) = static, made
+    (scale, _, interpret), (qd, kd, between) = static, made
     resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
     state = None if initial_state is None else shared.pad_state(initial_state)
     out, states, _ = shared.run(qd[0], kd, shared.pad(v), resets, state, scales=between, scale=scale, interpret=interpret)
@@ -176,17 +176,19 @@ def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
 
 def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
     """back: (static, q, k, log_decay, segment_ids, dq', dk', own) -> dq, dk and what `chained` takes, by the heads of v."""
-    (scale, interpret), (qd, kd, between) = static, made
+    (scale, version, interpret), (qd, kd, between) = static, made
     (_, T, heads, K), V = k.shape, v.shape[3]
     resets = shared.cumulative(shared.steps(None, segment_ids), T)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8, v8 = shared.pad_state(dlast) / scale, shared.pad(do), shared.pad(v)
-    run = functools.partial(shared.run, scales=between, scale=scale, grouped=True, interpret=interpret)
+    run = functools.partial(shared.run, scales=between, scale=scale, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
-    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state))
-    dv, dstates, _ = run(kd[0], qd, do8, resets, dstate, reverse=True)
-    dkd, _, _ = of_keys(v8, do8, qd, resets, turn(dstate), reverse=True)
+    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), grouped=True)
+    of_values = functools.partial(run, kd[0], qd, do8, resets, dstate, reverse=True)
+    of_keys = functools.partial(of_keys, v8, do8, qd, resets, turn(dstate), reverse=True)
+    both = shared.backward_in_time(of_values, of_keys, turn(state), states, dstate, 'bgnk', version)
+    dv, dstates, _, dkd, anchors = both
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
     own = scale * (v8.astype(jnp.float32) * do8.astype(jnp.float32)).sum(-1)
     dq, dk, within = back(static, q, k, log_decay, segment_ids, dqd, dkd, own)
@@ -194,8 +196,7 @@ def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_id
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
-    anchors = shared.anchors('bngvk,bngkv->bgnk', turn(state), states, dstate, dstates)[..., :K] * scale
-    dlog_decay = chained(within, anchors, segment_ids, T).astype(log_decay.dtype)
+    dlog_decay = chained(within, anchors[..., :K] * scale, segment_ids, T).astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 
@@ -215,7 +216,7 @@ def _unscaled_by_xla(static, q, k, log_decay, segment_ids, dq, dk, own):
 def _scaled(static, backward, q, k, v, log_decay, initial_state, segment_ids):
     """`ready` by a kernel: the factors fit where the bound on them says so."""
     wanted = (shared.pad(q), 1, 3 if backward else 1), (shared.pad(k), -1, 3)
-    (qd, kd), between, bound = scaling.scaled(shared.pad(log_decay), wanted, interpret=static[1])
+    (qd, kd), between, bound = scaling.scaled(shared.pad(log_decay), wanted, interpret=static[2])
     return bound.min() >= -SPAN, (qd, kd, between)
 
 
@@ -223,7 +224,7 @@ def _unscaled(static, q, k, log_decay, segment_ids, dq, dk, own):
     T = q.shape[1]
     resets = None if segment_ids is None else jnp.pad(_resets(segment_ids), [(0, 0), (0, -T % CHUNK)])
     q, k, log_decay = map(shared.pad, (q, k, log_decay))
-    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[1])
+    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[2])
     return dq[:, :T], dk[:, :T], within
 
 

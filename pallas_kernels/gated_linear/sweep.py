@@ -50,6 +50,7 @@ def sweep(
     partner=None,
     scales=None,
     base=None,
+    against=None,
     *,
     by_columns=False,
     reverse=False,
@@ -75,6 +76,8 @@ def sweep(
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
         and again after each chunk. None: not.
       base: float32 [B, T', N, V] that is added to out, after the scale, or None.
+      against: float32 [B, N, groups, K, V], or None. With it the sweep emits, in place of states, products of these and of the
+        state with which it comes to the group, rows 64 apart added up.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
       precise: the state and the weights of pairs are multiplied as two 16-bit terms or more, for what is known so well.
@@ -83,7 +86,7 @@ def sweep(
 
     Returns:
       out: [B, T', N, V], bfloat16 (float32 if wide); None without q.
-      states: float32 [B, N, groups of `every` chunks, K, V], after the sweep passed the group.
+      states: float32 [B, N, groups of `every` chunks, K (64 with `against`), V], after the sweep passed the group.
       dots: float32 [B, N, V / 64, chunks * 64]: sums over 64 columns of partner_t o_t, less the part q_t k_t^T v_t of o_t
         that token t has from itself, not scaled; None without partner.
     """
@@ -110,7 +113,7 @@ def sweep(
 
     def kernel(*refs_and_scratch):
         *refs, (q_smem, k_smem, v_smem, g_smem, c_smem, s_smem, w_smem, o_smem, full, free) = refs_and_scratch
-        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, base_ref, *refs = refs
+        q_ref, k_ref, v_ref, decay_ref, state_ref, partner_ref, scales_ref, base_ref, against_ref, *refs = refs
         out_ref, states_ref, dots_ref = refs
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
         wg = lax.axis_index('wg')
@@ -151,8 +154,18 @@ def sweep(
                             s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
                     plgpu.commit_smem()
 
+            of_group = lambda ref, c, i: ref.at[b, h, c // every, pl.ds(64 * i, 64), cols]
+
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
+                if against_ref is not None:
+                    met = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
+
+                    @pl.when(met)
+                    def _meet():
+                        other = lambda i: plgpu.load(of_group(against_ref, c, i), layout=TILE, optimized=False)
+                        of_group(states_ref, c, 0)[...] = sum((S[i] * other(i) for i in range(1, depth)), S[0] * other(0))
+
                 rows = pl.ds(c * CHUNK, CHUNK)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
@@ -274,12 +287,13 @@ def sweep(
                 if dots is not None:
                     dots_ref.at[b, h, part * W + wg, rows][...] = dots
 
-                passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+                if against_ref is None:
+                    passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
 
-                @pl.when(passed)
-                def _emit():
-                    for i in range(depth):
-                        states_ref.at[b, h, c // every, pl.ds(64 * i, 64), cols][...] = S[i]
+                    @pl.when(passed)
+                    def _emit():
+                        for i in range(depth):
+                            of_group(states_ref, c, i)[...] = S[i]
 
                 return S
 
@@ -349,7 +363,7 @@ def sweep(
         entry_point,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype) if q else None,
-            jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, groups, K if against is None else 64, V), jnp.float32),
             None if partner is None else jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32),
         ),
         grid=(B, N, parts),
@@ -362,4 +376,4 @@ def sweep(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner, scales, base)
+    )(q, k, v, decay, state, partner, scales, base, against)
