@@ -135,7 +135,8 @@ def test_the_plan_of_a_mesh():
     [
         ({'sharding': 'context', 'mesh.context': 8, 'data.length': 100}, r"lengths 96.*works: {'data': -1, 'context': 4}"),
         ({'mesh.expert': 8, 'model.mlp.kind': 'moe', 'model.mlp.experts': 6}, r"6 experts.*works: {'data': -1, 'expert': 2}"),
-        ({'mesh.fsdp': 3, 'sharding': 'fsdp'}, 'batch_size 8 must be a multiple of 3'),
+        ({'mesh.fsdp': 8, 'sharding': 'fsdp', 'data.batch_size': 12}, 'batch_size 12 must be a multiple of 8'),
+        ({'mesh.fsdp': 3, 'sharding': 'fsdp'}, r"does not tile 8 devices; the nearest that does: {'data': 4, 'fsdp': 2}"),
     ],
 )
 def test_numbers_are_refused_before_jax_is_imported(settings, message, tmp_path):
