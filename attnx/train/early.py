@@ -82,7 +82,7 @@ def check(read) -> tasks.Task | None:
         run_dir = pathlib.Path(config.run_dir).absolute()
         task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
         served = parts.served(config, task)
-        light.module('attnx.plan').check_numbers(served.model, config.mesh, task.length)
+        light.module('attnx.plan').check_numbers(served.model, config.mesh, config.sharding, task.length)
         least = {axis: max(config.mesh.get(axis, 1), 1) for axis in light.module('attnx.sharding').MESH_AXES}
         light.module('attnx.train.program').check_rows(config, least)
         settings = config_lib.flatten(config_lib.to_dict(served))

@@ -7,8 +7,11 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from attnx.train import loop
 
 ROOT = pathlib.Path(__file__).parents[3]
 FLAGS = (
@@ -65,6 +68,15 @@ def test_two_processes_equal_one(tmp_path):
     for name, settings in ways.items():
         flags = [f'--config.{setting}' for setting in settings]
         np.testing.assert_allclose(train(tmp_path / name, corpus, 2, *flags), one, rtol=2e-5, err_msg=name)
+
+
+def test_processes_that_nobody_counts(monkeypatch):
+    def initialize(**known):
+        raise ValueError('coordinator_address should be defined.')  # jax's own words
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    with pytest.raises(ValueError, match=r'coordinator_address .* or set JAX_COORDINATOR_ADDRESS, .* and JAX_PROCESS_ID'):
+        loop.run(loop.Config(distributed=True))
 
 
 CLUSTERS = {  # what srun and mpirun tell their processes
