@@ -1,7 +1,7 @@
 """Before a run: what it costs, what will run, and what would be refused. Needs no device and computes nothing.
 
-  python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
-  python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
+python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
+python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
 """
 
 import os
@@ -30,6 +30,8 @@ from attnx.models import ModelConfig, build
 from attnx.models.config import Layer, units
 from attnx.nn import flat_axes, to_flat
 from attnx.spec import Dims, side_input
+
+BY_HEADS = frozenset({'softmax_attention', 'gated_linear', 'delta_rule'})  # ops that the tensor axis cuts
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,15 +106,22 @@ def uneven(what: str, why: str, sizes: Mapping[str, int], nearest: Mapping[str, 
     return ValueError(f'{what}: {why}; mesh {sharding.shown(sizes)}; the nearest mesh that works: {sharding.shown(nearest)}')
 
 
-def check_numbers(config: ModelConfig, sizes: Mapping[str, int], length: int) -> None:
-    """What numbers alone say of a mesh, a size of -1 included: tokens and experts that it does not divide, mechanisms that
-    must see the whole sequence. Needs no jax (`attnx.light`).
+def cut_heads(layer: Layer) -> int:
+    """The heads that the tensor axis must divide, as the layer's Config has them; 0: it does not say."""
+    heads = getattr(layer.config, 'op_heads', getattr(layer.config, 'num_heads', None))
+    return 0 if BY_HEADS.isdisjoint(layer.spec.ops) else heads or 0
+
+
+def check_numbers(config: ModelConfig, sizes: Mapping[str, int], preset: str, length: int) -> None:
+    """What numbers alone say of a mesh, a size of -1 included: tokens, experts and heads that it does not divide, mechanisms
+    that must see the whole sequence. Needs no jax (`attnx.light`).
 
     Raises:
       ValueError: as `check_sharding`.
     """
     sizes = {name: sizes.get(name, 1) for name in sharding.MESH_AXES}
     context, expert = (max(sizes[axis], 1) for axis in ('context', 'expert'))
+    tensor = max(sizes['tensor'], 1) if 'heads' in sharding.rules(preset) else 1
     if length % context:
         low = length - length % context
         why = f'it does not divide over the context axis (lengths {max(low, context)} and {low + context} do)'
@@ -122,6 +131,10 @@ def check_numbers(config: ModelConfig, sizes: Mapping[str, int], length: int) ->
         if mlp.kind == 'moe' and mlp.experts % expert:
             nearest = sharding.fitting(sizes, 'expert', mlp.experts)
             raise uneven(named, f'{mlp.experts} experts do not divide over the expert axis', sizes, nearest)
+        heads = cut_heads(layer)
+        if heads % tensor:
+            why = f'{heads} heads are not divisible over the {tensor} devices of tensor'
+            raise uneven(named, why, sizes, sharding.fitting(sizes, 'tensor', heads))
         if context > 1 and 'context' in limits:
             why = f'it can not serve a sequence that is cut: {limits["context"]}'
             raise uneven(named, why, sizes, sharding.fitting(sizes, 'context', 1))
@@ -146,7 +159,7 @@ def check_sharding(
     shared = {what: {} for what, _, _ in groups(config)}  # what layers publish
     if math.prod(sizes.values()) == 1:
         return
-    check_numbers(config, sizes, length)
+    check_numbers(config, sizes, preset, length)
     for named, layer, dims, what in layers_once(config):
 
         def whole(sizes, layer=layer, dims=dims, shared=shared[what]):

@@ -25,6 +25,12 @@ ROUND = 1.5 * 2.0**23  # float32 numbers next to it are whole
 CUBIC = (0.99992807, 0.69326099, 0.24261113, 0.05517167)  # 2^f, relative error 7.5e-5
 
 
+def lowered_once(*static: str):
+    """A kernel's function that is traced and lowered once a program for all calls of the same shapes and the same `static`
+    arguments, by name: Mosaic takes a second or more a kernel, and layers, recomputation and both passes call the same ones."""
+    return functools.partial(jax.jit, static_argnames=static)
+
+
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 

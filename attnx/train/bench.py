@@ -10,12 +10,15 @@ checkpoints written in the background.
 The peer (`attnx.train.peer`) is the same model in PyTorch; it is left out where PyTorch is not installed.
 
 Every measurement is a process of its own, so that none finds the memory of another. `--together` makes ours one process,
-which compiles all of them side by side and then times one after another: where time on the machine is short.
+which traces one after another, compiles side by side and then times in turn: where time on the machine is short. It begins
+with what is compiled after `--patience` seconds, the rest follows as it is ready; what is not within `--timeout` fails alone.
+JAX_COMPILATION_CACHE_DIR=FOLDER keeps what was compiled for a second call. `--only-peer` runs PyTorch alone, on another GPU
+(CUDA_VISIBLE_DEVICES) at the same time, say.
 
 A step is timed between two waits for the device, over `--steps` steps after two that warm up; the median of three rounds.
 MFU counts 6 FLOPs for each weight that a token meets and 3 times the mixing's own, causal halves not counted
 (`attnx.plan.flops_per_token`), over the dense peak that `attnx.train.metrics` knows; recomputation does not count. Prints a
-line a measurement, then a table, and writes them all to FILE.
+line a measurement and writes them all to FILE, as soon as there is another; then a table.
 """
 
 import argparse
@@ -50,7 +53,7 @@ LLAMA = {
     'mlp': {'kind': 'swiglu', 'hidden': 5504},
 }  # fmt: skip
 CUT = {'kind': 'scaling', 'preset': 'fsdp_context', 'mesh': 'context', 'grow': 'length'}
-SHORT = LLAMA | {'num_layers': 4, 'remat': 'full'}
+SHORT = LLAMA | {'num_layers': 4, 'remat': 'dots'}
 
 APART = {'xla_gpu_dot_merger_threshold_mb': 0}  # two products merged into one are taken apart again by two more passes
 
@@ -69,6 +72,7 @@ ROWS = (
     Row('lasp2 gla', SHORT | {'pattern': ('g',)}, 65536, 1, **CUT),
     Row('lasp2 delta', SHORT | {'pattern': ('d',)}, 65536, 1, **CUT),
 )
+PEERS = ('eager', 'torch')  # PyTorch without torch.compile, which `--only-peer` times too and first; and with it
 BEATEN = {  # by which row
     'hybrid-1.3b T16384': 'llama-1.3b T16384',
     'hybrid-1.3b wide T16384': 'llama-1.3b T16384',
@@ -102,12 +106,13 @@ def changed(row: Row, given: list[str]) -> Row:
 def serve(jobs: list[dict], steps: int, small: bool, patience: float | None = None) -> None:
     """Prints a line for each job {'name', 'who', 'devices', 'set'}: all are compiled side by side, then timed in turn.
 
-    patience: seconds after which the first are timed, though others are not compiled yet.
+    Traced in turn: Python runs one thread at a time, so that of all that are traced at once none is ready before the last.
+    patience: seconds after which those are timed that are compiled, the others as they are.
     """
 
-    def say(number, run):
+    def say(number, run, *args):
         try:
-            found = run()
+            found = run(*args)
         except Exception as error:  # the others are still to be measured
             found = {'failed': f'{type(error).__name__}: {error}'[:300]}
         print('RESULT ' + json.dumps([number, found]), flush=True)
@@ -116,35 +121,40 @@ def serve(jobs: list[dict], steps: int, small: bool, patience: float | None = No
     for job in jobs:
         row = changed(next(r for r in ROWS if r.name == job['name']), job['set'])
         rows.append(tiny(row) if small else row)
-    if jobs[0]['who'] == 'torch':
+    if jobs[0]['who'] in PEERS:
         from attnx.train import peer
 
-        for number, row in enumerate(rows):
-            say(number, lambda row=row: peer.measure(row, steps))
+        for number, (row, job) in enumerate(zip(rows, jobs)):
+            say(number, peer.measure, row, steps, job['who'] == 'torch')
         return
     from attnx.train import timing
 
     dtype = 'float32' if small else 'bfloat16'
     programs: dict[str, concurrent.futures.Future] = {}  # jobs that differ in what is measured alone share one
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+    with concurrent.futures.ThreadPoolExecutor(1) as tracer, concurrent.futures.ThreadPoolExecutor(len(jobs)) as compilers:
         for row, job in zip(rows, jobs):
             who = 'bare' if job['who'] == 'bare' else 'attnx'
             row, devices = dataclasses.replace(row, name='', kind=''), job['devices']
             job['program'] = f'{row} {devices} {who}'
             if job['program'] not in programs:
-                programs[job['program']] = pool.submit(timing.prepare, row, devices, dtype, who)
+                lowered = tracer.submit(timing.lower, row, devices, dtype, who)
+                programs[job['program']] = compilers.submit(lambda lowered=lowered: timing.compiled(lowered.result()))
         concurrent.futures.wait(programs.values(), timeout=patience)
-        for number, (row, job) in enumerate(zip(rows, jobs)):
-            made = lambda row=row, job=job: programs[job['program']].result()._replace(row=row, who=job['who'])
-            say(number, lambda made=made: timing.measure(made(), steps))
+        made = [programs[job['program']] for job in jobs]
+        left = list(range(len(jobs)))
+        while left:
+            concurrent.futures.wait([made[n] for n in left], return_when=concurrent.futures.FIRST_COMPLETED)
+            number = next(n for n in left if made[n].done())
+            left.remove(number)
+            say(number, lambda n: timing.measure(made[n].result()._replace(row=rows[n], who=jobs[n]['who']), steps), number)
 
 
-def measure(jobs: list[dict], options) -> list[dict[str, Any]]:
-    """The jobs with what one process of their own has found; each is printed as it comes."""
+def measure(jobs: list[dict], options, told) -> list[dict[str, Any]]:
+    """The jobs with what one process of their own has found; `told` is called with each as it comes."""
     command = [sys.executable, '-m', 'attnx.train.bench', '--jobs', json.dumps(jobs), '--steps', str(options.steps)]
     command += ['--tiny'] if options.tiny else []
     command += ['--patience', str(options.patience)] if options.patience else []
-    env = dict(os.environ) | ({'JAX_PLATFORMS': 'cpu'} if jobs[0]['who'] == 'torch' else {})
+    env = dict(os.environ) | ({'JAX_PLATFORMS': 'cpu'} if jobs[0]['who'] in PEERS else {})
     found: dict[int, dict] = {}
     with tempfile.TemporaryFile('w+') as errors:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=env)
@@ -153,7 +163,7 @@ def measure(jobs: list[dict], options) -> list[dict[str, Any]]:
         for line in process.stdout:
             if line.startswith('RESULT '):
                 number, found[number] = json.loads(line[7:])
-                print(json.dumps(jobs[number] | found[number]), flush=True)
+                told(jobs[number] | found[number])
         process.wait()
         over = not timer.is_alive()
         timer.cancel()
@@ -217,11 +227,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument('--steps', type=int, default=10, help='steps of a round')
     parser.add_argument('--tiny', action='store_true', help='shapes for a CPU')
     parser.add_argument('--no-peer', action='store_true', help='without PyTorch')
+    parser.add_argument('--only-peer', action='store_true', help='PyTorch alone')
     parser.add_argument('--timeout', type=int, default=500, help='seconds for one process')
     parser.add_argument('--set', action='append', default=[], metavar='NAME=VALUE', help='a field of the row or of its model')
     parser.add_argument('--variant', action='append', default=[], nargs='+', metavar='NAME=VALUE', help='measured as well')
     parser.add_argument('--together', action='store_true', help='ours in one process')
-    parser.add_argument('--patience', type=float, help='with --together: seconds until timing begins, compiled or not')
+    parser.add_argument('--patience', type=float, help='with --together: seconds until timing begins with what is compiled')
     parser.add_argument('--devices', type=int, default=0, help='devices of the scaling rows; 0: all')
     parser.add_argument('--jobs', type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
@@ -241,14 +252,30 @@ def main(argv: list[str] | None = None) -> int:
     for row in chosen:
         variants = [[], *([] if row.kind == 'overhead' else options.variant)]
         runs = [('attnx', count, v) for count in sorted({1, total if row.kind == 'scaling' else 1}) for v in variants]
-        runs += [('torch', 1, [])] if row.kind == 'peer' and has_torch else []
         runs += [('bare', 1, []), ('saving', 1, [])] if row.kind == 'overhead' else []
+        runs = [] if options.only_peer else runs
+        runs += [(who, 1, []) for who in (PEERS if options.only_peer else PEERS[-1:]) if row.kind == 'peer' and has_torch]
         for who, devices, variant in runs:
             given = {'set': options.set + variant} | ({'variant': variant} if variant else {})
             jobs.append({'name': row.name, 'who': who, 'devices': devices} | given)
-    ours = [job for job in jobs if job['who'] != 'torch']
-    groups = [ours, *([job] for job in jobs if job not in ours)] if options.together else [[job] for job in jobs]
-    results = [result for group in groups for result in measure(group, options)]
+    ours = [job for job in jobs if job['who'] not in PEERS]
+    groups = [[job] for job in jobs if job not in ours or not options.together]  # the peer first
+    groups += [ours] if options.together and ours else []
+    results, came = [], []
+
+    def tell(result):
+        print(json.dumps(result), flush=True)
+        came.append(result)
+        write(came)
+
+    def write(found):
+        if options.json:
+            with open(options.json, 'w') as file:
+                json.dump(found, file, indent=1)
+
+    for group in groups:
+        results += measure(group, options, tell)
+    write(results)  # with those that failed to come
     for r in results:
         if 'failed' in r:
             print(f'{label(r):<22} {r["who"]:<6} {r["devices"]} FAILED {r["failed"]}')
@@ -259,9 +286,6 @@ def main(argv: list[str] | None = None) -> int:
     print('\n'.join(compare(results)))
     if not has_torch and any(r.kind == 'peer' for r in chosen):
         print('no PyTorch peer: ' + ('--no-peer' if options.no_peer else 'torch is not installed'))
-    if options.json:
-        with open(options.json, 'w') as file:
-            json.dump(results, file, indent=1)
     return 1 if any('failed' in r for r in results) else 0
 
 

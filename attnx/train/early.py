@@ -1,7 +1,11 @@
 """What is refused of a run before jax is imported: all that its config, its data and its checkpoints show by themselves."""
 
 import contextlib
+import glob
+import importlib.util
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Sequence
 
@@ -72,11 +76,13 @@ def check(read) -> tasks.Task | None:
     with contextlib.suppress(Heavy):
         config = read(parts)
         parts.check(config, _to_first_parameter)
+        if (count := _cpus()) and not config.distributed:
+            light.module('attnx.sharding').mesh_shape(config.mesh, count)
         tasks.check(config.data.task)
         run_dir = pathlib.Path(config.run_dir).absolute()
         task = tasks.build(config.data.task, length=config.data.length, seed=config.data.seed, run_dir=run_dir)
         served = parts.served(config, task)
-        light.module('attnx.plan').check_numbers(served.model, config.mesh, task.length)
+        light.module('attnx.plan').check_numbers(served.model, config.mesh, config.sharding, task.length)
         least = {axis: max(config.mesh.get(axis, 1), 1) for axis in light.module('attnx.sharding').MESH_AXES}
         light.module('attnx.train.program').check_rows(config, least)
         settings = config_lib.flatten(config_lib.to_dict(served))
@@ -104,6 +110,15 @@ def plan() -> None:
             if name:
                 sizes = light.module('attnx.sharding').mesh_shape(run.mesh, chips.topology(name).size)
                 light.module('attnx.train.program').check_rows(run, sizes)
+
+
+def _cpus() -> int | None:
+    """The number of jax's devices where it will have processors only, as the environment tells; None: jax must say."""
+    plugins = importlib.util.find_spec('jax_plugins') or any(glob.glob(path) for path in ('/dev/accel*', '/dev/vfio/*'))
+    if os.environ.get('JAX_PLATFORMS', '' if plugins else 'cpu') != 'cpu':
+        return None
+    forced = re.findall(r'--xla_force_host_platform_device_count=(\d+)', os.environ.get('XLA_FLAGS', ''))
+    return int(os.environ.get('JAX_NUM_CPU_DEVICES') or [1, *forced][-1])
 
 
 def _to_first_parameter(build) -> None:

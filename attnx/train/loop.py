@@ -69,8 +69,12 @@ def run(config: Config, *, task=None, teacher: Any = None, initial: Any = None, 
     if config.distributed:
         # A cluster that jax knows needs none of these; elsewhere they say who is who (JAX_COORDINATOR_ADDRESS: where).
         given = {'num_processes': 'JAX_NUM_PROCESSES', 'process_id': 'JAX_PROCESS_ID'}
-        known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
-        jax.distributed.initialize(**known)
+        try:
+            known: dict[str, Any] = {k: int(os.environ[v]) for k, v in given.items() if v in os.environ}
+            jax.distributed.initialize(**known)
+        except ValueError as error:
+            names = 'JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID'
+            raise ValueError(f'distributed: {error}; start the processes by SLURM or Open MPI, or set {names}') from None
     check(config)
     check_compiler(config.compiler)
     run_dir = pathlib.Path(config.run_dir).absolute()
@@ -357,6 +361,7 @@ class Run:
     def diagnose(self, failed: Step, state) -> dict:
         rows = self.data.rows(failed.position - 1)
         return diagnose(self.program, self.config, self.mesh, self.key, failed, state, rows)
+
 
 def tell(result: Result) -> None:
     """Prints how a run ended: its sample, its last evaluation, what to do next."""

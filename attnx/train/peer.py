@@ -3,6 +3,7 @@
 `torch.compile`, SDPA by cuDNN, bfloat16 autocast, fused AdamW, float32 weights and optimizer states.
 """
 
+import time
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ from attnx.train import metrics, program
 from attnx.train.timing import Row, figures, named, timed
 
 
-def measure(row: Row, steps: int) -> dict[str, Any]:
-    """One measurement, as `timing.measure` gives it."""
+def measure(row: Row, steps: int, compile: bool = True) -> dict[str, Any]:
+    """One measurement, as `timing.measure` gives it. compile: by torch.compile, on a GPU."""
     given = config.build(models.ModelConfig, named(row.model) | {'max_length': row.length})
     width, heads = given.width, given.layers()[0].config.num_heads
     rotary, gated = given.positions == 'none', given.mlp.kind == 'swiglu'
@@ -75,7 +76,7 @@ def measure(row: Row, steps: int) -> dict[str, Any]:
 
     torch.manual_seed(0)
     model = GPT().to(device)
-    run = torch.compile(model) if device == 'cuda' else model
+    run = torch.compile(model) if compile and device == 'cuda' else model
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3, betas=(0.9, 0.95), weight_decay=0.1, fused=device == 'cuda')
     tokens = torch.randint(given.vocab_size, (row.batch, row.length + 1), device=device)
     parts = tokens.chunk(row.accumulate)
@@ -91,12 +92,16 @@ def measure(row: Row, steps: int) -> dict[str, Any]:
         optimizer.zero_grad(set_to_none=True)
         last['loss'] = loss.detach()
 
-    wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
+    wait, began = torch.cuda.synchronize if device == 'cuda' else lambda: None, time.perf_counter()
     with sdpa_kernel([SDPBackend.CUDNN_ATTENTION] if device == 'cuda' else [SDPBackend.MATH]):
+        step()  # compiles
+        wait()
+        compile_s = time.perf_counter() - began
         rounds = timed(step, wait, steps)
     kind = torch.cuda.get_device_name() if device == 'cuda' else 'cpu'
     made = program.program(given, packed=False)
     flops = plan.flops_per_token(given, made.axes, made.shapes, row.length)
     found = figures(row, rounds, 1, row.length, flops, metrics.peak_flops(kind))
     loss = float(last['loss']) * len(parts)  # of the last part
-    return found | {'device': kind, 'loss': loss, 'flops_per_token': flops, 'torch': torch.__version__}
+    found |= {'device': kind, 'loss': loss, 'flops_per_token': flops, 'torch': torch.__version__}
+    return found | {'compile_s': round(compile_s, 1)}

@@ -1,6 +1,7 @@
 """Times a training step: how a model at a shape is compiled on some devices, and what its steps take.
 
-`prepare` compiles, `measure` runs: programs may be compiled side by side, in threads, and timed one after another.
+`lower` traces, `compiled` compiles, `measure` runs. Tracing is Python's, one thread at a time; programs may be compiled side by
+side, in threads, and are timed one after another.
 """
 
 import dataclasses
@@ -59,7 +60,7 @@ def timed(step, wait, steps: int) -> list[float]:
 
 
 class Prepared(NamedTuple):
-    """A compiled training step and what it starts from."""
+    """A training step, lowered or compiled, and what it starts from."""
 
     row: Row
     who: str
@@ -69,11 +70,12 @@ class Prepared(NamedTuple):
     update: Any  # (state, batch, key) -> (state, metrics)
     batch: Any  # () -> a batch on the devices
     flops: float  # a token
-    seconds: float  # that compiling took
+    lower_s: float  # that tracing and lowering took
+    compile_s: float = 0.0
 
 
-def prepare(row: Row, devices: int, dtype: str, who: str = 'attnx') -> Prepared:
-    """Compiles the training step for the first `devices` devices; of who 'bare' without what an update can do without."""
+def lower(row: Row, devices: int, dtype: str, who: str = 'attnx') -> Prepared:
+    """The training step for the first `devices` devices; of who 'bare' without what an update can do without."""
     import jax
     import numpy as np
     import optax
@@ -83,6 +85,7 @@ def prepare(row: Row, devices: int, dtype: str, who: str = 'attnx') -> Prepared:
     from attnx.train import optim, program
     from attnx.train import step as step_lib
 
+    began = time.perf_counter()
     grown = {'batch': row.batch, 'length': row.length}
     grown[row.grow] *= devices
     given = config.build(models.ModelConfig, named(row.model) | {'max_length': grown['length'], 'dtype': dtype})
@@ -116,11 +119,15 @@ def prepare(row: Row, devices: int, dtype: str, who: str = 'attnx') -> Prepared:
         rows = {n: jax.ShapeDtypeStruct((grown['batch'], grown['length']), t, sharding=place) for n, t in fields.items()}
         options = row.compiler or None
         update = jax.jit(step, donate_argnums=0, out_shardings=(where, single), compiler_options=options)
-        lowered, init = update.lower(shapes, rows, key), jax.jit(begin, out_shardings=where).lower(key)
-        began = time.perf_counter()
-        update, init = lowered.compile(), init.compile()
+        update, init = update.lower(shapes, rows, key), jax.jit(begin, out_shardings=where).lower(key)
     flops = plan.flops_per_token(given, made.axes, made.shapes, grown['length'])
     return Prepared(row, who, devices, grown['length'], init, update, batch, flops, time.perf_counter() - began)
+
+
+def compiled(lowered: Prepared) -> Prepared:
+    began = time.perf_counter()
+    update, init = lowered.update.compile(), lowered.init.compile()
+    return lowered._replace(update=update, init=init, compile_s=time.perf_counter() - began)
 
 
 def measure(prepared: Prepared, steps: int) -> dict[str, Any]:
@@ -148,7 +155,7 @@ def measure(prepared: Prepared, steps: int) -> dict[str, Any]:
     m = prepared.update.memory_analysis()
     needed = m.argument_size_in_bytes + m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
     found |= {'device': kind, 'loss': loss, 'flops_per_token': prepared.flops, 'bytes': needed}
-    return found | {'compile_s': round(prepared.seconds, 1)} | saved
+    return found | {'lower_s': round(prepared.lower_s, 1), 'compile_s': round(prepared.compile_s, 1)} | saved
 
 
 def saving(state, step, wait, seconds: float) -> dict[str, float]:

@@ -23,6 +23,7 @@ CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
 
 
+@common.lowered_once('interpret')
 def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, interpret=False):
     """The inverses of all chunks.
 

@@ -75,6 +75,7 @@ def reach(q, k, do, strength, inverse, decay, channels, state, *, every=None, on
     return _sweep(q, k, do, strength, inverse, decay, channels, state, True, every, 1.0, results, interpret)
 
 
+@common.lowered_once('reverse', 'every', 'scale', 'results', 'interpret')
 def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, scale, results, interpret):
     (B, T, heads, K), N, V, dtype = k.shape, strength.shape[1], (state if v is None else v).shape[3], k.dtype
     chunks = common.cdiv(T, CHUNK)

@@ -113,6 +113,7 @@ def _backward(static, saved, cotangents):
 _short_conv.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
+@common.lowered_once('silu', 'interpret')
 def gradients(x, kernel, dy, first, age, *, silu, interpret=False):
     """dx as x; and dkernel in parts, float32 [B, spans, W, D].
 

@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import pytest
 
 import attnx
-from attnx import catalog, plan, sharding
+from attnx import catalog, explanation, plan, sharding
 from attnx import config as config_lib
 from attnx.models import ModelConfig
+from attnx.models.config import Layer
+from attnx.spec import Dims
 from attnx.train import loop, optim
 
 
@@ -59,7 +61,7 @@ def model(**change):
     ('change', 'preset', 'sizes', 'length', 'message'),
     [
         ({}, 'context', {'context': 4}, 30, r"30: .*\(lengths 28 and 32 do\).*works: \{'data': 2, 'context': 2\}"),
-        ({}, 'fsdp_tp', {'tensor': 8}, 32, r"layer 0 \(gqa\).*4 heads over 2.*works: \{'data': 2, 'tensor': 4\}"),
+        ({}, 'fsdp_tp', {'tensor': 8}, 32, r"layer 0 \(gqa\): 4 heads are not.*works: \{'data': 2, 'tensor': 4\}"),
         ({'pattern': ('gqa', 'mamba2')}, 'fsdp_tp', {'data': 2, 'tensor': 4}, 32, r"1 \(mamba2\).*\{'data': 4, 'tensor': 2\}"),
         ({'mlp': {'kind': 'moe', 'experts': 6}}, 'ddp', {'expert': 4}, 32, r"6 experts.*works: \{'data': 2, 'expert': 2\}"),
         ({'pattern': ('gated_deltanet',)}, 'context', {'context': 16}, 32, '32 tokens are fewer than 3 a device'),
@@ -135,7 +137,9 @@ def test_the_plan_of_a_mesh():
     [
         ({'sharding': 'context', 'mesh.context': 8, 'data.length': 100}, r"lengths 96.*works: {'data': -1, 'context': 4}"),
         ({'mesh.expert': 8, 'model.mlp.kind': 'moe', 'model.mlp.experts': 6}, r"6 experts.*works: {'data': -1, 'expert': 2}"),
-        ({'mesh.fsdp': 3, 'sharding': 'fsdp'}, 'batch_size 8 must be a multiple of 3'),
+        ({'mesh.tensor': 8, 'sharding': 'fsdp_tp'}, r"\(g\): 4 heads are not.*works: {'data': -1, 'tensor': 4}"),
+        ({'mesh.fsdp': 8, 'sharding': 'fsdp', 'data.batch_size': 12}, 'batch_size 12 must be a multiple of 8'),
+        ({'mesh.fsdp': 3, 'sharding': 'fsdp'}, r"does not tile 8 devices; the nearest that does: {'data': 4, 'fsdp': 2}"),
     ],
 )
 def test_numbers_are_refused_before_jax_is_imported(settings, message, tmp_path):
@@ -144,3 +148,21 @@ def test_numbers_are_refused_before_jax_is_imported(settings, message, tmp_path)
     error = done.stderr.splitlines()[-1]
     assert done.returncode == 2 and re.search(message, error), done.stderr[-2000:]
     assert not re.search(r'\| +jax$', done.stderr, re.M)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', catalog.scan())
+def test_heads_that_numbers_refuse_are_not_cut(name):
+    """What is refused by the number of heads alone, no op could have cut."""
+    spec = catalog.get(name)
+    example = spec.example[0] if isinstance(spec.example, tuple) else spec.example
+    if not (given := {field: 3 for field in ('num_heads', 'num_kv_heads') if getattr(example, field, 0)}):
+        pytest.skip('no heads')
+    try:
+        layer = Layer(name, spec, dataclasses.replace(example, **given))
+    except ValueError as error:
+        pytest.skip(str(error))
+    dims = Dims(width=48, causal=spec.causal != 'bidirectional', num_layers=2)
+    with sharding.use(sharding.abstract_mesh({'tensor': 2}), 'fsdp_tp'):
+        calls, _ = explanation.layer_calls(spec, layer.config, dims, 12, 4)
+    assert plan.cut_heads(layer) % 2 == 0 or any(call.spread and call.spread.whole for call in calls)

@@ -42,6 +42,10 @@ class Config(softmax.Options):
         if any(name in ('alibi', 't5') for name, *_ in self.scores):
             raise ValueError('scores: alibi and t5 differ by head, and would make steps of one head differ')
 
+    @property
+    def op_heads(self) -> int:
+        return self.num_heads * self.steps
+
 
 def flow(z, rate, drive, ramp, config: Config):
     """z(1) of dz/dr = rate z + drive + r ramp from z(0) = z."""

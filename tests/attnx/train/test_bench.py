@@ -41,7 +41,7 @@ def test_settings_reach_the_row_or_its_model():
 def test_a_tiny_row_on_eight_devices():
     def ours(name, devices, who='attnx'):
         row = bench.tiny(next(r for r in bench.ROWS if r.name == name))
-        return row, timing.measure(timing.prepare(row, devices, 'float32', who), steps=1)
+        return row, timing.measure(timing.compiled(timing.lower(row, devices, 'float32', who)), steps=1)
 
     row, found = ours('llama-1.3b', 1)
     assert np.isfinite(found['loss'])

@@ -7,8 +7,11 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
+
+from attnx.train import loop
 
 ROOT = pathlib.Path(__file__).parents[3]
 FLAGS = (
@@ -65,3 +68,48 @@ def test_two_processes_equal_one(tmp_path):
     for name, settings in ways.items():
         flags = [f'--config.{setting}' for setting in settings]
         np.testing.assert_allclose(train(tmp_path / name, corpus, 2, *flags), one, rtol=2e-5, err_msg=name)
+
+
+def test_processes_that_nobody_counts(monkeypatch):
+    def initialize(**known):
+        raise ValueError('coordinator_address should be defined.')  # jax's own words
+
+    monkeypatch.setattr(jax.distributed, 'initialize', initialize)
+    with pytest.raises(ValueError, match=r'coordinator_address .* or set JAX_COORDINATOR_ADDRESS, .* and JAX_PROCESS_ID'):
+        loop.run(loop.Config(distributed=True))
+
+
+CLUSTERS = {  # what srun and mpirun tell their processes
+    'slurm': {
+        'SLURM_JOB_ID': '{port}', 'SLURM_STEP_NODELIST': 'localhost', 'SLURM_STEP_NUM_NODES': '1', 'SLURM_NTASKS': '2',
+        'SLURM_PROCID': '{rank}', 'SLURM_LOCALID': '{rank}',
+    },
+    'open mpi': {
+        'OMPI_MCA_orte_hnp_uri': '{port}.0;tcp://127.0.0.1:1', 'OMPI_COMM_WORLD_SIZE': '2', 'OMPI_COMM_WORLD_RANK': '{rank}',
+        'OMPI_COMM_WORLD_LOCAL_RANK': '{rank}',
+    },
+}  # fmt: skip
+SAY = """
+import jax
+from attnx.train import loop
+def check(config):
+    print('process', jax.process_index(), 'of', jax.process_count())
+    raise SystemExit
+loop.check = check
+loop.run(loop.Config(distributed=True))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('cluster', CLUSTERS)
+def test_clusters_need_no_settings(cluster):
+    started = []
+    for rank in range(2):
+        told = {name: value.format(port=os.getpid(), rank=rank) for name, value in CLUSTERS[cluster].items()}
+        env = os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''} | told
+        started.append(subprocess.Popen([sys.executable, '-c', SAY], env=env, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+    try:
+        assert [p.communicate(timeout=300)[0] for p in started] == [f'process {rank} of 2\n' for rank in range(2)]
+    finally:
+        for process in started:
+            process.kill()
