@@ -41,6 +41,9 @@ FAMILIES = {
 }
 
 
+_ID = r'\b\d{4}\.\d{4,5}(?!\d)'  # of arXiv
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Entry:
     """What a mechanism's source says of it."""
@@ -60,8 +63,8 @@ class Entry:
     snippet: str  # an entry of `model.mixers`: "{'kind': 'gla', 'num_heads': 4}"
 
     def cites(self, paper: str) -> bool:
-        """Is `paper` its arXiv id, one that its docstring names, or words of a title there?"""
-        return _cites(f'{self.paper} {self.sections.get("Paper", "")}', paper)
+        """Is `paper` its arXiv id, one that its docstring names, or words of a title there, or of what it is called?"""
+        return _cites(f'{self.paper} {self.name} {self.summary} {self.sections.get("Paper", "")}', paper)
 
     def holds(self, words: str) -> bool:
         """Are all words in its name or docstring?"""
@@ -74,11 +77,15 @@ class Entry:
 
 
 def _cites(text: str, paper: str) -> bool:
-    return paper in text if re.fullmatch(r'\d{4}\.\d{4,5}', paper) else _holds(text, paper)
+    ids = re.findall(_ID, paper)  # alone, or as in 'arXiv:2410.11842v3' and https://arxiv.org/abs/2410.11842
+    return all(i in text for i in ids) if ids else _holds(text, paper)
 
 
 def _holds(text: str, words: str) -> bool:
-    return all(word in text.lower() for word in words.lower().replace('_', ' ').split())
+    """Does every one of `words` begin a word of `text`? Case, punctuation and a plural's s do not matter."""
+    split = lambda t: re.findall(r'[^\W_]+', t.lower())
+    there = split(text)
+    return all(any(t.startswith(w.removesuffix('s') or w) for t in there) for w in split(words))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -98,10 +105,9 @@ class Option:
         return _cites(self.text, paper)
 
     def holds(self, words: str) -> bool:
-        return _holds(f'{self.name.replace("_", " ")} {self.name} {self.text}', words)
+        return _holds(f'{self.name} {self.text}', words)
 
 
-_ID = r'\b\d{4}\.\d{4,5}\b'  # of arXiv
 VOCABULARY = ('masks', 'scores', 'positions', 'feature_maps', 'normalizers')  # modules of attnx.ops that hold options
 
 
@@ -143,6 +149,19 @@ def options() -> tuple[Option, ...]:
                 name = f'{path.stem}.{where}.{field[1]}' if path.parent.name in shared else f'{path.stem}.{field[1]}'
                 found.append(Option(name=name, path=path, text=field[3], use=f'{field[1]} = {_other(field[2])}'))
     return tuple(found)
+
+
+@functools.cache
+def models() -> dict[str, list[str]]:
+    """Paper -> names of its small models in configs/papers.py, read from the source; none outside a checkout."""
+    path, found = PACKAGE.parents[1] / 'configs' / 'papers.py', {}
+    tree = ast.parse(path.read_text()) if path.is_file() else ast.Module([], [])
+    tables = [n.value for n in tree.body if isinstance(n, ast.Assign) and isinstance(n.value, ast.Dict)]
+    for name, value in ((k, v) for table in tables for k, v in zip(table.keys, table.values) if isinstance(k, ast.Constant)):
+        words = [n.value for n in ast.walk(value) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        for paper in [word for word in words if re.fullmatch(_ID, word)][:1]:
+            found.setdefault(paper, []).append(name.value)
+    return found
 
 
 def _other(default: str) -> str:
@@ -360,6 +379,10 @@ def main(argv: list[str] | None = None) -> int:
         show(('mechanism', 'family', 'paper', 'causal', 'state', 'what'), rows)
     if others:
         show(('option', 'use', 'what'), [(o.name, o.use, o.text[:300]) for o in others])
+    papers = dict.fromkeys([*(e.paper for e in chosen), *(p for o in others for p in o.papers)] if asked else [])
+    named = re.findall(_ID, given.paper or '')
+    if small := [(p, f'python train.py --config=configs/papers.py:{n}') for p in named or papers for n in models().get(p, ())]:
+        show(('paper', 'a small model of it'), small)
     return 0
 
 

@@ -84,7 +84,11 @@ def _differentiable(function, plain, first_order):
 
 
 def _zeros(like, dx):
-    """Zeros that depend on dx for all that JAX can tell: it transposes a solve only if no part of b is known."""
+    """Zeros that depend on dx for all that JAX can tell: it transposes a solve only if no part of b is known.
+
+    The first choice drops what would be the transposed sum over all of x, or XLA adds up as many constant zeros, compiling.
+    """
+    none = lambda x, like: lax.select(jnp.zeros(like.shape, bool), x, jnp.zeros_like(like))
     one = min(dx, key=jnp.size).ravel()[0]
-    zeros = lambda x: lax.select(jnp.zeros(x.shape, bool), jnp.broadcast_to(one.astype(x.dtype), x.shape), jnp.zeros_like(x))
-    return [zeros(x) for x in like]
+    one = none(one, one)
+    return [none(jnp.broadcast_to(one.astype(x.dtype), x.shape), x) for x in like]

@@ -27,8 +27,8 @@ def half(paper, kind, **fields):
     return {**one(paper, kind, **fields), 'pattern': ('a', 'gqa')}
 
 
-def sqa(num_heads, num_kv_heads):
-    return one('2510.01817', 'gqa', num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=WIDTH // PLACES)
+def grouped(paper, num_heads, num_kv_heads):
+    return one(paper, 'gqa', num_heads=num_heads, num_kv_heads=num_kv_heads, head_dim=WIDTH // PLACES)
 
 
 SCORES = {
@@ -115,6 +115,7 @@ HEADS = {
     'plm': {  # latent attention without query compression, squared ReLU
         **one('2503.12167', 'mla', num_heads=4, head_dim=32, rope_dim=16, value_dim=32, kv_rank=64),
         'mlp': {'kind': 'relu2', 'hidden': 0, 'bias': False},
+        'optim': {'schedule': 'wsdc', 'hold': 40, 'floor': 0.1},  # warmup, stable, decay, constant
     },
     'smha': {  # unions of experts, in attention and in the MLP
         **one('2503.02495', 'smha', num_heads=8),
@@ -140,11 +141,11 @@ HEADS = {
         'mlp': {'kind': 'moe', 'hidden': 0, 'bias': False, 'experts': 8, 'top_k': 2},
     },
     'latent': one('2503.11132', 'mla', num_heads=4, head_dim=16, rope_dim=16, value_dim=32, kv_rank=32, latent_norm=False),
-    'gqa': {**sqa(16, 4), 'paper': '2305.13245'},
-    'sqa': sqa(8, 4),
-    'ssqa': sqa(8, 8),
-    'xsqa': sqa(4, 4),
-    'xsmqa': sqa(4, 1),
+    'gqa': grouped('2305.13245', 16, 4),
+    'sqa': grouped('2510.01817', 8, 4),
+    'ssqa': grouped('2510.01817', 8, 8),
+    'xsqa': grouped('2510.01817', 4, 4),
+    'xsmqa': grouped('2510.01817', 4, 1),
     'cla': {'paper': '2405.12981', 'pattern': ('kv', 'q'), 'mixers': KV},
     'yoco': {
         'paper': '2405.05254',
@@ -219,7 +220,7 @@ def get_config(variant: str = 'moh') -> ConfigDict:
         c.model.num_layers = 4
         c.model.mixers = ConfigDict()
         for name, value in VARIANTS[variant].items():
-            if name in ('step', 'sample'):
+            if name in ('step', 'sample', 'optim'):
                 c[name].update(value)
             elif name == 'data.task':
                 c.data.task, c.data.length = ConfigDict(value), 0

@@ -47,12 +47,21 @@ def test_names_and_filters():
         ({'paper': '2312.04455'}, None, 'models.buckets'),
         ({'paper': '2009.09672'}, None, 'step.Config.mask_heads'),
         ({'paper': '2309.00071'}, None, 'softmax.Rope.scaling'),
+        ({'paper': 'arXiv:2410.11842v3'}, 'moh', 'interop.convert'),
+        ({'paper': 'https://arxiv.org/abs/2410.11842'}, 'moh', 'interop.convert'),
+        ({'paper': 'Cog Attention: negative weights'}, 'cog', None),  # names that people use, punctuation, plurals
+        ({'paper': 'mixture of heads'}, 'moh', None),
+        ({'paper': 'CoPE'}, 'cope', None),
+        ({'paper': 'SHA-RNN'}, 'sha_rnn', None),
+        ({'paper': 'UoE'}, 'smha', None),
+        ({'paper': 'peripheral language models'}, 'mla', None),
     ],
 )
 def test_papers_and_words_find_mechanisms_and_options(given, mechanism, option):
     assert mechanism is None or mechanism in [e.name for e in catalog.select(**given)]
     found = {o.name: o for o in catalog.find_options(**given)}
     assert option is None or option in found
+    assert 'scores.alibi' not in {o.name for o in catalog.find_options(paper='OAT')}, 'words are not found inside others'
 
 
 def test_what_the_catalogue_shows_can_be_used():

@@ -71,6 +71,7 @@ def test_is_found_by_its_paper(variant):
     kinds = {mixer['kind'] for mixer in given['mixers'].values()} | {*given.get('overrides', {}).values()}
     options = catalog.find_options(paper=given['paper'])
     assert options or kinds & {e.name for e in catalog.select(paper=given['paper'])}
+    assert variant in catalog.models().get(given['paper'], ['off_by_one'])  # which is no paper
 
 
 def test_unknown_variant():

@@ -157,7 +157,7 @@ class Run:
 
         def one(value):
             place = placed(self.mesh, self.config.sharding, value.ndim)
-            shape = (self.config.data.batch_size, *value.shape[1:])
+            shape = (len(value) * jax.process_count(), *value.shape[1:])
             return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value), shape)
 
         return {name: one(value) for name, value in batch.items()}

@@ -41,7 +41,7 @@ class Config:
     weight_decay: float = 0.1  # decoupled, times the rate; vectors and `no_decay` are exempt
     no_decay: tuple[str, ...] = ('*/scale', '*/bias', '*/embedding', '*/table', '*log*', '*/dt_*')  # exempt names
     clip_norm: float | None = 1.0  # largest global norm of the gradient; None: no clipping
-    schedule: str = 'wsd'  # 'wsd', 'wsdc' (a constant tail after the decay), 'cosine', 'constant'
+    schedule: str = 'wsd'  # 'wsd', 'wsdc' (a constant tail after the decay: 2503.12167), 'cosine', 'constant'
     warmup: int = 100  # steps of linear warmup, to `learning_rate`
     decay: int | None = None  # wsd, wsdc: steps of the decay; None: a tenth of the run
     hold: int = 0  # wsdc only: steps at the floor, after the decay

@@ -2,7 +2,7 @@
 
 Equation: p_t = softmax(W_g x_t + b), token t goes to the K heads of largest p;  in head h, over the tokens s that went there,
     o_th = sum_s softmax_s(H^-1/2 q_th . k_sh) v_sh, RoPE counting those tokens;  y_t = sum_{h of t} W_o,h o_th.
-Paper: Union of experts: adapting hierarchical routing to equivalently decomposed transformer, 2025, arXiv 2503.02495.
+Paper: Union of experts (UoE): adapting hierarchical routing to equivalently decomposed transformer, 2025, arXiv 2503.02495.
 Differs: the released gate only selects and so is not trained; here a chosen head's output carries p's gradient at factor 1
     (straight-through). Unselected tokens are masked, not attended as padding. The MLP experts of the paper
     are `model.mlp` of kind 'moe' with `gates` = 'select'.
