@@ -1,7 +1,7 @@
 """Before a run: what it costs, what will run, and what would be refused. Needs no device and computes nothing.
 
-python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
-python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
+    python -m attnx.plan --config=configs/base.py [--config.model.width=512 …] [--platform=cuda]
+    python -m attnx.plan --config=configs/sizes.py:7b --topology=v5p:8x8x4 [--fit]     a step on chips that are not here
 """
 
 import os
