@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import tempfile
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,6 +82,8 @@ def found(run: Config, where: Topology) -> dict:
 
 
 def _child(send, run: Config, name: str, folder: str) -> None:
+    parent = multiprocessing.parent_process()  # compiling takes minutes: not for a plan that was stopped
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
     os.environ.pop('XLA_FLAGS', None)  # of this machine, not of that one
     libtpu.prepare()
     try:

@@ -1,6 +1,7 @@
 """A run's newest checkpoint on other data. See `evaluate`."""
 
 import contextlib
+import dataclasses
 import pathlib
 
 from attnx import tasks
@@ -9,18 +10,21 @@ from attnx.train import data as data_lib
 from attnx.train.config import Config
 from attnx.train.loop import Run
 from attnx.train.process import locked
+from attnx.train.program import check_rows
 
 
 def evaluate(config: Config, data: data_lib.Config) -> dict[str, float]:
     """The newest checkpoint of a run on other data: a longer length, another task of the same vocabulary.
 
     Raises:
-      ValueError: there is no checkpoint; the data do not fit the model.
+      ValueError: there is no checkpoint; the data do not fit the model, or their batches the devices.
     """
     run_dir = pathlib.Path(config.run_dir).absolute()
     with locked(run_dir), contextlib.ExitStack() as stack:
         run = Run(config, run_dir, stack)
-        other = data_lib.open(data)
+        once = dataclasses.replace(run.config.step, accumulate=1)
+        check_rows(dataclasses.replace(run.config, data=data, step=once), run.mesh.shape)
+        other = data_lib.open(data, **run.share)
         check_other(run.config.model, run.data.task, other.task)
         _, state = run.restore()
         if state is None:

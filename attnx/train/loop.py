@@ -90,9 +90,9 @@ class Run:
         self.run_dir = run_dir
         self.mesh = stack.enter_context(sharding.use(sharding.make_mesh(config.mesh), config.sharding, config.context))
         check_rows(config, self.mesh.shape)
-        index, self.parts = sharding.row_share(self.mesh, config.sharding)
-        share = {'process_index': index, 'process_count': self.parts}
-        self.data = data_lib.open(config.data, task=task, run_dir=run_dir, **share)
+        index, count = sharding.row_share(self.mesh, config.sharding)
+        self.share = {'process_index': index, 'process_count': count}
+        self.data = data_lib.open(config.data, task=task, run_dir=run_dir, **self.share)
         task = self.data.task
         self.config = config = served(config, task)
         shape = {'length': task.length, 'batch': config.data.batch_size // config.step.accumulate}
@@ -158,7 +158,7 @@ class Run:
 
         def one(value):
             place = placed(self.mesh, self.config.sharding, value.ndim)
-            shape = (len(value) * self.parts, *value.shape[1:])
+            shape = (len(value) * self.share['process_count'], *value.shape[1:])
             return jax.make_array_from_process_local_data(place, np.ascontiguousarray(value), shape)
 
         return {name: one(value) for name, value in batch.items()}

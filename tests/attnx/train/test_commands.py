@@ -14,10 +14,7 @@ from attnx import config as config_lib
 from attnx.train import loop, metrics
 from tests.runs import state_of
 
-
-def command(*flags):
-    root = pathlib.Path(__file__).parents[3]
-    return subprocess.run([sys.executable, 'train.py', *flags], cwd=root, capture_output=True, text=True, timeout=120)
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_a_resolved_config_runs_again_from_json_alone(config, tmp_path):
@@ -50,9 +47,8 @@ def test_no_config_file_is_executed_for_a_resolved_one(tmp_path):
         "import runpy\ntry: runpy.run_path('train.py', run_name='__main__')\n"
         "finally: print('configs' in ' '.join(ran), 'train.py' in ' '.join(ran))"
     )
-    root = pathlib.Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, '-c', watch, str(tmp_path / 'c.json')], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, '-c', watch, str(tmp_path / 'c.json')], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
     assert done.stdout.strip() == 'False True'
     assert 'c.json: config: steps 0 must be >= 1' in done.stderr
@@ -116,13 +112,18 @@ def bad(whole, tmp_path_factory):
     return folder
 
 
+def seconds(*command):
+    """A command's processor time, and what it said."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime, done
+
+
 @pytest.fixture(scope='module')
 def second():
     """A second of this machine's processor: to import jax takes most of one where it does nothing else."""
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, '-c', 'import jax'], check=True)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return max(1.0, 1.2 * (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
+    return max(1.0, 1.2 * seconds('-c', 'import jax')[0])
 
 
 @pytest.mark.parametrize('name', BAD)
@@ -131,11 +132,11 @@ def test_bad_input_gets_one_line_within_a_second(bad, second, name):
     flags = flag.replace('{tmp}', str(bad)).split(' --')
     flags = [flags[0], *('--' + more for more in flags[1:])]
     flags += [] if name in ('corrupt', 'foreign', 'resolved') else [f'--config.run_dir={bad}/none']
-    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = command(*flags)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took, done = seconds('train.py', *flags)
     assert done.returncode == 2
     for message in messages:
         assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
-    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < second
+    for _ in range(3):  # what shares a core or its cache only adds to the time
+        took = took if took < second else min(took, seconds('train.py', *flags)[0])
+    assert took < second

@@ -1,5 +1,6 @@
 """Plans for chips that are not here: refusals, the model of GPUs, and the compiler's where libtpu is installed."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import os
@@ -66,7 +67,7 @@ def test_without_libtpu_the_pip_line(monkeypatch):
     [
         ({'mesh': {'data': 3, 'fsdp': 4}}, r"does not tile 8 devices; the nearest that does: \{'data': 2, 'fsdp': 4\}; .*fsdp"),
         ({'mesh': {'fsdp': 4, 'tensor': 2}}, "'fsdp' has no use for mesh axis 'tensor'"),
-        ({'mesh': {'tensor': 8}, 'sharding': 'fsdp_tp'}, r"4 heads over .*works: \{'data': 2, 'tensor': 4\}"),
+        ({'mesh': {'tensor': 8}, 'sharding': 'fsdp_tp'}, r"4 heads are not .* over the 8.*works: \{'data': 2, 'tensor': 4\}"),
         ({'data': {'length': 512, 'batch_size': 12, 'task': {'kind': 'tokens'}}}, 'batch_size 12 must be a multiple of 8'),
     ],
 )
@@ -226,6 +227,35 @@ made = compiled._lowered(run, where)[-1].compile()
 cost = hlo.cost(made.as_text(), where.size)
 print(cost.flops, sum(c.times * c.wire for c in cost.collectives), made.memory_analysis().peak_memory_in_bytes)
 """
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_the_compiler_ends_with_the_plan_that_asked_for_it(tmp_path):
+    """Killed, a plan can end nothing by itself. Both are told by an environment of their own."""
+    command = [sys.executable, '-m', 'attnx.plan', '--config=configs/sizes.py:7b', '--topology=v5p:8x8x4']
+    env = os.environ | {'TMPDIR': str(tmp_path), 'XDG_CACHE_HOME': str(tmp_path)}
+    asked = subprocess.Popen(command, cwd=PATH.parents[1], env=env, stdout=subprocess.DEVNULL)
+
+    def told(process):
+        with contextlib.suppress(OSError):
+            return (process / 'environ').read_text()
+        return ''
+
+    def compilers():
+        found = pathlib.Path('/proc').glob('[0-9]*')
+        return [process for process in found if process.name != str(asked.pid) and str(tmp_path) in told(process)]
+
+    def until(done, seconds):
+        end = time.monotonic() + seconds
+        while not done():
+            assert time.monotonic() < end
+            time.sleep(0.1)
+
+    until(compilers, 60)
+    asked.kill()
+    asked.wait()
+    until(lambda: not compilers(), 5)  # it would take ten by itself
 
 
 @needs_libtpu
