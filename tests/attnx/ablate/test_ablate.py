@@ -134,7 +134,7 @@ def test_a_sweep_takes_each_arms_best_rate(tmp_path):
 def batched(done, tmp_path_factory):
     folder = tmp_path_factory.mktemp('batched') / 'study'
     given = {**fields(done), 'arms': ARMS, 'generate': (), 'tasks': {}, 'run_dir': str(folder), 'batch_seeds': True}
-    return Study(**{**given, 'evals': {'long': 'long', 'few': {'data.batch_size': 2}}}).run()
+    return Study(**{**given, 'evals': {'long': 'long', 'one batch': {'data.batch_size': 16}}}).run()
 
 
 def test_batched_seeds_find_what_separate_runs_do(done, batched):
@@ -145,7 +145,7 @@ def test_batched_seeds_find_what_separate_runs_do(done, batched):
         mine, other = curve(batched, arm, seed), curve(done, arm, seed)
         assert [(e['step'], e['split']) for e in mine] == [(e['step'], e['split']) for e in other]
         assert mine[0]['loss'] == pytest.approx(other[0]['loss'], rel=1e-6)  # before the first update
-    for name in ('loss', 'long/loss', 'few/loss'):
+    for name in ('loss', 'long/loss', 'one batch/loss'):
         assert len({e['values'][name] for e in near(batched).values()}) == 4
     assert all(0 <= v <= 1 for v in batched.results['values.long/accuracy'])
 
