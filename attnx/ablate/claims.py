@@ -227,7 +227,7 @@ def run(names: Sequence[str], worker: int, workers: int) -> None:
         runner.run(made[name])
 
 
-def measure(repeats: int = 3) -> None:
+def measure(repeats: int = 5) -> None:
     """Tokens a second of S030's arms: the forward pass, and loss and gradients. Arms take turns, `repeats` times.
 
     On a CPU, a second of the processor's time: what else the machine does then hardly counts.
