@@ -7,6 +7,7 @@ the program is written down the compiler is stopped. It has a process of its own
 
 import collections
 import hashlib
+import importlib.metadata
 import json
 import math
 import multiprocessing
@@ -25,7 +26,10 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from attnx import dispatch, sharding, tasks
+import attnx
+import pallas_kernels
+from attnx import catalog, dispatch, sharding, tasks
+from attnx import config as config_lib
 from attnx.train import chips, hlo
 from attnx.train.chips import LINKS, Topology
 from attnx.train.config import Config
@@ -42,6 +46,9 @@ def found(run: Config, where: Topology) -> dict:
     Raises:
       ValueError: what the compiler, or tracing the step, refuses.
     """
+    kept = _place(run, where)
+    if kept.exists():
+        return json.loads(kept.read_text())
     with tempfile.TemporaryDirectory() as folder:
         context = multiprocessing.get_context('spawn')
         mine, theirs = context.Pipe(duplex=False)
@@ -49,12 +56,12 @@ def found(run: Config, where: Topology) -> dict:
         child.start()
         theirs.close()
         written = lambda: any(pathlib.Path(folder).glob(LAST))
-        kept, held, coords = None, {}, []
+        held, coords = {}, []
         given: Any = None
         try:
             kind, given = mine.recv()
             if kind == 'lowered':
-                kept, held, coords = given
+                held, coords = given
                 while not (written() or mine.poll(0.05)):
                     pass
                 kind, given = ('written', None) if written() else mine.recv()
@@ -67,8 +74,6 @@ def found(run: Config, where: Topology) -> dict:
         if kind == 'written':
             text, buffers = (next(pathlib.Path(folder).glob(name)).read_text() for name in (PROGRAM, BUFFERS))
             given = _read(text, buffers, held, coords, where, run.mesh)
-    if kind == 'kept':
-        return given
     if kind == 'error' and (total := too_large(given)) is not None:
         given = {'memory': held | {'activations and temporaries': max(total - sum(held.values()), 0)}}
     elif kind == 'error':
@@ -87,11 +92,8 @@ def _child(send, run: Config, name: str, folder: str) -> None:
     os.environ.pop('XLA_FLAGS', None)  # of this machine, not of that one
     libtpu.prepare()
     try:
-        kept, held, coords, lowered = _lowered(run, chips.topology(name))
-        if kept.exists():
-            send.send(('kept', json.loads(kept.read_text())))
-            return
-        send.send(('lowered', (kept, held, coords)))
+        held, coords, lowered = _lowered(run, chips.topology(name))
+        send.send(('lowered', (held, coords)))
         jax.config.update('jax_enable_compilation_cache', False)  # a program that is not made is not written down
         lowered.compile({'xla_dump_to': folder})
         send.send(('error', 'the compiler wrote no program down'))
@@ -99,8 +101,20 @@ def _child(send, run: Config, name: str, folder: str) -> None:
         send.send(('error', f'{type(error).__name__}: {str(error)[:2000]}'))
 
 
-def _lowered(run: Config, where: Topology) -> tuple[pathlib.Path, dict, list, Any]:
-    """Where findings about the step are kept, bytes that a device holds, coordinates of the devices, and the step, lowered."""
+def _place(run: Config, where: Topology) -> pathlib.Path:
+    """Where the findings are kept: by the run, who compiles for which chips, and all that the step is made by."""
+    folders = [pathlib.Path(attnx.__file__).parent, pathlib.Path(pallas_kernels.__file__).parent, *catalog.roots()[1:]]
+    sources = [path.read_text() for folder in folders for path in sorted(folder.rglob('*.py'))]
+    versions = [f'{name} {importlib.metadata.version(name)}' for name in ('jaxlib', 'flax', 'optax')]
+    given = [where.name, libtpu.versions(), *versions, config_lib.to_json(run), *sources]
+    key = hashlib.sha256('\n'.join(given).encode()).hexdigest()
+    folder = jax.config.jax_compilation_cache_dir
+    folder = pathlib.Path(folder) if folder else pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
+    return folder / 'attnx' / 'plans' / f'{key[:32]}.json'
+
+
+def _lowered(run: Config, where: Topology) -> tuple[dict, list, Any]:
+    """Bytes that a device holds, coordinates of the devices, and the step, lowered."""
     options = {'chip_config_name': 'megacore'} if where.kind == 'v4' else {}
     devices = topologies.get_topology_desc(where.name, platform='tpu', **options).devices
     task = tasks.outline(run.data.task, length=run.data.length, seed=run.data.seed)
@@ -119,16 +133,7 @@ def _lowered(run: Config, where: Topology) -> tuple[pathlib.Path, dict, list, An
         }
         lowered = trained.update.lower(state, batch, key)
     held = {'parameters': share(state['params']), 'optimizer': share(state['opt']), 'batch': share(batch)}
-    return _cache(where, lowered.as_text()), held, [tuple(d.coords) for d in mesh.devices.flat], lowered
-
-
-def _cache(where: Topology, text: str) -> pathlib.Path:
-    """Where the findings about a program are kept: by what the compiler is given, who it is, and how it is read."""
-    own = [pathlib.Path(hlo.__file__).read_text(), pathlib.Path(__file__).read_text()]
-    key = hashlib.sha256('\n'.join([where.name, libtpu.versions(), text, *own]).encode()).hexdigest()
-    folder = jax.config.jax_compilation_cache_dir
-    folder = pathlib.Path(folder) if folder else pathlib.Path(os.environ.get('XDG_CACHE_HOME', '~/.cache')).expanduser()
-    return folder / 'attnx' / 'plans' / f'{key[:32]}.json'
+    return held, [tuple(d.coords) for d in mesh.devices.flat], lowered
 
 
 def share(tree: Any) -> int:

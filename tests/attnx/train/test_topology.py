@@ -153,9 +153,9 @@ finally:
 
 def test_a_compiler_that_ends_its_process(monkeypatch):
     monkeypatch.setattr(compiled, '_child', print)  # it ends without an answer
-    monkeypatch.setattr(libtpu, 'versions', lambda: 'libtpu 0')
+    monkeypatch.setattr(libtpu, 'versions', lambda: 'libtpu 0')  # kept under no other's name
     with pytest.raises(ValueError, match='v5e:2x2, libtpu 0: the compiler ended its process'):
-        compiled.found(None, topology.topology('v5e:2x2'))
+        compiled.found(run_of(), topology.topology('v5e:2x2'))
 
 
 def fake(run, state):
