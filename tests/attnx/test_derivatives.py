@@ -1,6 +1,7 @@
 """Forward mode beside an own backward pass: both derivatives, in every surrounding that differentiates in its own way."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -76,4 +77,5 @@ def test_compiling_adds_up_no_constants(capfd):
     q = jnp.zeros((1, 1024, 16, 64), jnp.bfloat16)
     loss = lambda q, k, v: xla(q, k, v, mask=masks.causal()).astype(jnp.float32).sum()
     jax.jit(jax.grad(loss, (0, 1, 2))).lower(q, q, q).compile()
-    assert 'Constant folding' not in capfd.readouterr().err
+    said = capfd.readouterr().err  # of what takes over a second
+    assert not re.search(r'Constant folding an instruction.*\n\n.* = b?f\d+\[', said), said
