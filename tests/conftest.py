@@ -6,12 +6,7 @@ import pathlib
 import re
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-FLAGS = (
-    '--xla_force_host_platform_device_count=8',
-    '--xla_backend_optimization_level=0',
-    '--xla_disable_hlo_passes=fusion-wrapper',  # else every lone operation is compiled through MLIR
-)
-for flag in FLAGS:
+for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
     flags = os.environ.get('XLA_FLAGS', '')
     if flag.split('=')[0] not in flags:
         os.environ['XLA_FLAGS'] = f'{flags} {flag}'.strip()
