@@ -31,8 +31,6 @@ from attnx.models.config import Layer, units
 from attnx.nn import flat_axes, to_flat
 from attnx.spec import Dims, side_input
 
-BY_HEADS = frozenset({'softmax_attention', 'gated_linear', 'delta_rule'})  # ops that the tensor axis cuts
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerPlan:
@@ -108,8 +106,9 @@ def uneven(what: str, why: str, sizes: Mapping[str, int], nearest: Mapping[str, 
 
 def cut_heads(layer: Layer) -> int:
     """The heads that the tensor axis must divide, as the layer's Config has them; 0: it does not say."""
-    heads = getattr(layer.config, 'op_heads', getattr(layer.config, 'num_heads', None))
-    return 0 if BY_HEADS.isdisjoint(layer.spec.ops) else heads or 0
+    heads = getattr(layer.config, 'op_heads', getattr(layer.config, 'num_heads', 0))
+    cut = {'softmax_attention', 'gated_linear', 'delta_rule'} & {*layer.spec.ops}  # ops that the axis cuts
+    return heads or 0 if cut else 0
 
 
 def check_numbers(config: ModelConfig, sizes: Mapping[str, int], preset: str, length: int) -> None:
@@ -131,8 +130,7 @@ def check_numbers(config: ModelConfig, sizes: Mapping[str, int], preset: str, le
         if mlp.kind == 'moe' and mlp.experts % expert:
             nearest = sharding.fitting(sizes, 'expert', mlp.experts)
             raise uneven(named, f'{mlp.experts} experts do not divide over the expert axis', sizes, nearest)
-        heads = cut_heads(layer)
-        if heads % tensor:
+        if (heads := cut_heads(layer)) % tensor:
             why = f'{heads} heads are not divisible over the {tensor} devices of tensor'
             raise uneven(named, why, sizes, sharding.fitting(sizes, 'tensor', heads))
         if context > 1 and 'context' in limits:
