@@ -35,10 +35,10 @@ def cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def swizzled(shape, dtype, swizzle=128):
+def swizzled(shape, dtype):
     """Shared memory for a wgmma operand: 8-row tiles, swizzled."""
-    columns = swizzle // jnp.dtype(dtype).itemsize
-    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(swizzle)))
+    columns = 128 // jnp.dtype(dtype).itemsize
+    return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128)))
 
 
 def row(value, shape):

@@ -27,9 +27,8 @@ class Backward:
     queries: int  # query rows a step; a block owns 128 keys
     stages: int  # query tiles in flight
     registers: tuple[int, int]
-    swizzle: int = 128  # bytes, of the dQ tile in shared memory; by 32 it is written without exchanges within warps
-    narrow: bool = False  # the kernel makes dQ 16-bit itself
-    tail: int = 0  # of so many heads, the last ones, blocks are launched in turn where that ends sooner
+    narrow: bool = True  # the kernel makes dQ 16-bit itself
+    tail: int = 8  # of so many heads, the last ones, blocks are launched in turn where that ends sooner
 
 
 class Call(NamedTuple):
