@@ -15,6 +15,7 @@ import csv
 import dataclasses
 import functools
 import importlib.util
+import itertools
 import json
 import pathlib
 import statistics
@@ -227,7 +228,7 @@ def run(names: Sequence[str], worker: int, workers: int) -> None:
         runner.run(made[name])
 
 
-def measure(repeats: int = 5) -> None:
+def measure(repeats: int = 15) -> None:
     """Tokens a second of S030's arms: the forward pass, and loss and gradients. Arms take turns, `repeats` times.
 
     On a CPU, a second of the processor's time: what else the machine does then hardly counts.
@@ -247,7 +248,7 @@ def measure(repeats: int = 5) -> None:
         jax.block_until_ready(found)
         return times * length / (clock() - start)
 
-    study, rows, key, settings = studies()['s030'], [], jax.random.key(0), step_lib.Config()
+    study, key, settings = studies()['s030'], jax.random.key(0), step_lib.Config()
     task = next(iter(study.tasks))
     calls, length = {}, build(study.on(study.resolved()[0], task)).data.length
     tokens = jax.random.randint(key, (1, length), 0, 256)
@@ -262,13 +263,13 @@ def measure(repeats: int = 5) -> None:
         compiled = pool.map(lambda call: functools.partial(call[0].lower(*call[1]).compile(), *call[1]), calls.values())
         calls = dict(zip(calls, compiled))
     jax.block_until_ready([call() for call in calls.values()])
-    for repeat in range(repeats):
-        for (arm, what), call in calls.items():
-            rows.append(['s030', arm, f'{what} tokens/s', repeat, speed(call), jax.devices()[0].device_kind])
-            print(*rows[-1][:5], flush=True)
     folder = runner.folder(study)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / 'measured.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    with (folder / 'measured.jsonl').open('w', buffering=1) as log:
+        for repeat, ((arm, what), call) in itertools.product(range(repeats), calls.items()):
+            row = ['s030', arm, f'{what} tokens/s', repeat, speed(call), jax.devices()[0].device_kind]
+            log.write(json.dumps(row) + '\n')
+            print(*row[:5], flush=True)
 
 
 def main(argv=None) -> int:
@@ -277,7 +278,7 @@ def main(argv=None) -> int:
     parser.add_argument('names', nargs='*', help='run: studies; all that train if none is named')
     parser.add_argument('--workers', type=int, default=1, help='run: processes on this machine')
     parser.add_argument('--worker', type=int, default=None, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         trained = [name for name in claims_file().STUDIES if name != 's030']
         if args.names and args.command != 'run':
