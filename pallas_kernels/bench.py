@@ -39,6 +39,7 @@ WINDOW, DOCUMENT, PREFIX, SINK, CAP = 1024, 1536, 2048, 64, 30.0
 SHAPES = [(8, 2048, 16, 16, 128), (2, 8192, 16, 16, 128), (2, 8192, 32, 32, 64), (2, 8192, 16, 4, 128)]
 MAIN = SHAPES[1]
 WIDE = (2, 8192, 8, 8, 256)
+LOCK = os.path.join(tempfile.gettempdir(), 'pallas_kernels_bench.lock')  # of who times; the recurrent kernels' bench too
 KINDS = ('window', 'documents', 'prefix', 'global-window', 'alibi', 'relative', 'softcap')
 
 
@@ -81,7 +82,7 @@ def rows(words) -> list[Row]:
 @contextlib.contextmanager
 def turn():
     """One process at a time."""
-    with open(os.path.join(tempfile.gettempdir(), 'pallas_kernels_bench.lock'), 'w') as file:
+    with open(LOCK, 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
