@@ -129,12 +129,8 @@ def choices(
     args: tuple,
     kwargs: Mapping[str, Any],
     rows: tuple[table.Kernel, ...],
-    auto: bool = False,
 ) -> list[Choice]:
-    """Every implementation of `op` for these arguments, in the order in which `auto` considers them.
-
-    auto: a kernel that is held back there counts as refusing; one asked for by name runs.
-    """
+    """Every implementation of `op` for these arguments, in the order in which `auto` considers them."""
     found = []
     for row in rows:
         try:
@@ -143,8 +139,6 @@ def choices(
             found.append(Choice(row.impl, row.platform, f'{row.module} does not import: {error}'))
             continue
         reason = module.unsupported(*args, **kwargs)
-        if auto and reason is None and hasattr(module, 'held_back'):
-            reason = module.held_back(*args, **kwargs)
         schedule = '' if reason or not hasattr(module, 'schedule_of') else module.schedule_of(*args, **kwargs)
         found.append(Choice(row.impl, row.platform, reason, _differentiable(row, module, forms['xla']), schedule))
     found += [Choice(name, 'any', None, forms[name]) for name in ('xla', 'reference') if name in forms]
@@ -175,14 +169,14 @@ def run(op: str, impl: str, forms: Mapping[str, Callable], args: tuple, kwargs: 
     if impl not in valid:
         raise ValueError(f'{op}: unknown impl {impl!r}; {nearest(impl, valid)}')
     if (calls := _recorded.get()) is not None:
-        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows, impl == 'auto')), _spread.get()))
+        calls.append(Call(op, impl, tuple(choices(op, forms, args, kwargs, rows)), _spread.get()))
     if impl in forms:
         return forms[impl](*args, **kwargs)
     if impl == 'auto':
         rows = tuple(row for row in rows if row.platform in _platforms())
         if not rows:
             return forms['xla'](*args, **kwargs)
-    options = choices(op, forms, args, kwargs, rows, impl == 'auto')
+    options = choices(op, forms, args, kwargs, rows)
     if impl != 'auto':
         chosen = next(c for c in options if c.impl == impl)
         if chosen.reason or chosen.function is None:

@@ -49,10 +49,10 @@ class Case(linear.Case):
     beta: tuple = (0.0, 1.0)  # range; a seventh of the tokens each has its two ends
     collinear: float = 0.0  # how near keys are to one direction, below 1
 
-    def arrays(self):
+    def arrays(self, draw=0):
         """As `linear.Case.arrays`, with beta after value."""
-        (query, key, value, log_decay, state), ids, cotangents = super().arrays()
-        rng = np.random.default_rng(7)
+        (query, key, value, log_decay, state), ids, cotangents = super().arrays(draw)
+        rng = np.random.default_rng(7 + draw)
         beta = rng.uniform(*self.beta, size=value.shape[:3])
         beta[:, ::7], beta[:, 3::7] = self.beta
         if self.collinear:
@@ -78,6 +78,8 @@ CASES = [
     Case('per channel, in pieces', T=4096, decay='channel', strength=(0.0, 0.02), resets=0.0005),
     Case('per channel, strong', T=300, decay='channel', strength=(0.0, 50.0)),
     Case('per channel, widths 64, 128', T=200, K=64, V=128, decay='channel', state=False),
+    Case('per channel, widths 128, 64', T=200, K=128, V=64, decay='channel'),
+    Case('per channel, widths 40, 40', T=200, K=40, V=40, decay='channel'),
     Case('strong', T=1000, strength=(0.0, 50.0)),
     Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
     Case('reflecting', T=300, decay='none', beta=(0.0, 2.0)),

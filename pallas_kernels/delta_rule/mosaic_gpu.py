@@ -16,7 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import apart
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
-from pallas_kernels.gated_linear import decode
+from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
 
@@ -32,16 +32,6 @@ def unsupported(
     if width > WIDEST and query.shape[1] > 1:
         return f'widths up to {WIDEST}, given {width}; use impl="xla"'
     return linear.refuse(query, key, value, scale, chunk)
-
-
-def held_back(query, key, value, beta, log_decay=None, **_) -> str | None:
-    """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    K, V = key.shape[3], value.shape[3]
-    if log_decay is None or query.shape[1] == 1:
-        return None
-    if linear.padded(K) != 128 or linear.padded(V) != 128:
-        return f'auto leaves decays at widths {K} and {V} to xla: {linear.UNPROVEN} at 65 to 128'
-    return linear.held_back(query, key, value, log_decay)
 
 
 def schedule_of(query, key, value, beta, log_decay=None, *_, **__) -> str:
@@ -60,7 +50,6 @@ def delta_rule(
     segment_ids=None,
     scale=None,
     chunk=None,
-    version='proven',
     interpret=False,
 ):
     """The (gated) delta rule.
@@ -74,7 +63,6 @@ def delta_rule(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate': a single token as `gated_linear.decode` is to compute it.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -86,16 +74,13 @@ def delta_rule(
         raise ValueError(f'delta_rule on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        return decode.one_token((scale, version, interpret), query, key, value, beta, log_decay, initial_state)
+        return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
     run = _delta_rule
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.delta_rule.per_channel import per_channel as run  # it stands on this module
     run = functools.partial(run, (scale, interpret))
     run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
     return run(query, key, value, beta, log_decay, initial_state, segment_ids)
-
-
-candidate = functools.partial(delta_rule, version='candidate')  # what checks and benchmarks name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,7 +95,7 @@ def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
     """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
-    decay = linear.cumulative(linear.steps(log_decay, segment_ids), beta.shape[1])
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), beta.shape[1])
     arrays = [linear.pad(x) for x in arrays]
     cut, strength, decay = schedule(beta, decay, arrays[1].shape[3], arrays[2].shape[3])
     q, k, *rest = map(cut.cut, arrays)
@@ -173,7 +158,7 @@ def _backward(static, saved, cotangents):
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
         dstate = chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
-    every = {'every': linear.GROUP, 'interpret': interpret}
+    every = {'every': decays.GROUP, 'interpret': interpret}
     u, states = sweeps.write(None, k8, v8, *shared, state, **every)
     w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
@@ -197,9 +182,9 @@ def _backward(static, saved, cotangents):
         first = None if initial_state is None else linear.pad_state(initial_state)
         anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
         each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
-        step = linear.steps(log_decay, segment_ids)
-        each = linear.decay_gradient(each, anchors, step)
-        each = jnp.where(jnp.moveaxis(step, 2, 1) > linear.ERASE, each, 0)
+        step = decays.steps(log_decay, segment_ids)
+        each = decays.decay_gradient(each, anchors, step)
+        each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0, None

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import mosaic_gpu as scalar
 from pallas_kernels.delta_rule import sweep as sweeps
+from pallas_kernels.gated_linear import decays
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
 from pallas_kernels.gated_linear.sweep import CHUNK
@@ -34,7 +35,7 @@ def _prepare(interpret, q, k, beta, log_decay, segment_ids, V):
     factor, scales = channel.factors(log_decay)
     dtype, (q, k) = q.dtype, _widen(q, k, N)
     query, reads, enters = (channel.split(x, dtype) for x in (q * factor, k * factor, k / factor))
-    decay = linear.cumulative(linear.steps(None, segment_ids), T)
+    decay = decays.cumulative(decays.steps(None, segment_ids), T)
     cut, strength, decay = scalar.schedule(beta, decay, query[0].shape[3], V + -V % CHUNK)
     query, reads, enters = (tuple(map(cut.cut, x)) for x in (query, reads, enters))
     scales = cut.cut(scales, 2, CHUNK, fill=1)
@@ -65,7 +66,7 @@ def _gradients(static, _, q, k, v, beta, log_decay, initial_state, segment_ids, 
     if cut.count > 1:
         _, asked = sweeps.reach(query[0], enters[0], do8, *reach, None, only_states=True, interpret=interpret)
         dstate = scalar.chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
-    every = {'every': linear.GROUP, 'interpret': interpret}
+    every = {'every': decays.GROUP, 'interpret': interpret}
     u, states = sweeps.write(None, reads[0], v8, *write, state, **every)
     w, dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)
     # Without what a token has from itself: that knows no decay, and is added below.

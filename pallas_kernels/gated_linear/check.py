@@ -5,7 +5,9 @@
 The kernel's outputs, last state and every gradient are compared with a token-by-token recurrence in float64, and a second run
 must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, for results in float32
 `FLOORS` too. That form is the same recurrence in float32, or the one named, such as `form=attnx.ops.gated_linear:xla`. Errors
-beyond twice the form's are marked with `!`. `kernel` names another kernel of the op, to be checked instead.
+beyond twice the form's are marked with `!`. `kernel` names another kernel of the op, to be checked instead. The error of a few
+numbers is mostly luck, such as what cancels in a constant decay's gradient, a sum over all tokens: results of at most `FEW`
+numbers are drawn `DRAWS` times, and both errors are root mean squares over the draws.
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ import numpy as np
 from pallas_kernels.gated_linear import mosaic_gpu
 
 FACTOR = 2.0
+FEW, DRAWS = 16, 8
 NAMES = ('query', 'key', 'value', 'log_decay', 'state')
 FLOORS = {'state': 2e-6, 'dstate': 2e-6, 'dlog_decay': 2e-5}
 
@@ -63,9 +66,9 @@ class Case:
     resets: float = 0.0  # part of the tokens that begin a segment
     scale: float | None = None
 
-    def arrays(self):
+    def arrays(self, draw=0):
         """query, key, value, log_decay, initial_state, segment_ids and the cotangents of the results."""
-        rng = np.random.default_rng(sum(map(ord, self.name)))
+        rng = np.random.default_rng([sum(map(ord, self.name)), draw] if draw else sum(map(ord, self.name)))
         B, T, N, heads = self.B, self.T, self.N, self.heads or self.N
         normal = lambda *shape, dtype=jnp.bfloat16: jnp.asarray(rng.normal(size=shape), dtype)
         query, value = normal(B, T, heads, self.K), normal(B, T, N, self.V)
@@ -102,6 +105,8 @@ CASES = [
     Case('per channel, strong', T=300, decay='channel', strength=(0.0, 50.0)),
     Case('per channel, -50', T=300, decay='channel', strength=(49.9, 50.0)),
     Case('per channel, widths 64, 128', T=200, K=64, V=128, decay='channel'),
+    Case('per channel, widths 128, 64', T=200, K=128, V=64, decay='channel'),
+    Case('per channel, widths 40, 40', T=200, K=40, V=40, decay='channel'),
     Case('strong', T=1000, strength=(0.0, 50.0)),
     Case('erase', T=1000, strength=(0.0, 0.1), erase=0.05),
     Case('-50', T=300, strength=(49.9, 50.0)),
@@ -135,30 +140,42 @@ def check(case: Case, interpret=False, form=None, kernel=mosaic_gpu.gated_linear
 
 def compare(kernel, oracle, case, names, floors, interpret, form):
     """`check` of any recurrent kernel against any oracle; form: the float32 form, None for the oracle's."""
-    arrays, ids, cotangents = case.arrays()
 
-    def run(function, wide=None):
-        f = lambda arrays, cotangents: gradients(function, arrays, ids, cotangents, case.scale, wide, names)
-        f = f if function is kernel and interpret else jax.jit(f)
-        return lambda: jax.tree.map(np.asarray, f(arrays, cotangents))
+    def run(function, wide=None, traced=True):
+        f = lambda *given: gradients(function, *given, case.scale, wide, names)
+        f = jax.jit(f) if traced else f
+        return lambda given: jax.tree.map(np.asarray, f(*given))
 
-    kernel = functools.partial(kernel, interpret=interpret)
-    run_kernel = run(kernel)
-    got = run_kernel()
-    again = got if interpret else run_kernel()
-    with jax.default_device(jax.local_devices(backend='cpu')[0]):  # thousands of tiny steps
-        with jax.enable_x64(True):
-            want = run(functools.partial(oracle, dtype=jnp.float64), jnp.float64)()
-        narrow = run(form or functools.partial(oracle, dtype=jnp.float32), jnp.float32)()
-    errors, good = {}, all(np.array_equal(got[n], again[n], equal_nan=True) for n in got)
-    for name, x in got.items():
-        rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
-        norm = max(np.linalg.norm(want[name]), 1e-30)
-        error, plain = (float(np.linalg.norm(y.astype(np.float64) - want[name]) / norm) for y in (x, rounded))
-        if name == 'dlog_decay' and np.abs(want[name]).max() < 1e-15:  # nothing is felt through the decays
-            error = float(np.abs(x).max())
-        errors[name] = error, plain
-        good &= error <= max(FACTOR * plain, floors.get(name, 0.0))
+    ours = run(functools.partial(kernel, interpret=interpret), traced=not interpret)
+    exact = run(functools.partial(oracle, dtype=jnp.float64), jnp.float64)
+    plain = run(form or functools.partial(oracle, dtype=jnp.float32), jnp.float32)
+
+    def draw(number):
+        """{result: (error, the form's, size)} and whether a second run is equal."""
+        given = case.arrays(number)
+        got = ours(given)
+        again = got if interpret else ours(given)
+        with jax.default_device(jax.local_devices(backend='cpu')[0]):  # thousands of tiny steps
+            with jax.enable_x64(True):
+                want = exact(given)
+            narrow = plain(given)
+        errors = {}
+        for name, x in got.items():
+            rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
+            norm = max(np.linalg.norm(want[name]), 1e-30)
+            error, of_form = (float(np.linalg.norm(y.astype(np.float64) - want[name]) / norm) for y in (x, rounded))
+            if name == 'dlog_decay' and np.abs(want[name]).max() < 1e-15:  # nothing is felt through the decays
+                error = float(np.abs(x).max())
+            errors[name] = error, of_form, x.size
+        return errors, all(np.array_equal(got[n], again[n], equal_nan=True) for n in got)
+
+    found, good = draw(0)
+    errors = {name: pair for name, (*pair, _) in found.items()}
+    if few := [name for name, (*_, size) in found.items() if size <= FEW]:
+        drawn, equal = zip((found, good), *map(draw, range(1, DRAWS)))
+        good = all(equal)
+        errors |= {name: np.sqrt(np.mean([np.square(d[name][:2]) for d in drawn], axis=0)).tolist() for name in few}
+    good &= all(error <= max(FACTOR * of_form, floors.get(name, 0.0)) for name, (error, of_form) in errors.items())
     return good, errors
 
 

@@ -2,8 +2,8 @@
 
     S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
 
-One warpgroup a head and some columns of v. The copy engine brings the state to shared memory and takes it back, whole or, in
-the candidate, 64 rows at a time; the arithmetic is float32 throughout, so that nothing here is less exact than the XLA form.
+One warpgroup a head and some columns of v. The copy engine brings the state to shared memory and takes it back, 64 rows at a
+time; the arithmetic is float32 throughout, so that nothing here is less exact than the XLA form.
 """
 
 import functools
@@ -17,7 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
 
-COLUMNS = {'proven': 64, 'candidate': 32}  # of v that a block computes
+COLUMNS = 32  # of v that a block computes
 LN2 = 0.693145751953125, 1.42860677e-6  # their sum; of the first, multiples to 2^8 are exact
 block = lambda i, size=64: pl.ds(i * size, size)
 f32 = lambda x: None if x is None else x.astype(jnp.float32)
@@ -43,17 +43,16 @@ def step(static, query, key, value, beta, log_decay, state):
     """out [B, N, V] in value's dtype and the new state.
 
     Args:
-      static: (scale, version, interpret).
+      static: (scale, interpret).
       query, key: [B, heads, K], heads divide N.
       value: [B, N, V].
       beta: [B, N], or None for the gated linear recurrence.
       log_decay: None, [N], [B, N] or [B, N, K], natural log.
       state: float32 [B, N, K, V], K and V multiples of 64.
     """
-    scale, version, interpret = static
+    scale, interpret = static
     (B, N, V), K = value.shape, key.shape[2]
-    groups, depth, columns = N // key.shape[1], K // 64, COLUMNS[version]
-    tile = 64, columns
+    groups, depth, tile = N // key.shape[1], K // 64, (64, COLUMNS)
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, (B, N))
 
@@ -63,37 +62,9 @@ def step(static, query, key, value, beta, log_decay, state):
     def rows(ref, i, head):
         return common.row(load(ref, head, block(i), ROW), tile)
 
-    def proven(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bar):
+    def one_token(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bars):
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
-        cols, shared = block(part), h // groups
-        plgpu.copy_gmem_to_smem(state_ref.at[b, h, :, cols], s_smem, bar)
-        u, nothing = load(v_ref, h, cols, COL), common.filled(columns, 0.0, COL)
-        plgpu.barrier_wait(bar)
-
-        def before(i):
-            x = plgpu.load(s_smem.at[block(i)], layout=TILE)
-            if decay_ref is None:
-                return x
-            return x * (rows(decay_ref, i, h) if len(decay_ref.shape) == 3 else decay_ref[b, h])
-
-        if beta_ref is not None:
-            predict = lambda i, total: total + (before(i) * rows(k_ref, i, shared)).sum(axis=0)
-            u = (u - lax.fori_loop(0, depth, predict, nothing)) * beta_ref[b, h]
-
-        def write(i, out):
-            new = before(i) + rows(k_ref, i, shared) * common.col(u, tile)
-            s_smem.at[block(i)][...] = new
-            return out + (new * rows(q_ref, i, shared)).sum(axis=0)
-
-        out = lax.fori_loop(0, depth, write, nothing)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(s_smem, new_ref.at[b, h, :, cols])
-        out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
-        plgpu.wait_smem_to_gmem(0)
-
-    def candidate(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bars):
-        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
-        cols, shared = block(part, columns), h // groups
+        cols, shared = block(part, COLUMNS), h // groups
         for i in range(depth):
             plgpu.copy_gmem_to_smem(state_ref.at[b, h, block(i), cols], s_smem.at[i], bars.at[i])
         u, nothing = load(v_ref, h, cols, COL), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), TILE)
@@ -128,20 +99,15 @@ def step(static, query, key, value, beta, log_decay, state):
         out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    if version == 'proven':
-        body, decay, space = proven, None if log_decay is None else jnp.exp(f32(log_decay)), (K, columns)
-    else:
-        body, decay, space = candidate, f32(log_decay), (depth, 64, columns)
-    body.__name__ = 'one_token'  # what profilers show
     return plgpu.kernel(
-        body,
+        one_token,
         out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
-        scratch_types=(common.swizzled(space, jnp.float32), plgpu.Barrier(num_barriers=depth if body is candidate else 1)),
-        grid=(B, N, V // columns),
+        scratch_types=(common.swizzled((depth, *tile), jnp.float32), plgpu.Barrier(num_barriers=depth)),
+        grid=(B, N, V // COLUMNS),
         grid_names=('b', 'h', 'v'),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(query, key, value, f32(beta), decay, state)
+    )(query, key, value, f32(beta), f32(log_decay), state)
 
 
 def _exp(x):

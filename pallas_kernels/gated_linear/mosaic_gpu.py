@@ -11,19 +11,14 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart, common
-from pallas_kernels.gated_linear import decode
+from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 
 WIDEST = 256
-ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32 without denormals
-NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
-GROUP = 8  # chunks between the states that anchor the gradient of log_decay
 PROCESSORS = 132
-UNPROVEN = 'impl="mosaic_gpu" runs it, and has passed its gate on a GPU only'
 
 
 def unsupported(
@@ -31,18 +26,6 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     return refuse(query, key, value, scale, chunk)
-
-
-def held_back(query, key, value, log_decay=None, **_) -> str | None:
-    """Why `auto` leaves a call that the kernel can run to another form; or None."""
-    (B, T, N, V), K = value.shape, key.shape[3]
-    if log_decay is None or log_decay.ndim < 4 or T == 1:
-        return None
-    if min(padded(K), padded(V)) < 128:
-        return f'auto leaves a decay per channel at widths {K} and {V} to xla: {UNPROVEN} above 64'
-    if pieces(B, T, N, padded(K), padded(V)) > 1:
-        return f'auto leaves a decay per channel in pieces to xla: {UNPROVEN} where batch and heads fill the chip'
-    return None
 
 
 def padded(width: int) -> int:
@@ -100,7 +83,6 @@ def gated_linear(
     segment_ids=None,
     scale=None,
     chunk=None,
-    version='proven',
     interpret=False,
 ):
     """Linear attention with decay.
@@ -112,7 +94,6 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate': what is to pass the gate on a GPU and then to be all there is.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -124,19 +105,14 @@ def gated_linear(
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        return decode.one_token((scale, version, interpret), query, key, value, None, log_decay, initial_state)
+        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
     run = _gated_linear
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.gated_linear import per_channel  # it stands on this module
-
-        run = per_channel.VERSIONS[version]
+        from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
     if segment_ids is None or interpret:
-        return run((scale, version, interpret), query, key, value, log_decay, initial_state, segment_ids)
-    run = functools.partial(_without_beta, run, (scale, version, interpret))
+        return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
+    run = functools.partial(_without_beta, run, (scale, interpret))
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
-
-
-candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):
@@ -145,8 +121,8 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, _, interpret = static
-    decay = cumulative(steps(log_decay, segment_ids), q.shape[1])
+    scale, interpret = static
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
     state = None if initial_state is None else pad_state(initial_state)
     out, states, _ = run(*map(pad, (q, k, v)), decay, state, scale=scale, interpret=interpret)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
@@ -167,12 +143,12 @@ def is_primal(x) -> bool:
 
 def _backward(static, saved, cotangents):
     q, k, v, log_decay, initial_state, segment_ids, wanted = saved
-    scale, version, interpret = static
+    scale, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    step = steps(log_decay, segment_ids)
-    decay = cumulative(step, T)
+    step = decays.steps(log_decay, segment_ids)
+    decay = decays.cumulative(step, T)
     state = None if initial_state is None else pad_state(initial_state).swapaxes(2, 3)
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
@@ -183,7 +159,7 @@ def _backward(static, saved, cotangents):
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
     of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
     back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
-    dv, dstates, writes, dk, felt = back('bng', version) if grouped else back(None, None)
+    dv, dstates, writes, dk, felt = back('bng' if grouped else None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
     dstate0 = None
     if initial_state is not None:
@@ -193,49 +169,14 @@ def _backward(static, saved, cotangents):
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
         each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decay_gradient(each[..., :T], felt * scale, step)
-        each = jnp.where(jnp.moveaxis(step, 2, 1) > ERASE, each, 0)
+        each = decays.decay_gradient(each[..., :T], felt * scale, step)
+        each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0, None
 
 
 _gated_linear.defvjp(_forward, _backward, symbolic_zeros=True)
-
-
-# Decays ------------------------------------------------------------------------------------------------------------------
-
-
-def steps(log_decay, segment_ids):
-    """Base-2 log-decay of each step, resets included: [B or 1, T or 1, N or 1], or None."""
-    step = None
-    if log_decay is not None:
-        step = jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, ERASE)
-        step = step[None, None] if step.ndim == 1 else step
-    if segment_ids is not None:
-        reset = jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)])[..., None]
-        step = jnp.where(reset, ERASE, 0.0 if step is None else step).astype(jnp.float32)
-    return step
-
-
-def coarse(step):
-    """Steps in multiples of 2 ** -11, of which float32 sums 64 exactly, erasing ones too."""
-    return jnp.round(step * 2.0**11) * 2.0**-11
-
-
-def cumulative(step, T: int):
-    """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 2, 64]. Tokens past the end are idle.
-
-    In two parts: sums of the steps' coarse parts and of what these leave.
-    """
-    if step is None:
-        return None
-    step = jnp.stack([coarse(step), step - coarse(step)], axis=1)
-    if step.shape[2] == 1 and T % CHUNK == 0:
-        return jnp.moveaxis(step, 3, 1)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
-    step = jnp.broadcast_to(step, (step.shape[0], 2, T, step.shape[3]))
-    step = jnp.moveaxis(jnp.pad(step, [(0, 0), (0, 0), (0, -T % CHUNK), (0, 0)]), 3, 1)
-    return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
 
 
 def anchors(spec: str, state, states, dstate, dstates):
@@ -250,72 +191,25 @@ def anchors(spec: str, state, states, dstate, dstates):
     return jnp.einsum(spec, states, dstates, precision='highest')
 
 
-def backward_in_time(of_values, of_keys, state, states, dstate, felt, version):
-    """The two sweeps backward in time, and what `anchors` has of them.
+def backward_in_time(of_values, of_keys, state, states, dstate, felt):
+    """The two sweeps backward in time, and <S, dS> where groups of chunks meet, both ends included.
 
     Args:
       of_values, of_keys: `run` of dv and of dk, of all but `grouped` and `against`.
       state, states: transposed, [B, N, V, K] before the first group or None for zero, [B, N, groups, V, K] after each.
       dstate: [B, N, K, V] after the last, or None for zero.
-      felt: einsum's letters of the anchors, of bngk; None: there are none.
-      version: 'proven', from the states of both; 'candidate', whose sweep of dk meets the states in the kernel.
+      felt: einsum's letters of <S, dS>, of bngk; None: it is not wanted.
 
     Returns:
-      dv, the states and the dots of its sweep, dk, the anchors.
+      dv, the states and the dots of its sweep, dk, <S, dS>.
     """
     if felt is None:
         return *of_values(), of_keys()[0], None
-    if version == 'proven':
-        dv, dstates, writes = of_values(grouped=True)
-        return dv, dstates, writes, of_keys()[0], anchors(f'bngvk,bngkv->{felt}', state, states, dstate, dstates)
     dk, met, _ = of_keys(grouped=True, against=states)
     dv, dstates, writes = of_values()
     first = jnp.zeros_like(dstates) if state is None else state.swapaxes(2, 3)[:, :, None] * dstates
     ends = jnp.einsum(f'bngkv->{felt}', first), jnp.einsum(f'bngvk->{felt}', met)
     return dv, dstates, writes, dk, jnp.concatenate(ends, axis=felt.index('g'))
-
-
-def decay_gradient(each, anchors, step):
-    """Gradient of the log-decay of every step.
-
-    With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
-    d_t = d_{t+1} + a_t - b_t. Summed from the end that would carry rounding errors over the whole sequence, and into steps
-    that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
-    such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
-
-    Args:
-      each: a_t - b_t, float32 [B, N, T].
-      anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
-      step: `steps`.
-    """
-    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
-    silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
-    idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
-    cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
-    each, silent = cut(each), cut(silent).astype(jnp.int32)
-    t = np.arange(CHUNK)
-    count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
-    heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
-    within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
-    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
-    for c in reversed(range(GROUP)):
-        chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
-        following = chunks[-1][..., 0]
-    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
-    heard = jnp.cumsum(silent.reshape(*silent.shape[:2], *each.shape[2:]), axis=-1) == 0
-    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
-    return each.reshape(B, N, -1)[..., :T]
-
-
-def bridge(heard, T: int):
-    """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
-
-    heard: [.., groups, tokens], whether no step from the first up to this one is silent.
-    """
-    groups, size = heard.shape[-2:]
-    place = np.arange(groups * size).reshape(groups, size)
-    length = (heard & (place < T)).sum(-1, keepdims=True)
-    return jnp.where(heard, jnp.maximum(length - place[0], 0) / jnp.maximum(length, 1), 0.0)
 
 
 # Schedules ---------------------------------------------------------------------------------------------------------------
@@ -324,14 +218,14 @@ def bridge(heard, T: int):
 def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
     """Parts of the sequence that are swept at the same time; 1 where batch and heads fill the chip."""
     blocks = B * N * (V // columns(K, V))
-    return max(1, min(PROCESSORS // blocks, T // (GROUP * CHUNK)))
+    return max(1, min(PROCESSORS // blocks, T // (decays.GROUP * CHUNK)))
 
 
 class Pieces:
     """A sequence of T tokens cut into `count` pieces of `size`, which become part of the batch; idle tokens fill the last."""
 
     def __init__(self, T: int, count: int):
-        self.T, size = T, common.cdiv(common.cdiv(T, count), GROUP * CHUNK) * GROUP * CHUNK
+        self.T, size = T, common.cdiv(common.cdiv(T, count), decays.GROUP * CHUNK) * decays.GROUP * CHUNK
         self.count = common.cdiv(T, size)
         self.size = size if self.count > 1 else T
 
@@ -385,13 +279,13 @@ def run(
     N = max(x.shape[2] for x in q + k + v)
     cut = Pieces(T, parts or pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
-    options |= shared | {'every': GROUP if grouped else None}
+    options |= shared | {'every': decays.GROUP if grouped else None}
     if cut.count == 1:
         return sweep(q, k, v, decay, state, partner, scales, against=against, by_columns=by_columns, **options)
     local_decay = cut.cut_decay(decay, B)
     q, k, v, partner = jax.tree.map(cut.cut, (q, k, v, partner))
     scales = cut.cut(scales, 2, CHUNK, fill=1)
-    against = cut.cut(against, 2, GROUP * CHUNK)
+    against = cut.cut(against, 2, decays.GROUP * CHUNK)
     shared['by_columns'] = options['by_columns'] = by_columns
     _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **shared)
     total = None  # [B or 1, N or 1, channels or 1, parts]

@@ -18,8 +18,8 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import common
+from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as shared
-from pallas_kernels.gated_linear import scaling
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
@@ -70,7 +70,7 @@ def on_its_own(static, backward, *args):
 
 
 def _steps(log_decay):
-    return jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, shared.ERASE)
+    return jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, decays.ERASE)
 
 
 def _chunked(x):
@@ -87,13 +87,13 @@ def _sums(x, mask):
 
 def fits(log_decay):
     step = _steps(log_decay)
-    return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > shared.NEGLIGIBLE)
+    return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > decays.NEGLIGIBLE)
 
 
 def factors(log_decay):
     """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
     step = _chunked(_steps(log_decay))
-    coarse = shared.coarse(step)
+    coarse = decays.coarse(step)
     sums = [_sums(x, np.tri(CHUNK)) for x in (coarse, step - coarse)]
     half = [x[:, :, -1:] / 2 for x in sums]
     factor = _exp2(*(x - y for x, y in zip(sums, half))).reshape(step.shape[0], -1, *step.shape[3:])[:, : log_decay.shape[1]]
@@ -108,7 +108,7 @@ def _exp2(coarse, fine):
 
 
 def decay_gradient(each, anchors, segment_ids):
-    """As `mosaic_gpu.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
+    """As `decays.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
     return chained(_within(each, segment_ids), anchors, segment_ids, each.shape[1])
 
 
@@ -131,22 +131,22 @@ def _resets(segment_ids):
 def chained(within, anchors, segment_ids, T: int):
     """`decay_gradient` of T tokens from their sums `_within` chunks."""
     (B, _, N, H), groups = within.shape, anchors.shape[1] - 1
-    size = groups * shared.GROUP * CHUNK
+    size = groups * decays.GROUP * CHUNK
     within = jnp.pad(within, [(0, 0), (0, size - within.shape[1]), (0, 0), (0, 0)])
-    within = within.reshape(B, groups, shared.GROUP, CHUNK, N, H)
-    silence, heard = None, jnp.ones((B, groups, shared.GROUP * CHUNK), bool)
+    within = within.reshape(B, groups, decays.GROUP, CHUNK, N, H)
+    silence, heard = None, jnp.ones((B, groups, decays.GROUP * CHUNK), bool)
     if segment_ids is not None:
         reset = jnp.pad(_resets(segment_ids), [(0, 0), (0, size - T)])
-        count = jnp.cumsum(reset.reshape(B, groups, shared.GROUP, CHUNK), 3)
+        count = jnp.cumsum(reset.reshape(B, groups, decays.GROUP, CHUNK), 3)
         silence = (count[..., -1:] - count + reset.reshape(count.shape))[..., None, None]
         heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
     following, chunks = anchors[:, 1:], []
-    for c in reversed(range(shared.GROUP)):
+    for c in reversed(range(decays.GROUP)):
         felt = following[:, :, None]
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
     each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
-    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * shared.bridge(heard, T)[..., None, None]
+    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * decays.bridge(heard, T)[..., None, None]
     each = each.reshape(B, -1, N, H)[:, :T]
     return each if segment_ids is None else jnp.where(_resets(segment_ids)[..., None, None] > 0, 0.0, each)
 
@@ -161,24 +161,19 @@ def split(x, dtype, terms=2) -> tuple:
     return tuple(found)
 
 
-def _wide(x, heads):
-    return jnp.repeat(x, heads // x.shape[2], 2).astype(jnp.float32)
-
-
 def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
     """made: terms of q' and of k', exp(E/2)."""
-    (scale, _, interpret), (qd, kd, between) = static, made
-    resets = shared.cumulative(shared.steps(None, segment_ids), q.shape[1])
+    (scale, interpret), (qd, kd, between) = static, made
+    resets = decays.cumulative(decays.steps(None, segment_ids), q.shape[1])
     state = None if initial_state is None else shared.pad_state(initial_state)
     out, states, _ = shared.run(qd[0], kd, shared.pad(v), resets, state, scales=between, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
-def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
-    """back: (static, q, k, log_decay, segment_ids, dq', dk', own) -> dq, dk and what `chained` takes, by the heads of v."""
-    (scale, version, interpret), (qd, kd, between) = static, made
+def _gradients(static, made, q, k, v, log_decay, initial_state, segment_ids, do, dlast):
+    (scale, interpret), (qd, kd, between) = static, made
     (_, T, heads, K), V = k.shape, v.shape[3]
-    resets = shared.cumulative(shared.steps(None, segment_ids), T)
+    resets = decays.cumulative(decays.steps(None, segment_ids), T)
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8, v8 = shared.pad_state(dlast) / scale, shared.pad(do), shared.pad(v)
@@ -187,11 +182,10 @@ def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_id
     dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), grouped=True)
     of_values = functools.partial(run, kd[0], qd, do8, resets, dstate, reverse=True)
     of_keys = functools.partial(of_keys, v8, do8, qd, resets, turn(dstate), reverse=True)
-    both = shared.backward_in_time(of_values, of_keys, turn(state), states, dstate, 'bgnk', version)
-    dv, dstates, _, dkd, anchors = both
+    dv, dstates, _, dkd, anchors = shared.backward_in_time(of_values, of_keys, turn(state), states, dstate, 'bgnk')
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
     own = scale * (v8.astype(jnp.float32) * do8.astype(jnp.float32)).sum(-1)
-    dq, dk, within = back(static, q, k, log_decay, segment_ids, dqd, dkd, own)
+    dq, dk, within = _unscaled(static, q, k, log_decay, segment_ids, dqd, dkd, own)
     dq, dk = (shared.over_groups(x, heads).astype(like.dtype) for x, like in ((dq, q), (dk, k)))
     dstate0 = None
     if initial_state is not None:
@@ -200,23 +194,10 @@ def _gradients(back, static, made, q, k, v, log_decay, initial_state, segment_id
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0
 
 
-def _scaled_by_xla(q, k, v, log_decay, *_):
-    factor, between = factors(log_decay)
-    terms = functools.partial(split, dtype=q.dtype, terms=3)
-    return terms(_wide(q, v.shape[2]) * factor), terms(_wide(k, v.shape[2]) / factor), between
-
-
-def _unscaled_by_xla(static, q, k, log_decay, segment_ids, dq, dk, own):
-    (_, T, N, K), (factor, _) = log_decay.shape, factors(log_decay)
-    dq, dk, own = factor * dq[:, :T, :, :K], dk[:, :T, :, :K] / factor, own[:, :T, :, None]
-    q, k = _wide(q, N), _wide(k, N)
-    return dq + own * k, dk + own * q, _within(q * dq - k * dk, segment_ids)
-
-
 def _scaled(static, backward, q, k, v, log_decay, initial_state, segment_ids):
     """`ready` by a kernel: the factors fit where the bound on them says so."""
     wanted = (shared.pad(q), 1, 3 if backward else 1), (shared.pad(k), -1, 3)
-    (qd, kd), between, bound = scaling.scaled(shared.pad(log_decay), wanted, interpret=static[2])
+    (qd, kd), between, bound = scaling.scaled(shared.pad(log_decay), wanted, interpret=static[1])
     return bound.min() >= -SPAN, (qd, kd, between)
 
 
@@ -224,7 +205,7 @@ def _unscaled(static, q, k, log_decay, segment_ids, dq, dk, own):
     T = q.shape[1]
     resets = None if segment_ids is None else jnp.pad(_resets(segment_ids), [(0, 0), (0, -T % CHUNK)])
     q, k, log_decay = map(shared.pad, (q, k, log_decay))
-    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[2])
+    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[1])
     return dq[:, :T], dk[:, :T], within
 
 
@@ -234,7 +215,7 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
     step = _steps(log_decay)
     if segment_ids is not None:
-        step = jnp.where(shared.steps(None, segment_ids)[..., None] < 0, shared.ERASE, step)
+        step = jnp.where(decays.steps(None, segment_ids)[..., None] < 0, decays.ERASE, step)
 
     def cut(x):  # [kept states, chunks, B, N, 16, H]
         x = jnp.pad(x, [(0, 0), (0, -T % (PAIRS * KEPT)), (0, 0), (0, 0)])
@@ -274,22 +255,13 @@ def _slow(static, *args):
     return by_pairs(static[0], *args)
 
 
-_by_kernel = either(_scaled, _by_chunks, _slow, functools.partial(_gradients, _unscaled))
+_per_channel = either(_scaled, _by_chunks, _slow, _gradients)
 
 
-def by_kernel(static, q, k, v, log_decay, initial_state, segment_ids):
-    """`_by_kernel`, which takes whole parts of channels."""
+def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
+    """`_per_channel`, which takes whole parts of channels."""
     K = q.shape[3]
     widen = lambda x, axis: x if x is None else jnp.pad(x, [(0, -K % scaling.PART * (axis == i)) for i in range(4)])
     q, k, log_decay, initial_state = widen(q, 3), widen(k, 3), widen(log_decay, 3), widen(initial_state, 2)
-    out, state = _by_kernel(static, q, k, v, log_decay, initial_state, segment_ids)
+    out, state = _per_channel(static, q, k, v, log_decay, initial_state, segment_ids)
     return out, state[:, :, :K]
-
-
-by_xla = either(
-    on_its_own,
-    lambda static, _, *args: _by_chunks(static, _scaled_by_xla(*args), *args),
-    _slow,
-    lambda static, _, *args: _gradients(_unscaled_by_xla, static, _scaled_by_xla(*args[:-2]), *args),
-)
-VERSIONS = {'proven': by_xla, 'candidate': by_kernel}  # by what scales and unscales

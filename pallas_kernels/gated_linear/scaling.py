@@ -12,18 +12,17 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear import accumulate, decays
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 PART = 128  # channels of a block
 LINE = plgpu.Layout.WG_STRIDED((PART,), vec_size=1)
 AHEAD = 8  # tokens whose loads are in flight at once
-ERASE = -128.0
 
 
 def step(log_decay):
     """A step's base-2 logarithm, coarse and fine: multiples of 2^-11, whose sums are exact, and the rest."""
-    x = jnp.maximum(log_decay * common.LOG2E, ERASE)
+    x = jnp.maximum(log_decay * common.LOG2E, decays.ERASE)
     coarse = jnp.round(x * 2.0**11) * 2.0**-11
     return coarse, x - coarse
 
@@ -144,7 +143,7 @@ def unscaled(log_decay, q, k, dq, dk, own, resets, *, interpret=False):
 
     Returns:
       dq and dk by the N heads, float32 where these share the heads of q and k; the sum of a_t - b_t, which
-      `mosaic_gpu.decay_gradient` explains, over t and what follows it in its chunk and document, 0 where a document begins:
+      `decays.decay_gradient` explains, over t and what follows it in its chunk and document, 0 where a document begins:
       float32 [B, T, N, K].
     """
     (B, T, N, K), chunks = log_decay.shape, log_decay.shape[1] // CHUNK

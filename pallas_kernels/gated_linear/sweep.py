@@ -71,7 +71,7 @@ def sweep(
         are computed. Each may be a tuple of such arrays, as may v: the terms, largest first, of what is better known than that.
       v: [B, T', Nv, V], V a multiple of 64.
       decay: float32 [B or 1, N or 1, chunks or 1, 2, 64], base-2 logarithms of the decay, summed from the chunk's first token
-        to each token, inclusive, as `mosaic_gpu.cumulative` makes them; a step of -128 erases. None: no decay.
+        to each token, inclusive, as `decays.cumulative` makes them; a step of -128 erases. None: no decay.
       state: float32 [B, N, K, V] before the sweep's first token, or None for zero.
       partner: [B, T', Np, V], bfloat16, or None. With it, with `base` and with `wide`, T' is a multiple of 64.
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before

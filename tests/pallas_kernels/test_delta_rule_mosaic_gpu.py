@@ -10,6 +10,7 @@ import pytest
 from pallas_kernels import apart
 from pallas_kernels.delta_rule import check, inverse, mosaic_gpu, sweep
 from pallas_kernels.gated_linear import check as linear_check
+from pallas_kernels.gated_linear import decays
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
 from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
@@ -92,7 +93,7 @@ def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(linear, 'refuse', lambda *_: None)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
-    monkeypatch.setattr(linear, 'GROUP', 1)
+    monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)
     monkeypatch.setattr(sweep, 'write', plain_delta)
     monkeypatch.setattr(sweep, 'reach', functools.partial(plain_delta, reverse=True))
@@ -114,7 +115,7 @@ def test_inverse(collinear):
     k = case.arrays()[0][1]
     beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
     steps = np.random.default_rng(1).uniform(-0.1, 0, (1, 128, 2)).astype(np.float32)
-    sums = linear.cumulative(jnp.asarray(steps), 128)
+    sums = decays.cumulative(jnp.asarray(steps), 128)
     decay = np.asarray(sums, np.float64).sum(3)
     strength = np.sqrt(beta)
     got = np.asarray(inverse.inverses(k, jnp.asarray(strength), sums, interpret=True), np.float64).sum(3)
@@ -138,7 +139,7 @@ def test_interpreted_with_race_detection():
 
 @pytest.mark.slow
 def test_interpreted_per_channel_in_pieces(monkeypatch):
-    monkeypatch.setattr(linear, 'GROUP', 1)
+    monkeypatch.setattr(decays, 'GROUP', 1)
     case = check.Case('pieces', T=128, N=1, K=64, V=64, decay='channel', resets=0.02, scale=0.5)
     good, errors = check.check(case, interpret=True)
     assert good, errors
@@ -164,15 +165,6 @@ def test_refusals():
     f32 = x.astype(jnp.float32)
     with pytest.raises(ValueError, match=r'delta_rule on mosaic_gpu: .*must be bfloat16'):
         mosaic_gpu.delta_rule(f32, f32, f32, beta)
-
-
-def test_held_back():
-    """`auto` takes what has passed the gate on a GPU."""
-    x = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-    call = lambda T, H, *decay, B=8: mosaic_gpu.held_back(*[x(B, T, 16, H)] * 3, x(B, T, 16), x(B, T, 16, *decay))
-    assert call(2048, 128) is None and call(1, 64, 64) is None and call(2048, 128, 128) is None
-    assert 'in pieces' in call(65536, 128, 128, B=1)
-    assert 'at widths 64 and 64' in call(2048, 64)
 
 
 @pytest.mark.gpu
