@@ -28,9 +28,10 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import threading
 import time
+
+from pallas_kernels import bench
 
 os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # many processes share the card
 os.environ['FLA_CACHE_RESULTS'] = '0'
@@ -354,16 +355,15 @@ def main(argv=None):
     others = lambda row: [x for x in named(args.extra, row.op) if small(row) or ours(x)] if 'softmax' not in row.peers else []
     jobs = [f'{row.name}{SEPARATOR}{peer}' for row in rows for peer in ('ours', *row.peers, *others(row))]
     beside = [r for r in rows if r.backward and not r.peers]
-    with tempfile.TemporaryDirectory() as folder:
-        options = '--lock', os.path.join(folder, 'lock'), '--deadline', str(deadline)
-        workers = [start(ME, *options, '--worker', 'yes', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
-        threads = [threading.Thread(target=read, args=(process, results)) for process in workers]
-        if beside and not args.no_torch and importlib.util.find_spec('fla'):
-            threads += start_torch(beside, options, results, workers)
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+    options = '--lock', bench.LOCK, '--deadline', str(deadline)
+    workers = [start(ME, *options, '--worker', 'yes', *jobs[i::WORKERS]) for i in range(min(WORKERS, len(jobs)))]
+    threads = [threading.Thread(target=read, args=(process, results)) for process in workers]
+    if beside and not args.no_torch and importlib.util.find_spec('fla'):
+        threads += start_torch(beside, options, results, workers)
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     print(table(results), flush=True)
     return 0 if good else 1
 
