@@ -28,7 +28,7 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, parts=0, late=0, tail=0):
+def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, late, parts=0, tail=0):
     """Gradients of the logits' inputs.
 
     Args:
@@ -42,15 +42,13 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         blocks, n]: those of all other heads, and of each in it.
       totals: int32 [B or 1, N or 1, query tiles]: how many contributions each dQ tile gets.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
+      late: as many heads behind its own a block finds one whose dQ tiles it makes 16-bit; as many launches have no keys.
       parts: how many blocks share a key tile with others.
-      late: where `tiles.narrow`, as many heads behind its own a block finds one whose dQ tiles it makes 16-bit.
       tail: of so many heads, the last ones, the first blocks are launched, then the second ones, and so on.
 
     Returns:
-      dq float32 [B, T', N, H] without the factor `scale`, undefined in query tiles that no list holds, or where
-      `tiles.narrow` q's gradient, [B, padded T, N, H]; dk [B, S', N, H]
-      and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks share; and where there are `parts`, theirs,
-      [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
+      dq [B, padded T, N, H]; dk [B, S', N, H] and dv [B, S', N, Hv], per query head, undefined in key tiles that blocks
+      share; and where there are `parts`, theirs, [B, 128 parts, N, H] and [B, 128 parts, N, Hv].
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
@@ -71,7 +69,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         launched, place, wg = lax.axis_index('head'), lax.axis_index('block'), lax.axis_index('wg')
         of = lambda head: (lax.div(head, N), lax.rem(head, N))
         own = lambda ref, b, h: (b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0)
-        attend = pl.when(launched < B * N) if late else lambda f: f()
+        attend = pl.when(launched < B * N)
         head, block = jnp.minimum(launched, B * N - 1), place
         if tail:
             first = B * N - tail
@@ -287,8 +285,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         @pl.when(wg < 2)
         def _consume():
             plgpu.set_max_registers(tiles.registers[0], action='increase')
-            if tiles.narrow:
-                pl.when(launched >= late)(lambda: narrowed(launched - late))
+            pl.when(launched >= late)(lambda: narrowed(launched - late))
             attend(consume)
 
         @pl.when(wg == 2)
@@ -317,12 +314,10 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
             collective_axes='wg',
         )
 
-    rows = nq * bq if tiles.narrow else T
-    narrow = jax.ShapeDtypeStruct((B, rows, N, H), dtype) if tiles.narrow else None
     keys = lambda rows: [jax.ShapeDtypeStruct((B, rows, N, width), dtype) if rows else None for width in (H, Hv)]
     found = plgpu.kernel(
         entry_point,
-        out_type=(narrow, jax.ShapeDtypeStruct((B, rows, N, H), jnp.float32), *keys(S), *keys(parts * KEYS)),
+        out_type=(*(jax.ShapeDtypeStruct((B, nq * bq, N, H), x) for x in (dtype, jnp.float32)), *keys(S), *keys(parts * KEYS)),
         grid=(B * N + late, blocks),
         grid_names=('head', 'block'),
         num_threads=3,
@@ -334,4 +329,4 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
     )(q, k, v, do, base, shift, lists, ranks, totals, operands)
-    return tuple(x for n, x in enumerate(found) if x is not None and not (n == 1 and tiles.narrow))
+    return tuple(x for n, x in enumerate(found) if x is not None and n != 1)

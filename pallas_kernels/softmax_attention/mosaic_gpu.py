@@ -230,13 +230,13 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     classes = blocks.classify(mask, B, N, T, S, bq, bk)
     owners = plan.divided(classes)
     lists, ranks, totals = plan.schedule(classes, owners)
-    tail = plan.in_turn(lists, B * N, shape.tail)
+    tail = plan.in_turn(lists, B * N, plan.TAIL)
     if tail is not None:
         ranks = np.concatenate([ranks, tail[None]], 1)
     tail = 0 if tail is None else len(tail)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     # So late that the blocks of a head have most likely ended: as many started as run at a time, twice.
-    late = min(B * N, max(tail, common.cdiv(2 * plan.processors(), len(owners)) + 1)) if shape.narrow else 0
+    late = min(B * N, max(tail, common.cdiv(2 * plan.processors(), len(owners)) + 1))
     parts = int(owners[:, 3].max()) + 1
     kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late, tail=tail)
     unit = -1 / (scale * common.LOG2E)
@@ -244,14 +244,7 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), operands)
     if parts:
         dk, dv = (plan.joined(x, part, owners) for x, part in zip((dk, dv), parts))
-    dq = dq[:, :T, :, :H]
-    if shape.narrow:
-        return dq, dk, dv
-    dq = dq * scale
-    if not (isinstance(totals, np.ndarray) and totals.all()):  # tiles that no block visits were never written
-        rows = jnp.repeat(jnp.asarray(totals > 0), bq, axis=-1)[..., :T]
-        dq = jnp.where(rows.swapaxes(1, 2)[..., None], dq, 0.0)
-    return dq, dk, dv
+    return dq[:, :T, :, :H], dk, dv
 
 
 def _over_batches(kernel, spec):

@@ -17,6 +17,7 @@ from pallas_kernels.softmax_attention.backward import KEYS
 # What an item of the forward kernel costs beside its key tiles, and a key tile more with the mask, in key tiles.
 ITEM_COST, MASK_COST = 1.0, 0.3
 STEPS = 2.0  # what a block of the backward kernel costs beside its query tiles, in query tiles
+TAIL = 8  # of so many heads, the last ones, blocks are launched in turn where that ends sooner
 
 
 def _placed(position, value, keep, size):

@@ -27,8 +27,6 @@ class Backward:
     queries: int  # query rows a step; a block owns 128 keys
     stages: int  # query tiles in flight
     registers: tuple[int, int]
-    narrow: bool = True  # the kernel makes dQ 16-bit itself
-    tail: int = 8  # of so many heads, the last ones, blocks are launched in turn where that ends sooner
 
 
 class Call(NamedTuple):
