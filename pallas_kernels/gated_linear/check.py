@@ -6,8 +6,8 @@ The kernel's outputs, last state and every gradient are compared with a token-by
 must be bit-equal. The error of a result may be twice that of a float32 form with its results rounded, for results in float32
 `FLOORS` too. That form is the same recurrence in float32, or the one named, such as `form=attnx.ops.gated_linear:xla`. Errors
 beyond twice the form's are marked with `!`. `kernel` names another kernel of the op, to be checked instead. The error of a few
-numbers is mostly luck, such as what cancels in a constant decay's gradient, a sum over all tokens: results of at most `FEW`
-numbers are drawn `DRAWS` times, and both errors are root mean squares over the draws.
+numbers is mostly luck, such as how much cancels in a constant decay's gradient, a sum over all tokens: results of at most `FEW`
+numbers are drawn `DRAWS` times, and the draws count as one result of as many more numbers.
 """
 
 import dataclasses
@@ -151,7 +151,7 @@ def compare(kernel, oracle, case, names, floors, interpret, form):
     plain = run(form or functools.partial(oracle, dtype=jnp.float32), jnp.float32)
 
     def draw(number):
-        """{result: (error, the form's, size)} and whether a second run is equal."""
+        """{result: (norms of the error, of the form's, of what is right, size)} and whether a second run is equal."""
         given = case.arrays(number)
         got = ours(given)
         again = got if interpret else ours(given)
@@ -163,18 +163,21 @@ def compare(kernel, oracle, case, names, floors, interpret, form):
         for name, x in got.items():
             rounded = np.asarray(jnp.asarray(narrow[name]).astype(x.dtype)).astype(np.float64)
             norm = max(np.linalg.norm(want[name]), 1e-30)
-            error, of_form = (float(np.linalg.norm(y.astype(np.float64) - want[name]) / norm) for y in (x, rounded))
+            error, of_form = (float(np.linalg.norm(y.astype(np.float64) - want[name])) for y in (x, rounded))
             if name == 'dlog_decay' and np.abs(want[name]).max() < 1e-15:  # nothing is felt through the decays
-                error = float(np.abs(x).max())
-            errors[name] = error, of_form, x.size
+                error = float(np.abs(x).max()) * norm
+            errors[name] = error, of_form, norm, x.size
         return errors, all(np.array_equal(got[n], again[n], equal_nan=True) for n in got)
 
     found, good = draw(0)
-    errors = {name: pair for name, (*pair, _) in found.items()}
+    drawn = [found]
     if few := [name for name, (*_, size) in found.items() if size <= FEW]:
-        drawn, equal = zip((found, good), *map(draw, range(1, DRAWS)))
-        good = all(equal)
-        errors |= {name: np.sqrt(np.mean([np.square(d[name][:2]) for d in drawn], axis=0)).tolist() for name in few}
+        more, equal = zip(*map(draw, range(1, DRAWS)))
+        drawn, good = [found, *more], good and all(equal)
+    errors = {}
+    for name in found:
+        *parts, norm = np.linalg.norm([d[name][:3] for d in drawn[: None if name in few else 1]], axis=0)
+        errors[name] = [float(part / norm) for part in parts]
     good &= all(error <= max(FACTOR * of_form, floors.get(name, 0.0)) for name, (error, of_form) in errors.items())
     return good, errors
 

@@ -186,7 +186,7 @@ def test_lowers_for_hopper(K, V, channels):
 
 
 def test_a_few_numbers_are_drawn_several_times():
-    """Errors are root mean squares over draws, and a single run that is wrong fails."""
+    """The draws count as one result, and a single run that is wrong fails."""
     runs = []
 
     def kernel(*arrays, interpret, **options):
