@@ -71,25 +71,33 @@ def test_finite(c):
         assert np.isfinite(g).all(), name
 
 
-def without_gradient(c):
-    """Parameters and x -> y without the rules of a gradient, documents known beforehand; packed where the mechanism packs."""
+def known(c, ids):
+    """Parameters and x -> y, of documents that are known when it is traced."""
+    placed = np.asarray(positions(ids))
+    return lambda module, x: module(x, c.context(x, jnp.asarray(ids), placed)).y
+
+
+def documents(c):
+    """Segment ids: two documents and padding where the mechanism packs."""
     ids = c.ones.copy()
     if not {'packing', 'padding'} & set(c.entry.limits):
         ids[:, 7:], ids[:, -3:] = 2, 0
-    placed = positions(ids)
-    return ids, lambda module, x: module(x, c.context(x, jnp.asarray(ids), placed)).y
+    return ids
 
 
 def test_jit(c):
-    """What is known when a program is traced changes nothing; op by op: below."""
-    ids, run = without_gradient(c)
-    close(c.forward(c.module, c.x, ids), jax.jit(run)(c.module, c.x), tolerances.FLOAT32)
+    """What is known when a program is traced changes nothing: `sharding`'s knows the documents, its gradient's too.
+
+    `bfloat16` knows them and has no gradient's rules, `decode` neither, in float32; op by op: below.
+    """
+    test_sharding(c)
 
 
 @pytest.mark.slow
 def test_jit_alone(c):
-    ids, run = without_gradient(c)
-    close(c.forward(c.module, c.x, ids), run(c.module, jnp.asarray(c.x)), tolerances.FLOAT32)
+    ids = documents(c)
+    for run in (known(c, ids), jax.jit(known(c, ids))):
+        close(c.forward(c.module, c.x, ids), run(c.module, jnp.asarray(c.x)), tolerances.FLOAT32)
 
 
 def test_remat(c):
@@ -210,15 +218,18 @@ def test_axes(c):
         assert to_flat(stacked)[name].shape == (3, *shapes[name])
 
 
-def spread(c, preset, mesh, remat=False):
-    """Outputs and gradients of packed rows on eight devices, against one device; `remat`: recomputed in the backward pass."""
+def spread(c, preset, mesh, how=''):
+    """Outputs and gradients of packed rows on eight devices, against one device.
+
+    how: 'remat', recomputed in the backward pass; 'known', of documents that are known when it is traced.
+    """
     mesh = sharding.make_mesh(mesh)
     copies = max(mesh.shape['data'] * mesh.shape['fsdp'] // BATCH, 1)
     x = np.tile(c.x, (copies, 1, 1))
     ids = np.tile(c.ones, (copies, 1))
     ids[:, 7:], ids[:, -3:] = 2, 0  # the second document lies on several devices, the third is padding
     cotangent = np.random.default_rng(1).standard_normal(x.shape).astype(np.float32)
-    y, grads, dx = c.kept((preset, remat), lambda: run_spread(c, preset, mesh, x, ids, cotangent, remat))
+    y, grads, dx = c.kept((preset, how), lambda: run_spread(c, preset, mesh, x, ids, cotangent, how))
     assert len(y.sharding.device_set) == 8
     expected = np.asarray(c.forward(c.module, x[:BATCH], ids[:BATCH]))
     close(y, np.tile(expected, (copies, 1, 1)), tolerances.FLOAT32)
@@ -233,13 +244,14 @@ def spread(c, preset, mesh, remat=False):
         close(g, total[name], tolerances.FLOAT32_GRAD)
 
 
-def run_spread(c, preset, mesh, x, ids, cotangent, remat):
+def run_spread(c, preset, mesh, x, ids, cotangent, how):
     shapes = {k: v.shape for k, v in to_flat(c.module).items()}
     where = sharding.param_shardings(mesh, preset, flat_axes(c.module), shapes)
     leaves = [jax.device_put(v, where[k]) for k, v in flat(c.module).items()]  # from numpy: else parts are cut by programs
     module = jax.tree.unflatten(jax.tree.structure(c.module), leaves)
-    layer = lambda module, x, ids: c.plain(module, x, ids).y
-    layer = jax.checkpoint(layer) if remat else layer
+    of_known = known(c, ids)
+    layer = lambda module, x, ids: of_known(module, x) if how == 'known' else c.plain(module, x, ids).y
+    layer = jax.checkpoint(layer) if how == 'remat' else layer
 
     def run(module, x, ids):
         x = sharding.constrain(x, ('batch', 'length', 'embed'))
@@ -251,11 +263,11 @@ def run_spread(c, preset, mesh, x, ids, cotangent, remat):
 
 
 def test_sharding(c):
-    spread(c, 'fsdp_tp', {'data': 2, 'fsdp': 2, 'tensor': 2})
+    spread(c, 'fsdp_tp', {'data': 2, 'fsdp': 2, 'tensor': 2}, 'known')
 
 
 def test_context(c):
-    spread(c, 'fsdp_context', {'data': 2, 'context': 4}, remat=True)
+    spread(c, 'fsdp_context', {'data': 2, 'context': 4}, 'remat')
 
 
 @pytest.mark.slow
@@ -271,8 +283,9 @@ def test_context_alone(c):
 
 def test_bfloat16(c):
     x = jnp.asarray(c.x, jnp.bfloat16)  # rounded in both, as whole numbers among side inputs are made from it
-    low = jax.jit(lambda m, x: c.plain(m, x, c.ones).y)(c.with_dtype(jnp.bfloat16), x)
-    close(np.asarray(low, np.float32), c.forward(c.module, np.asarray(x, np.float32), c.ones), tolerances.BFLOAT16)
+    ids = documents(c)
+    low = jax.jit(known(c, ids))(c.with_dtype(jnp.bfloat16), x)
+    close(np.asarray(low, np.float32), c.forward(c.module, np.asarray(x, np.float32), ids), tolerances.BFLOAT16)
 
 
 def test_config(c):
