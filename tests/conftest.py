@@ -72,7 +72,11 @@ def pytest_sessionstart(session):
         reporter.write_line(f'of the slow tests, the {half} half; make test SLOW={other} runs the other')
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if (quick := item.get_closest_marker('quick')) and item.callspec.id not in quick.args:
+            item.add_marker(pytest.mark.slow)
     if (half := os.environ.get('SLOW')) in HALVES:
         other = [i for i in items if i.get_closest_marker('slow') and zlib.crc32(i.nodeid.encode()) % 2 != HALVES[half]]
         config.hook.pytest_deselected(items=other)

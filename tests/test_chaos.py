@@ -6,8 +6,9 @@ import sys
 
 import pytest
 
-QUICK = ('kill inside a checkpoint', 'checkpoint file: flip a bit', 'full disk', 'NaN in a layer', 'SIGTERM')
+QUICK = ('kill inside a checkpoint', 'SIGTERM')
 SLOW = (
+    'checkpoint file: flip a bit', 'full disk', 'NaN in a layer',
     'lost process of two', 'other number of processes', 'SIGTERM to one of two', 'NaN in a layer of two', 'changed data',
     'kill at a file operation',
 )  # fmt: skip

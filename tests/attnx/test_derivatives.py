@@ -31,6 +31,7 @@ def directional(form, arguments, options):
     return jax.jit(lambda x, dx: jax.jvp(jax.jit(f), x, dx)[1])(x, dx)
 
 
+@pytest.mark.quick('packed, sinks, strip, dropout', 'more keys, chain of scores')
 @pytest.mark.parametrize('name', CASES)
 def test_forward_mode_equals_oracle(name):
     T, S, blocks, options = CASES[name]()
@@ -57,6 +58,7 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.quick('scan', 'vmap, keys shared', 'checkpoint')
 @pytest.mark.parametrize('name', SURROUNDINGS)
 def test_both_modes_inside(name):
     arguments = inputs(9, K=2, H=4, Hv=4)

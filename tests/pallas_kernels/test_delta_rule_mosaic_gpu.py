@@ -74,6 +74,7 @@ def plain_delta(
     return as_input(out) if has_q and not reverse else terms, as_input(states)
 
 
+@pytest.mark.quick('shared heads', 'channel')
 @pytest.mark.parametrize(
     'case',
     [
@@ -145,6 +146,7 @@ def test_interpreted_per_channel_in_pieces(monkeypatch):
     assert good, errors
 
 
+@pytest.mark.quick('channels1')
 @pytest.mark.parametrize('channels', [(), (128,)])
 def test_lowers_for_hopper(channels):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)

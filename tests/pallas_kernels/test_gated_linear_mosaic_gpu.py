@@ -109,6 +109,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick('shared heads', 'none', 'constant, pieces', 'channel', 'channel, strong')
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_derivatives_and_pieces(plain, monkeypatch, case):
     with emulated(monkeypatch, common, scaling):
@@ -141,6 +142,7 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
     assert mosaic_gpu.pieces(1, 1024, 1, 128, 128) == 2
 
 
+@pytest.mark.quick('True-head', 'False-channel', 'True-none', 'True-channel', 'False-token')
 @pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
 @pytest.mark.parametrize('beta', [False, True])
 def test_one_token(decay, beta):

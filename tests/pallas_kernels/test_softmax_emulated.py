@@ -28,7 +28,7 @@ CASES = {
 }
 
 
-QUICK = 'causal, grouped', 'alibi'
+QUICK = ('causal, grouped',)
 
 
 @pytest.mark.parametrize('name', [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in CASES])

@@ -61,12 +61,14 @@ def expected(mixer, x, rows, columns):
     return out @ oracle.kernel(mixer.out) + p['out/bias']
 
 
+@pytest.mark.quick('5-12')
 @pytest.mark.parametrize(('agents', 'length'), [(5, 12), (1, 12), (7, 3)])
 def test_is_its_definition_on_a_line(agents, length):
     mixer, x = make(num_agents=agents), oracle.inputs(length=length)
     close(oracle.run(mixer, x), expected(mixer, x, 0, 0), tolerances.FLOAT32)
 
 
+@pytest.mark.quick('4-3-5')
 @pytest.mark.parametrize(('agents', 'rows', 'columns'), [(4, 3, 5), (9, 5, 4)])
 def test_is_its_definition_on_a_grid(agents, rows, columns):
     mixer, x = make(num_agents=agents, grid=columns), oracle.inputs(length=rows * columns)

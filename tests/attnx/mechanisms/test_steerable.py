@@ -37,6 +37,7 @@ def act(mixer, x, r, group):
     return mixer.join(jnp.concatenate(turned, axis=2))
 
 
+@pytest.mark.quick("se2-{'weigh': 'real'}", "se3-{'product': True, 'gate': True}")
 @pytest.mark.parametrize('fields', [{'gate': True}, {'weigh': 'real'}, {'product': True, 'gate': True}], ids=str)
 @pytest.mark.parametrize('group', ['se2', 'se3'])
 def test_equivariance(group, fields):

@@ -23,7 +23,7 @@ TASK = tasks.build({'kind': 'scanpath'})
 
 @pytest.fixture(scope='module')
 def model():
-    return models.build(CONFIG, rngs=nnx.Rngs(0))
+    return jax.jit(lambda: models.build(CONFIG, rngs=nnx.Rngs(0)))()
 
 
 @pytest.fixture(scope='module')
@@ -32,6 +32,7 @@ def batch():
     return {name: jnp.asarray(np.stack([row[name] for row in rows])) for name in rows[0]}
 
 
+@jax.jit
 def run(model, batch):
     given = {name: batch[name] for name in ('source', 'source_mask')}
     return model(batch['tokens'], inputs={'places': batch['places']}, **given).logits

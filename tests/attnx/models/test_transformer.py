@@ -39,7 +39,7 @@ def test_pattern_becomes_stacks():
 
 def test_scan_equals_layer_by_layer(tokens):
     """The scanned stack computes what its layers compute one after another, with their own indices."""
-    for fields in ({'overrides': {2: 'gqa'}, 'num_layers': 5}, {'pattern': ('differential',), 'num_layers': 2}):
+    for fields in ({**CHEAP, 'overrides': {2: 'pooling'}, 'num_layers': 5}, {'pattern': ('differential',), 'num_layers': 2}):
         _, model = model_of(**fields)
         out = jax.jit(lambda m, t: m(t).logits)(model, tokens)
         traced = jax.jit(lambda m, t: dict(m.trace(t)))(model, tokens)
@@ -47,6 +47,7 @@ def test_scan_equals_layer_by_layer(tokens):
         close(out, traced['logits'], tolerances.FLOAT32)
 
 
+@pytest.mark.quick('norm,norm_position,positions,tie_embeddings', 'mlp,positions,logit_softcap', 'remat1')
 @pytest.mark.parametrize(
     'fields',
     [

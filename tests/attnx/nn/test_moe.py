@@ -104,6 +104,7 @@ def test_losses_of_known_cases():
     np.testing.assert_allclose(moe.losses(flat_, moe.route(flat_, 2), real)['router_z_loss'], np.log(4) ** 2, rtol=1e-5)
 
 
+@pytest.mark.quick('fsdp_tp-capacity', 'fsdp_context-dropless')
 @pytest.mark.parametrize('capacity', [0.0, 1.0], ids=['dropless', 'capacity'])
 @pytest.mark.parametrize(
     ('preset', 'mesh'),

@@ -35,6 +35,7 @@ def float64():
         yield
 
 
+@pytest.mark.quick('token', 'channel')
 @pytest.mark.parametrize('decay', DECAYS)
 def test_chunked_equals_token_by_token(decay):
     """Outputs, final state and all gradients, with resets, shared key heads, beta from 0 to 2, decays from 0 to -50."""
@@ -44,11 +45,13 @@ def test_chunked_equals_token_by_token(decay):
         compare(NAME, arrays, segments(seed), tolerances.FLOAT64)
 
 
+@pytest.mark.quick('17-channel')
 @pytest.mark.parametrize(('T', 'decay'), [(1, 'channel'), (17, 'channel'), (63, 'token')])
 def test_lengths(T, decay):
     compare(NAME, inputs(NAME, T, T=T, decay=decay, nats=5.0), segments(T, T=T), tolerances.FLOAT64)
 
 
+@pytest.mark.quick('channel')
 @pytest.mark.parametrize('decay', ['none', 'channel'])
 def test_a_thousand_tokens(decay):
     arrays, ids = inputs(NAME, 3, B=1, T=1000, decay=decay), segments(3, 1, 1000, 0.005)
@@ -71,6 +74,7 @@ def nearly_collinear(arrays):
     return arrays | {'key': key / jnp.linalg.norm(key, axis=-1, keepdims=True)}
 
 
+@pytest.mark.quick('2.0')
 @pytest.mark.parametrize('beta', [0.999, 1.0, 2.0])
 def test_float32_with_nearly_collinear_keys(beta):
     arrays, ids = nearly_collinear(inputs(NAME, decay='none')), segments(0)
@@ -89,6 +93,7 @@ def test_float32_with_nearly_collinear_keys(beta):
     assert all(np.array_equal(a, b) for a, b in zip(*map(jax.tree.leaves, (found, again)))), 'not bit-equal'
 
 
+@pytest.mark.quick('channel')
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_float32_is_exact_to_rounding_through_large_decays(decay):
     arrays, ids = inputs(NAME, decay=decay), segments(0, rate=0.0)
@@ -118,6 +123,7 @@ def test_split_sequence_carries_on():
     assert_close(split_and_carry(NAME, arrays, ids, (17, 17, 17, 17, 1, 61)), expected, tolerances.FLOAT64)
 
 
+@pytest.mark.quick('token-256')
 @pytest.mark.parametrize(('decay', 'chunk'), [('token', 1), ('token', 256), ('channel', 16)])
 def test_chunk_size_does_not_matter(decay, chunk):
     arrays, ids = inputs(NAME, decay=decay, nats=3.0), segments(1)
@@ -242,6 +248,7 @@ def test_bad_input(change, message):
         delta_rule(**(good | change))
 
 
+@pytest.mark.quick('token')
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_documents_keep_their_poison(decay):
     run = over_rows(functools.partial(op(NAME), impl='xla'))

@@ -36,6 +36,7 @@ def float64():
         yield
 
 
+@pytest.mark.quick('head', 'channel')
 @pytest.mark.parametrize('decay', DECAYS)
 def test_chunked_equals_token_by_token(decay):
     """Outputs, final state and all gradients, with resets, shared key heads, and decays from 0 to -50 nats a token."""
@@ -43,11 +44,13 @@ def test_chunked_equals_token_by_token(decay):
         compare(NAME, inputs(NAME, seed, decay=decay, nats=nats), segments(seed), tolerances.FLOAT64)
 
 
+@pytest.mark.quick('17-channel')
 @pytest.mark.parametrize(('T', 'decay'), [(1, 'channel'), (17, 'channel'), (63, 'token')])
 def test_lengths(T, decay):
     compare(NAME, inputs(NAME, T, T=T, decay=decay, nats=5.0), segments(T, T=T), tolerances.FLOAT64)
 
 
+@pytest.mark.quick('channel')
 @pytest.mark.parametrize('decay', ['head', 'channel'])
 def test_a_thousand_tokens(decay):
     arrays, ids = inputs(NAME, 3, B=1, T=1000, decay=decay), segments(3, 1, 1000, 0.005)
@@ -63,6 +66,7 @@ def test_any_segments(flat, nats):
         compare(NAME, arrays, ids, tolerances.FLOAT64)
 
 
+@pytest.mark.quick('token')
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_float32_is_exact_to_rounding_through_large_decays(decay):
     """Decays of 50 nats beside none at all: cumulative sums that are subtracted would lose five digits here."""
@@ -96,6 +100,7 @@ def test_split_sequence_carries_on():
     assert_close(split_and_carry(NAME, arrays, ids, (17, 17, 17, 17, 1, 61)), expected, tolerances.FLOAT64)
 
 
+@pytest.mark.quick('channel-16')
 @pytest.mark.parametrize(('decay', 'chunk'), [('token', 1), ('token', 256), ('channel', 4), ('channel', 16)])
 def test_chunk_size_does_not_matter(decay, chunk):
     arrays, ids = inputs(NAME, decay=decay, nats=3.0), segments(1)
@@ -103,6 +108,7 @@ def test_chunk_size_does_not_matter(decay, chunk):
     assert_close(forward(NAME, 'xla', chunk=chunk)(arrays, ids), expected, tolerances.FLOAT64)
 
 
+@pytest.mark.quick('token')
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_forward_mode_and_second_order(decay):
     arrays = inputs(NAME, T=10, decay=decay)
@@ -172,6 +178,7 @@ def test_key_heads_are_shared_by_groups():
     assert_close(forward(NAME, 'xla')(a, None), forward(NAME, 'xla')(wide, None), tolerances.FLOAT64)
 
 
+@pytest.mark.slow
 def test_normalized_rows_sum_to_one():
     a = inputs(NAME, T=17, decay='token', state=False)
     a |= {k: jnp.exp(a[k]) for k in ('query', 'key')} | {'value': jnp.ones_like(a['value'])}
@@ -214,6 +221,7 @@ def test_bad_input(change, message):
         gated_linear(**(good | change))
 
 
+@pytest.mark.quick('channel')
 @pytest.mark.parametrize('decay', ['token', 'channel'])
 def test_documents_keep_their_poison(decay):
     run = over_rows(functools.partial(op(NAME), impl='xla'))

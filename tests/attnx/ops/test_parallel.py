@@ -201,6 +201,7 @@ def recurrence(op, decay, given_state, ids):
     return run, arrays
 
 
+@pytest.mark.quick('gated_linear-channel-True-True', 'delta_rule-token-True-True')
 @pytest.mark.parametrize(
     ('op', 'decay', 'given_state', 'packed'),
     [
@@ -293,6 +294,7 @@ def test_kernels_take_the_parts(method):
         assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
 
 
+@pytest.mark.quick('delta_rule')
 @pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
 def test_recurrences_within_a_callers_shard_map(name):
     """With checked axes, from no first state: what the scan carries varies over the mesh from the first step on."""

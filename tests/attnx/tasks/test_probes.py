@@ -63,16 +63,17 @@ def test_real_targets_are_trained_by_squared_error():
     config = completed(models.ModelConfig(width=16, num_layers=1, mlp=models.config.mlp_lib.Config(hidden=16)), task)
     made = program(config, packed=False)
     batch = {name: np.stack([task.train[i][name] for i in range(4)]) for name in task.train[0]}
-    params = made.init(jax.random.key(0))
-    outputs, _ = made.forward(params, batch, None)
+    params = jax.jit(made.init)(jax.random.key(0))
+    outputs, _ = jax.jit(made.forward)(params, batch, None)
     assert outputs.shape == (4, 8, 3)
     wanted = np.square(np.asarray(outputs) - batch['targets']).sum(-1)[batch['weights'] > 0].mean()
-    loss, _, _ = step_lib.gradients(made.forward, params, batch, jax.random.key(0), step_lib.Config())
+    gradients = lambda config: step_lib.gradients(made.forward, params, batch, jax.random.key(0), config)
+    loss, _, _ = jax.jit(lambda: gradients(step_lib.Config()))()
     assert loss == pytest.approx(wanted, rel=1e-5)
-    assert step_lib.summarise([step_lib.eval_step(made.forward)(params, batch)]) == {'loss': pytest.approx(wanted, rel=1e-5)}
+    assert step_lib.summarise([jax.jit(step_lib.eval_step(made.forward))(params, batch)]) == {'loss': pytest.approx(wanted, rel=1e-5)}
     for given in ({'z_loss': 1e-4}, {'label_smoothing': 0.1}):
         with pytest.raises(ValueError, match=f'step.{next(iter(given))} is for targets that are tokens'):
-            step_lib.gradients(made.forward, params, batch, jax.random.key(0), step_lib.Config(**given))
+            jax.eval_shape(lambda given=given: gradients(step_lib.Config(**given)))
 
 
 def test_a_prediction_does_not_see_its_answer():

@@ -31,7 +31,7 @@ def large(params):
 
 
 def logits(made, params):
-    found = health.figures(made.trace(params, BATCH, None))
+    found = jax.jit(lambda params: health.figures(made.trace(params, BATCH, None)))(params)
     return {name: np.asarray(value) for name, value in found.items() if name.endswith('max_logit')}
 
 

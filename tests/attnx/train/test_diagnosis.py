@@ -14,7 +14,7 @@ from tests.runs import at_step, crash, rows_of, state_of
 
 
 def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
-    made = config()
+    made = config(**{'model.pattern': ('gqa',)})
     with monkeypatch.context() as patch:
         at_step(patch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
         with pytest.raises(report.TrainingFailure, match=r'step 4: loss nan.*first bad tensor: batch weights'):
@@ -27,6 +27,7 @@ def test_a_bad_loss_stops_with_a_report(config, monkeypatch):
     assert loop.run(made).status == 'complete'  # the checkpoint before it is good
 
 
+@pytest.mark.slow
 def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
     made = config(**{'step.non_finite': 'skip', 'step.max_non_finite': 1})
     at_step(monkeypatch, 4, lambda batch: batch | {'weights': np.full_like(batch['weights'], np.nan)})
@@ -35,6 +36,7 @@ def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
     assert [e['bad'] for e in metrics.read(made.run_dir) if e['split'] == 'train'] == [0, 0, 0, 1, 1, 1]
 
 
+@pytest.mark.quick('5')
 @pytest.mark.parametrize('position', [2, 5])
 def test_rewinding_goes_past_the_bad_batch(config, monkeypatch, capfd, position):
     """Before and after the first checkpoint; killed afterwards and resumed, it is the same run."""
@@ -61,7 +63,7 @@ def test_rewinding_goes_past_the_bad_batch(config, monkeypatch, capfd, position)
 
 
 def test_rewinding_is_bounded(config, monkeypatch):
-    change = {'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    change = {'steps': 8, 'model.num_layers': 1, 'model.pattern': ('gqa',)}
     made = config(**change, **{'step.non_finite': 'rewind', 'step.max_non_finite': 1})
     plain = data.Train.__next__
     spoilt = lambda batch: batch | {'weights': np.full_like(batch['weights'], np.inf)}
@@ -81,15 +83,19 @@ def made(config):
     return program, params, batch | {'weights': np.ones((2, 8), np.float32)}
 
 
+censuses = jax.jit(report.censuses)
+
+
 def diagnose(program, params, batch, gradients=None):
+    tensors = jax.jit(lambda params: [report.census(*t) for t in health.tensors(program.trace(params, batch, None))])
     return report.diagnose(
         step=1,
         metrics={'loss': jnp.nan, 'objective': jnp.nan, 'grad_norm': jnp.nan},
         shapes=params,
-        params=report.censuses(params),
-        batch=report.censuses(batch),
-        trace=lambda: [report.census(*t) for t in health.tensors(program.trace(params, batch, None))],
-        gradients=lambda: report.censuses(gradients or {}),
+        params=censuses(params),
+        batch=censuses(batch),
+        trace=lambda: tensors(params),
+        gradients=lambda: censuses(gradients or {}),
     )
 
 

@@ -63,6 +63,7 @@ def test_a_trained_model_is_loaded(whole):
             attnx.load(*wrong)
 
 
+@pytest.mark.quick('signal')
 @pytest.mark.parametrize('how', ['signal', 'crash'])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monkeypatch, how):
     made = config()
@@ -86,7 +87,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monk
 
 def test_tuned_tiles_belong_to_the_run(config, monkeypatch):
     """Chosen once, kept in run_dir, replayed on resume; other tiles are refused; the table holds again afterwards."""
-    made, seen = config(tune=True), []
+    small = {'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    made, seen = config(tune=True, **small), []
     key = 'Forward H=64 Hv=64'
     choice = tiles.Forward(2, 128, 2, (160, 32))
 
@@ -100,7 +102,7 @@ def test_tuned_tiles_belong_to_the_run(config, monkeypatch):
     kept = pathlib.Path(made.run_dir, 'tiles.json')
     assert tiles.from_json(kept.read_text()) == {key: choice}
     with pytest.raises(ValueError, match='tune'):
-        loop.run(config())
+        loop.run(config(**small))
     kept.write_text(tiles.to_json({key: dataclasses.replace(choice, keys=64)}))
     with pytest.raises(ValueError, match=f'tiles.{key}'):
         loop.run(made)
@@ -242,7 +244,8 @@ def test_settings_that_cannot_be_served(config, change, message):
 
 
 def test_tensorboard_and_profile(config):
-    made = config(**{'log.tensorboard': True, 'profile.start': 2, 'profile.steps': 1})
+    small = {'model.num_layers': 1, 'model.pattern': ('gqa',)}
+    made = config(**small, **{'log.tensorboard': True, 'profile.start': 2, 'profile.steps': 1})
     loop.run(made)
     assert os.listdir(f'{made.run_dir}/tensorboard')
     assert [name for _, _, names in os.walk(f'{made.run_dir}/profile') for name in names if name.endswith('xplane.pb')]

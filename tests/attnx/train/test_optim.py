@@ -107,22 +107,23 @@ def test_muon_orthogonalises_each_matrix_and_leaves_the_rest_to_adamw():
     updates = jax.jit(tx.update)(grads, tx.init(params), params)[0]
     mask = {n: optim.decays(n, a, config.no_decay) for n, a in AXES.items()}
     adamw = optax.adamw(0.01, 0.9, 0.95, weight_decay=0.1, mask=mask)
-    plain = adamw.update(grads, adamw.init(params), params)[0]
+    plain = jax.jit(lambda: adamw.update(grads, adamw.init(params), params)[0])()
+    single = contrib.muon(0.01, consistent_rms=0.2, weight_decay=0.1)
+    one = jax.jit(lambda g, p: single.update(g, single.init(p), p)[0])
     for name in AXES:
         if name not in MATRICES:
             np.testing.assert_allclose(updates[name], plain[name], atol=1e-6, err_msg=name)
             continue
-        single = contrib.muon(0.01, consistent_rms=0.2, weight_decay=0.1)
         g, p, u = (x[name].reshape(-1, *x[name].shape[-2:]) for x in (grads, params, updates))
         for i in range(len(g)):
-            want = single.update(g[i], single.init(p[i]), p[i])[0]
+            want = one(g[i], p[i])
             np.testing.assert_allclose(u[i], want, atol=1e-6, err_msg=name)
 
 
 def test_adam_rate_of_muon():
     params, grads = arrays(0), arrays(1)
     step = lambda **s: optim.build(optim.Config(kind='muon', warmup=0, schedule='constant', **s), 10, AXES)[0]
-    update = lambda tx: tx.update(grads, tx.init(params), params)[0]
+    update = lambda tx: jax.jit(lambda: tx.update(grads, tx.init(params), params)[0])()
     same, other = update(step(learning_rate=0.1)), update(step(learning_rate=0.1, adam_learning_rate=0.01))
     for name in AXES:
         ratio = 1.0 if name in MATRICES else 0.1
