@@ -16,7 +16,7 @@ TOKENS = np.random.default_rng(0).integers(0, 31, (2, 10)).astype(np.int32)
 run = jax.jit(lambda m: m(TOKENS).logits)
 
 
-@pytest.fixture(scope='module', params=['gqa', 'mha'])
+@pytest.fixture(scope='module', params=['gqa', pytest.param('mha', marks=pytest.mark.slow)])
 def source(request):
     mixer = {'kind': request.param, 'num_heads': 4, **({'num_kv_heads': 2, 'sinks': True} if request.param == 'gqa' else {})}
     fields = {'vocab_size': 31, 'width': 32, 'num_layers': 3, 'max_length': 32, 'pattern': ('a',), 'mixers': {'a': mixer}}

@@ -234,7 +234,9 @@ def features(x, name, learned):
     return x if name == 'identity' else np.maximum(x, 0)
 
 
-@pytest.mark.quick('identity-causal', 'exp_pair-causal', 't2r-causal', 'taylor-causal', 'exp-bidirectional', 'dpfp-bidirectional')
+@pytest.mark.quick(
+    'identity-causal', 'exp_pair-causal', 't2r-causal', 'taylor-causal', 'exp-bidirectional', 'dpfp-bidirectional'
+)
 @pytest.mark.parametrize('causal', [True, False], ids=['causal', 'bidirectional'])
 @pytest.mark.parametrize('name', MAPS)
 def test_linear_transformer_is_its_quadratic_form(name, causal):

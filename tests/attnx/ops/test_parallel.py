@@ -90,11 +90,11 @@ def spread(case, method, mesh, preset='context'):
     return found, calls[0].spread
 
 
-# Slow: a case whose mask and operands are part of another's, for that method.
+# Slow: a case whose mask and operands are part of another's, for that method, or that another method has.
 SLOW = {
-    'heads': ('full', 'causal', 'window packed', 'window both ways'),
-    'gather': ('causal', 'window both ways'),
-    'ring': ('full', 'causal'),
+    'heads': ('full', 'causal', 'window packed', 'window both ways', 'by index', 'strip packed'),
+    'gather': ('causal', 'window both ways', 'bias', 'alibi softcap', 'window packed'),
+    'ring': ('full', 'causal', 'bias', 'by index', 'window packed'),
 }
 
 

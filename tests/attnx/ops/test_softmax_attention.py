@@ -445,6 +445,7 @@ def test_a_row_of_nan_is_no_empty_row(form):
     np.testing.assert_array_equal(np.argwhere(np.isnan(lse)), [[0, 0, 5]])
 
 
+@pytest.mark.quick('sinks1')
 @pytest.mark.parametrize('sinks', [None, normal(4)])
 def test_statistics(sinks):
     q, k, v = inputs(20, S=25)

@@ -70,7 +70,8 @@ def test_real_targets_are_trained_by_squared_error():
     gradients = lambda config: step_lib.gradients(made.forward, params, batch, jax.random.key(0), config)
     loss, _, _ = jax.jit(lambda: gradients(step_lib.Config()))()
     assert loss == pytest.approx(wanted, rel=1e-5)
-    assert step_lib.summarise([jax.jit(step_lib.eval_step(made.forward))(params, batch)]) == {'loss': pytest.approx(wanted, rel=1e-5)}
+    evaluation = jax.jit(step_lib.eval_step(made.forward))(params, batch)
+    assert step_lib.summarise([evaluation]) == {'loss': pytest.approx(wanted, rel=1e-5)}
     for given in ({'z_loss': 1e-4}, {'label_smoothing': 0.1}):
         with pytest.raises(ValueError, match=f'step.{next(iter(given))} is for targets that are tokens'):
             jax.eval_shape(lambda given=given: gradients(step_lib.Config(**given)))

@@ -71,7 +71,7 @@ def test_refused_where_it_would_do_nothing():
 
 
 def test_figures_are_of_the_ops_own_pass(monkeypatch):
-    _, model = made()
+    _, model = made(num_layers=1, pattern=('a',), mixers={'a': GQA})
     params = large(model.init(jax.random.key(0)))
     calls = [call for _, _, calls in health._calls(model.trace(params, BATCH, None)) for _, call in calls]
     found = health.figures(model.trace(params, BATCH, None))

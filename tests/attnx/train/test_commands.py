@@ -18,7 +18,8 @@ ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_a_resolved_config_runs_again_from_json_alone(config, tmp_path):
-    change = {'model.num_layers': 1, 'model.overrides': {0: 'm'}, 'model.mixers': {'m': {'kind': 'gqa', 'masks': (('window', 4),)}}, 'steps': 4}
+    mixers = {'m': {'kind': 'gqa', 'masks': (('window', 4),)}}
+    change = {'model.num_layers': 1, 'model.overrides': {0: 'm'}, 'model.mixers': mixers, 'steps': 4}
     made = config(**change)
     text = config_lib.to_json(made)
     assert config_lib.from_json(loop.Config, text) == made
@@ -126,7 +127,10 @@ def second():
     return max(1.0, 1.2 * seconds('-c', 'import jax')[0])
 
 
-@pytest.mark.quick('key', 'file', 'mechanism', 'heads', 'type', 'choice', 'nowhere', 'json', 'packing', 'corrupt', 'foreign', 'resolved')
+@pytest.mark.quick(
+    'key', 'file', 'mechanism', 'heads', 'type', 'choice', 'nowhere', 'json', 'packing', 'corrupt', 'foreign',
+    'resolved'
+)
 @pytest.mark.parametrize('name', BAD)
 def test_bad_input_gets_one_line_within_a_second(bad, second, name):
     flag, *messages = BAD[name]

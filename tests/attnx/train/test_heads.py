@@ -61,8 +61,9 @@ def test_masked_heads_are_left_out_and_get_no_gradient(made, by):
         slopes = jax.jit(jax.grad(loss))(jax.tree.map(jnp.ones_like, scores))
         for name, score in scores.items():
             close(abs(slopes[name]) / batch['weights'].sum(), score, tolerances.FLOAT32_GRAD)
-    scaled, _, _ = run(dataclasses.replace(config, mask_heads_rescale=True))
-    assert scaled != total
+    else:
+        scaled, _, _ = run(dataclasses.replace(config, mask_heads_rescale=True))
+        assert scaled != total
 
 
 def test_evaluation_has_all_heads_and_settings_are_checked(made):
@@ -95,7 +96,8 @@ def test_divergence(made):
         jax.eval_shape(lambda p: step.gradients(program.forward, p, batch, KEY, config), params)
 
 
-def test_a_run_learns_from_a_teacher_and_begins_where_it_is_told(tmp_path):
+@pytest.mark.parametrize('strangers', [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_a_run_learns_from_a_teacher_and_begins_where_it_is_told(tmp_path, strangers):
     (tmp_path / 'text').mkdir()
     (tmp_path / 'text' / 'a.py').write_text(pathlib.Path(__file__).read_text())
     task = {'kind': 'text', 'path': str(tmp_path / 'text')}
@@ -118,12 +120,14 @@ def test_a_run_learns_from_a_teacher_and_begins_where_it_is_told(tmp_path):
 
     teacher = config_lib.build(models.ModelConfig, model)
     teacher = jax.jit(lambda: models.build(teacher, rngs=nnx.Rngs(7)))()
-    plain, _ = run('plain')
     same, near = run('same', {'distill': 1.0, 'hard': 0.0}, teacher=teacher, initial=teacher)
-    other, far = run('other', {'distill': 1.0}, teacher=teacher)
-    assert len(near) == len(far) == 2 and max(map(abs, near)) < 1e-4 < 1e-3 < min(far)
-    moved = [abs(result.evaluation['loss'] - plain.evaluation['loss']) for result in (other, same)]
-    assert moved[0] < 1e-3 < moved[1]
+    assert len(near) == 2 and max(map(abs, near)) < 1e-4
+    if strangers:
+        plain, _ = run('plain')
+        other, far = run('other', {'distill': 1.0}, teacher=teacher)
+        assert len(far) == 2 and min(far) > 1e-3
+        moved = [abs(result.evaluation['loss'] - plain.evaluation['loss']) for result in (other, same)]
+        assert moved[0] < 1e-3 < moved[1]
     for error, others in (('a teacher and its weight', {'teacher': teacher}), ('parameters missing', {'initial': {}})):
         with pytest.raises(ValueError, match=error):
             run('bad', **others)
