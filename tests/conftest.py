@@ -23,6 +23,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 
 if os.environ.get('SLOW') == 'half':  # once, before workers start
     os.environ['SLOW'] = ('even', 'odd')[datetime.date.today().timetuple().tm_yday % 2]
+ALONE = ('test_papers.py', 'test_overrides.py')  # every case compiles a model of its own
 HALVES = {'even': 0, 'odd': 1}
 MOST_MAPS = 20_000  # Linux gives a process 65,530
 
@@ -54,14 +55,20 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """What shares compiled functions runs in one worker: the laws of a mechanism, else a file."""
+    """What shares compiled functions runs in one worker: the laws of a mechanism, else a file; in the order of the files.
+
+    By default the scopes of few tests come last, among them the longest.
+    """
     from xdist.scheduler import LoadScopeScheduling
 
     class Scheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             path, _, test = nodeid.partition('::')
+            if path.endswith(ALONE):
+                return nodeid
             return re.sub(r'.*\[(\w+).*', r'\1', test) if path.endswith('test_contract.py') else path
 
+    config.option.loadscopereorder = False
     return Scheduling(config, log)
 
 

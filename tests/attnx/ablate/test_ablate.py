@@ -19,7 +19,7 @@ from tests.studies import ARMS, SMALL, UNIFORM, curve, near, study
 
 @pytest.fixture(scope='module')
 def done(tmp_path_factory):
-    """Three arms, two tasks of one vocabulary and length, two seeds; five of twelve were run, for the rest stand other outcomes."""
+    """Three arms, two tasks of one vocabulary and length, two seeds; five runs of twelve, other outcomes for the rest."""
     pairs = {'kind': 'mqar', 'vocab_size': 16, 'num_pairs': 2, 'num_eval': 16}
     tasks = {'near': {}, 'far': {'data.task': pairs}}
     folder = tmp_path_factory.mktemp('done')
