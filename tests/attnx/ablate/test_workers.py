@@ -17,6 +17,8 @@ from attnx import config as config_lib
 from attnx.ablate import Study, runner
 from tests.studies import ARMS, SMALL, STUDY, load, numbers
 
+LONGEST = 600  # seconds that one command may take
+
 
 def _run_study(file, begins):
     """What a killed process does; `begins` is set when the imports are done."""
@@ -46,10 +48,12 @@ def test_killed_and_parallel_studies_find_the_same_numbers(tmp_path, monkeypatch
         return process, time.monotonic()
 
     process, began = start('whole')
-    process.join()
+    process.join(LONGEST)
     assert process.exitcode == 0
     whole, kills, done, rng = time.monotonic() - began, 0, [], np.random.default_rng(0)
-    while kills < 20:
+    for _ in range(40):  # some end before they are killed
+        if kills == 20:
+            break
         process, _ = start('parts')
         process.join(whole * rng.uniform(0.02, 0.4))
         kills += process.is_alive()
@@ -59,9 +63,10 @@ def test_killed_and_parallel_studies_find_the_same_numbers(tmp_path, monkeypatch
         done.append(len(list((tmp_path / 'parts' / 'results').glob('*.json'))))
         if process.exitcode == 0:  # finished: another such study begins
             shutil.rmtree(tmp_path / 'parts')
+    assert kills == 20
     print(f'20 kills in runs of at most {0.4 * whole:.1f} s; runs finished after each: {done}')
     command = [sys.executable, '-m', 'attnx.ablate', f'--config={files["parts"]}', '--workers=2']
-    assert subprocess.run(command, cwd=pathlib.Path(__file__).parents[3]).returncode == 0
+    assert subprocess.run(command, cwd=pathlib.Path(__file__).parents[3], timeout=LONGEST).returncode == 0
     made = {n: config_lib.build(Study, config_lib.as_dict(load(file), 'study')) for n, file in files.items()}
     assert numbers(made['whole']) == numbers(made['parts']) and len(numbers(made['whole'])[2]) == 6
 
@@ -144,7 +149,7 @@ def test_a_slurm_array_runs_the_study(tmp_path, slurm):
     root, file = pathlib.Path(__file__).parents[3], tmp_path / 'study.py'
     file.write_text(STUDY.format(base=SMALL, arms=ARMS, run_dir=str(tmp_path / 'study')))
     command = [sys.executable, '-m', 'attnx.ablate', '--config', str(file)]
-    assert subprocess.run([*command, '--slurm', '2'], cwd=root).returncode == 0
+    assert subprocess.run([*command, '--slurm', '2'], cwd=root, timeout=LONGEST).returncode == 0
     task = {f'SLURM_{name}': '7' for name in ('JOB_ID', 'ARRAY_JOB_ID')} | {'SLURM_JOB_NODELIST': 'here'}
     task |= {f'SLURM_{name}': '1' for name in ('NTASKS', 'JOB_NUM_NODES')}
     task |= {f'SLURM_{name}': '0' for name in ('NODEID', 'PROCID', 'LOCALID')} | {'SLURMD_NODENAME': 'here'}
@@ -152,6 +157,6 @@ def test_a_slurm_array_runs_the_study(tmp_path, slurm):
         subprocess.Popen(['bash', str(slurm)], cwd=root, env={**os.environ, **task, 'SLURM_ARRAY_TASK_ID': str(i)})
         for i in range(2)
     ]
-    assert [process.wait() for process in started] == [0, 0]
+    assert [process.wait(LONGEST) for process in started] == [0, 0]
     made = config_lib.build(Study, config_lib.as_dict(load(file), 'study'))
     assert made.results['status'] == ['finished'] * 6
