@@ -19,6 +19,7 @@ import pytest
 _CACHE = pathlib.Path(__file__).parent.parent / '.jax_cache'
 jax.config.update('jax_compilation_cache_dir', os.environ.get('TEST_CACHE', str(_CACHE)))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
+jax.config.update('jax_traceback_in_locations_limit', 0)  # programs without them are lowered and compiled sooner
 
 
 if os.environ.get('SLOW') == 'half':  # once, before workers start

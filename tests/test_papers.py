@@ -16,7 +16,7 @@ from attnx.train import heads, loop, step
 from attnx.train.config import completed
 
 PATH = pathlib.Path(__file__).parent.parent / 'configs' / 'papers.py'
-QUICK = ('moh', 'mvpa')  # of a single layer, of side inputs
+QUICK = ('mvpa',)  # of side inputs
 
 UNREAD = ('decoupled_embeddings', 'attention_drop')  # with layers that do not read their normed input
 

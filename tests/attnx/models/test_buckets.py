@@ -24,6 +24,7 @@ def run(model, **given):
     return attnx.generate(model, PROMPTS, max_new_tokens=5, temperature=0, return_logits=True, **given)
 
 
+@pytest.mark.slow
 def test_equal_bases_are_plain_decoding(model):
     rows, logits = run(model)
     same, trail = run(model, bases=[10_000.0] * 3)

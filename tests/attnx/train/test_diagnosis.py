@@ -36,7 +36,7 @@ def test_a_tolerated_bad_update_is_told(config, monkeypatch, capfd):
     assert [e['bad'] for e in metrics.read(made.run_dir) if e['split'] == 'train'] == [0, 0, 0, 1, 1, 1]
 
 
-@pytest.mark.quick('5')
+@pytest.mark.quick('2')
 @pytest.mark.parametrize('position', [2, 5])
 def test_rewinding_goes_past_the_bad_batch(config, monkeypatch, capfd, position):
     """Before and after the first checkpoint; killed afterwards and resumed, it is the same run."""

@@ -63,7 +63,7 @@ def test_a_trained_model_is_loaded(whole):
             attnx.load(*wrong)
 
 
-@pytest.mark.quick('signal')
+@pytest.mark.slow
 @pytest.mark.parametrize('how', ['signal', 'crash'])
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(config, whole, monkeypatch, how):
     made = config()
