@@ -82,9 +82,14 @@ def pytest_sessionstart(session):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
+    unknown = {}
     for item in items:
-        if (quick := item.get_closest_marker('quick')) and item.callspec.id not in quick.args:
-            item.add_marker(pytest.mark.slow)
+        if quick := item.get_closest_marker('quick'):
+            unknown.setdefault(item.nodeid.split('[')[0], set(quick.args)).discard(item.callspec.id)
+            if item.callspec.id not in quick.args:
+                item.add_marker(pytest.mark.slow)
+    if any(unknown.values()) and not any('::' in given for given in config.args):
+        raise pytest.UsageError(f'quick: no such cases: {({test: ids for test, ids in unknown.items() if ids})}')
     if (half := os.environ.get('SLOW')) in HALVES:
         other = [i for i in items if i.get_closest_marker('slow') and zlib.crc32(i.nodeid.encode()) % 2 != HALVES[half]]
         config.hook.pytest_deselected(items=other)
