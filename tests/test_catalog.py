@@ -55,6 +55,8 @@ def test_names_and_filters():
         ({'paper': 'SHA-RNN'}, 'sha_rnn', None),
         ({'paper': 'UoE'}, 'smha', None),
         ({'paper': 'peripheral language models'}, 'mla', None),
+        ({'paper': 'Gaussian Adaptive Attention Is All You Need: Robust Contextual Representations'}, 'gaussian_adaptive', None),
+        ({'paper': 'X-EcoMLA: Upcycling Pre-Trained Attention into MLA for Efficient and Extreme KV Compression'}, 'mla', None),
     ],
 )
 def test_papers_and_words_find_mechanisms_and_options(given, mechanism, option):

@@ -2,7 +2,7 @@
 
 Equation: o_t = sum_s w_ts v_s, w = softmax(scale q k^T) of the nearest earlier layer with `source` = 'own'; a layer with
     'shared' has W_v and W_o alone.
-Paper: EchoAtt: attend, copy, then adjust for more efficient LLMs, 2024, arXiv 2409.14595.
+Paper: EchoAtt: attend, copy, then adjust for more efficient large language models, 2024, arXiv 2409.14595.
 Differs: what is shared are queries, keys, masks and scores, from which the fused op makes the same weights again, so that
     no [T, S] array exists: W_q and W_k are saved, the products of scores are not. Dropout is each layer's own. Which layers
     copy is the pattern's choice (`('own', 'copy')` are blocks of two); the paper finds them by

@@ -5,8 +5,10 @@ Equation: [c_t ; r_t] = W_dkv x_t, c_t <- RMSNorm(c_t), r_t <- RoPE(r_t);  k_th 
     o_th = sum_s w_ths v_sh, w_th = softmax_s((Hn + Hr)^-1/2 q_th . k_sh).
     Absorbed: q_th . k_sh = [W_uk,h^T n_th ; r'_th] . [c_s ; r_s], o_th = W_uv,h sum_s w_ths c_s: one key/value head.
 Paper: DeepSeek-V2, 2024, arXiv 2405.04434; DeepSeek-V3 technical report, 2024, arXiv 2412.19437;
-    with no latent of queries and a squared-ReLU MLP (`mlp.kind` = 'relu2'): PLM, efficient peripheral language models,
-    2025, arXiv 2503.12167; made from a trained model by SVD (`attnx.interop.convert`): X-EcoMLA, 2025, arXiv 2503.11132.
+    with no latent of queries and a squared-ReLU MLP (`mlp.kind` = 'relu2'): PLM: efficient peripheral language models
+    hardware-co-designed for ubiquitous computing, 2025, arXiv 2503.12167; made from a trained model by SVD
+    (`attnx.interop.convert`): X-EcoMLA: upcycling pre-trained attention into MLA for efficient and extreme KV compression,
+    2025, arXiv 2503.11132.
 Differs: the rotation pairs channels by halves, the released code neighbours; widths of 0 keep the paper's ratios to the
     width of a head.
 Cost: train O(T²) time, O(T) memory, through the fused op; decode keeps R + Hr numbers a token, and reads them once for all

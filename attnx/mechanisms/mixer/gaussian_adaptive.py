@@ -3,7 +3,8 @@
 Equation: over one axis a of a head's features, z_k = (x - mean_a x - d_k) / sqrt(var_a x + eps), k = 1 … K;
     g = softmax_a(-sum_k z_k² / (2 c_k²)), y = g x; of several steps, h <- h + g h, y = h - x.
     Importance factor: (g - min g) / (max g - min g).
-Paper: Gaussian adaptive attention is all you need (GAAM), 2024, arXiv 2401.11143.
+Paper: Gaussian adaptive attention (GAAM) is all you need: robust contextual representations across multiple modalities,
+    2024, arXiv 2401.11143.
 Differs: the axis is the features of a head in causal models, each token by itself, and time inside a document in
     bidirectional ones (the paper: any axis); heads are groups of features in both. Gates are normalised by the softmax of
     their logarithm, the same without underflow.

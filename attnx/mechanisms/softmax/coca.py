@@ -3,7 +3,8 @@
 Equation: t = W_t x, tau = relu((t_1 + t_2) / 2) of its halves;
     s_ij = scale sum_n tau_jn (q_in² + q_{i,n+H/2}²) cos((i - j) w_n);
     o_i = sum_j softmax_j(s_ij) v_j, with w_n the frequencies of rotary positions.
-Paper: CoCA: fusing position embedding with collinear constrained attention, 2023, arXiv 2309.08646.
+Paper: Cure the headache of transformers via collinear constrained attention (or: CoCA: fusing position embedding with
+    collinear constrained attention for fine-tuning free context window extending), 2023, arXiv 2309.08646.
 Differs: the released code mixes rotated and unrotated queries and does not equal this formula, the paper's. It is computed
     as an ordinary product: [r cos i w ; r sin i w] . [tau cos j w ; tau sin j w] with r the squared radii.
 Cost: train O(T²) time, O(T) memory, through the fused op; decode keeps 2 K H numbers a token.

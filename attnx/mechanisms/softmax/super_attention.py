@@ -3,7 +3,7 @@
 Equation: o_h = softmax(H^-1/2 q_h k_h^T) v_h, y = W_o [o_1 … o_N], X_h the h-th slice of the input's channels;
     optimised: k_h = W_k,h x, v_h = X_h;  efficient: k_h = v_h = X_h;  super: k_h = X_h, v_h = (W_a X)_h with W_a [L, L] over
     positions, lower triangular if causal.
-Paper: You need to pay better attention, 2024, arXiv 2403.01643.
+Paper: You need to pay better attention: rethinking the mathematics of attention mechanism, 2024, arXiv 2403.01643.
 Differs: positions enter as RoPE on queries and keys, where the paper adds them to the embeddings. W_a begins as the
     identity, so that super begins as efficient, and counts positions in a document.
 Cost: train O(T²) time, O(T) memory through the fused op; super adds a product with W_a, [T, T] numbers, a row of them for
