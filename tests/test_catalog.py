@@ -55,7 +55,7 @@ def test_names_and_filters():
         ({'paper': 'SHA-RNN'}, 'sha_rnn', None),
         ({'paper': 'UoE'}, 'smha', None),
         ({'paper': 'peripheral language models'}, 'mla', None),
-        ({'paper': 'Gaussian Adaptive Attention Is All You Need: Robust Contextual Representations'}, 'gaussian_adaptive', None),
+        ({'paper': 'Gaussian Adaptive Attention Is All You Need: Robust Contextual'}, 'gaussian_adaptive', None),
         ({'paper': 'X-EcoMLA: Upcycling Pre-Trained Attention into MLA for Efficient and Extreme KV Compression'}, 'mla', None),
     ],
 )
