@@ -7,6 +7,7 @@ names the key, what was given and the nearest valid one. Nothing that is accepte
 import dataclasses
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -62,6 +63,8 @@ def convert(kind: Any, value: Any, path: str) -> Any:
     plain = origin or kind
     if not isinstance(value, plain) or (isinstance(value, bool) and plain is not bool):
         raise ValueError(f'{path} = {value!r}: expected {plain.__name__}, was given {type(value).__name__}')
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f'{path} = {value!r}: expected a finite number')
     return value
 
 

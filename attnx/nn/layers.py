@@ -26,6 +26,8 @@ class Linear(nnx.Module):
         bias: bool = False,
         scale: float = 1.0,
     ):
+        if min(num_in, num_out) < 1:
+            raise ValueError(f'a product with a [{num_in}, {num_out}] matrix: both widths must be at least 1')
         self.kernel = param(normal(rngs, (num_in, num_out), scale * num_in**-0.5, dims.param_dtype), axes)
         self.bias = param(jnp.zeros((num_out,), dims.param_dtype), axes[1:]) if bias else None
         self.dtype = dims.dtype

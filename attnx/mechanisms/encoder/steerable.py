@@ -45,6 +45,8 @@ class Config:
         softmax.check_choice('weigh', self.weigh, ('modulus', 'real'))
         if not 1 <= self.frequencies <= (3 if self.group == 'se3' else self.frequencies) or self.bells < 1 or self.reach <= 0:
             raise ValueError('frequencies (of se3: 3 at most) and bells must be at least 1, reach positive')
+        if self.num_heads < 1:
+            raise ValueError(f'num_heads {self.num_heads} must be at least 1')
 
 
 def harmonics(u, degree: int, group: str):

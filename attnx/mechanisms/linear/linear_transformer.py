@@ -38,6 +38,8 @@ class Config:
             raise ValueError(f'unknown feature_map {self.feature_map!r}; {nearest(self.feature_map, valid)}')
         if self.normalize and self.feature_map in SIGNED:
             raise ValueError(f'feature_map {self.feature_map!r} has weights of both signs: set normalize to False')
+        if self.feature_dim < 0:
+            raise ValueError(f'feature_dim {self.feature_dim} must not be negative')
         if self.feature_dim and self.feature_map not in LEARNED:
             raise ValueError(f'feature_dim is for the maps {", ".join(LEARNED)}, not for {self.feature_map!r}')
         if self.hedgehog_normalize not in (valid := ('joint', 'halves', 'none')):

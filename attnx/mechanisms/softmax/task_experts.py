@@ -40,6 +40,8 @@ class Config(softmax.Options):
                 f'top_k {self.top_k} must be 1 … {least}, the experts that a task sees; '
                 f'sample_top_k {self.sample_top_k} 0 … top_k; num_tasks {self.num_tasks} at least 1'
             )
+        if self.head_dim < 0:
+            raise ValueError(f'head_dim {self.head_dim} must not be negative')
         if self.num_tasks == 1:
             softmax.refuse(self, 'one task tells nothing of experts, so the loss would be 0', 'task_weight')
         if self.visible and (len(self.visible) != self.num_tasks or max(self.visible) > self.num_experts):
