@@ -2,7 +2,7 @@
 
 Equation: o_t = sum_s softmax_s(scale q_t . k_s) v_s as in grouped-query attention; k, v = W_k x, W_v x in a layer with
     `source` = 'own', those of the nearest such layer before it in one with 'shared', which has W_q and W_o alone.
-Paper: Reducing transformer key-value cache size with cross-layer attention, 2024, arXiv 2405.12981;
+Paper: Reducing transformer key-value cache size with cross-layer attention (KV sharing), 2024, arXiv 2405.12981;
     You only cache once (YOCO), 2024, arXiv 2405.05254.
 Differs: keys are shared rotated, which is the same as rotating in each layer. YOCO's second half, whose layers all read
     one pair of keys and values made from RMSNorm(x): the norm is the block's, its scale folded into W_k and W_v; in the
