@@ -80,8 +80,8 @@ class ModelConfig(StackConfig):
             raise ValueError(f'width {self.width} and num_layers {self.num_layers} must be positive')
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f'dropout {self.dropout} is not in [0, 1)')
-        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length, self.unroll) < 0:
-            raise ValueError('num_classes, vocab_size, input_dim, max_length and unroll must not be negative')
+        if min(self.num_classes, self.vocab_size, self.input_dim, self.max_length, self.unroll, self.logit_softcap) < 0:
+            raise ValueError('num_classes, vocab_size, input_dim, max_length, unroll and logit_softcap must not be negative')
         if self.conv_taps < 0 or (self.conv_taps and self.kind != 'decoder'):
             raise ValueError(f'conv_taps {self.conv_taps} must be at least 0, and 0 but for a decoder; kind is {self.kind!r}')
         if self.kind != 'encoder_decoder' and (self.encoder != StackConfig() or self.cross != 'cross_attention'):
