@@ -371,7 +371,7 @@ NOTES = (
     'What was not run, or not with all seeds, is said where it is so.',
     'S005, S016 and S022 were undecided with three seeds and then given ten, once.',
     'S001, S014 and S034 had three seeds, with which S001 and S034 were undecided; all three were given three more, once. Ten '
-    'had been asked for: 27 of S001’s 70 runs were done when the machine was gone, two more afterwards, and count in no verdict.',
+    'had been asked for: 27 of S001’s 70 runs were done when the machine was gone, two more later; they count in no verdict.',
     'S006 was first asked of models that know positions from the embedding alone; softmax had then not learned (2.65 nats a '
     'byte, two runs). It was then asked with RoPE in both arms, and run once.',
     'The text is the standard library of the Python that ran a study. Arms are compared within a seed, and all of a seed '
