@@ -21,7 +21,7 @@ $(STAMP): pyproject.toml
 train: $(STAMP)         ## trains the default small language model on real text; ARGS='--config.steps=2000' passes flags
 	@$(BIN)/python train.py $(ARGS)
 
-test: $(STAMP)          ## laws over all mechanisms, ops, models, training; SLOW=1 adds the heavy tests, SLOW=half a half of them
+test: $(STAMP)          ## laws over all mechanisms, ops, models, training; SLOW=1 adds the heavy tests
 	@$(BIN)/python -m attnx.catalog --check
 	@$(BIN)/python -m pytest $(WORKERS) $(if $(SLOW),,-m 'not slow') $(ARGS)
 

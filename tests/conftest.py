@@ -1,11 +1,9 @@
 """Eight simulated CPU devices, cheap compiles, a persistent compilation cache. Set before jax starts."""
 
-import datetime
 import gc
 import os
 import pathlib
 import re
-import zlib
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 for flag in ('--xla_force_host_platform_device_count=8', '--xla_backend_optimization_level=0'):
@@ -22,10 +20,7 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0)
 jax.config.update('jax_traceback_in_locations_limit', 0)  # programs without them are lowered and compiled sooner
 
 
-if os.environ.get('SLOW') == 'half':  # once, before workers start
-    os.environ['SLOW'] = ('even', 'odd')[datetime.date.today().timetuple().tm_yday % 2]
 ALONE = ('test_papers.py', 'test_overrides.py')  # every case compiles a model of its own
-HALVES = {'even': 0, 'odd': 1}
 MOST_MAPS = 20_000  # Linux gives a process 65,530
 
 
@@ -73,13 +68,6 @@ def pytest_xdist_make_scheduler(config, log):
     return Scheduling(config, log)
 
 
-def pytest_sessionstart(session):
-    reporter = session.config.pluginmanager.get_plugin('terminalreporter')
-    if (half := os.environ.get('SLOW')) in HALVES and reporter:
-        other = next(name for name in HALVES if name != half)
-        reporter.write_line(f'of the slow tests, the {half} half; make test SLOW={other} runs the other')
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
     unknown = {}
@@ -90,11 +78,6 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.slow)
     if any(unknown.values()) and not any('::' in given for given in config.args):
         raise pytest.UsageError(f'quick: no such cases: {({test: ids for test, ids in unknown.items() if ids})}')
-    if (half := os.environ.get('SLOW')) in HALVES:
-        other = [i for i in items if i.get_closest_marker('slow') and zlib.crc32(i.nodeid.encode()) % 2 != HALVES[half]]
-        config.hook.pytest_deselected(items=other)
-        gone = set(other)
-        items[:] = [i for i in items if i not in gone]
     if jax.default_backend() != 'gpu':
         for item in items:
             if item.get_closest_marker('gpu'):

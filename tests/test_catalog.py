@@ -161,10 +161,10 @@ def test_one_file_gets_every_law(tmp_path):
     file = folder / 'leaky_mean.py'
     file.write_text(THROW_AWAY)
     laws = ('-m', 'pytest', 'tests/test_contract.py', '-k', 'leaky_mean', '-p', 'no:cacheprovider')
-    out = run(*laws, ATTNX_PATH=str(tmp_path), SLOW='1')
+    out = run(*laws, ATTNX_PATH=str(tmp_path))
     assert out.returncode == 0, out.stdout[-3000:]
     assert '25 passed, 1 skipped' in out.stdout  # the golden file is of this repository's own mechanisms
     file.write_text(THROW_AWAY.replace('segment_ids=ids,', 'segment_ids=None,'))
-    out = run(*laws, ATTNX_PATH=str(tmp_path), SLOW='1')
+    out = run(*laws, ATTNX_PATH=str(tmp_path))
     assert out.returncode == 1
     assert 'FAILED tests/test_contract.py::test_packing[leaky_mean]' in out.stdout
