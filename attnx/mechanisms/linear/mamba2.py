@@ -33,9 +33,9 @@ class Mamba2(Mixer):
     def __init__(self, config: Config, dims: Dims, *, rngs):
         self.config, self.dtype = config, dims.dtype
         inner, groups = round(dims.width * config.expansion), config.num_groups
-        n = inner // max(1, config.head_dim)
-        if n < 1 or config.head_dim < 1 or inner % config.head_dim:
+        if not 1 <= config.head_dim <= inner or inner % config.head_dim:
             raise ValueError(f'inner width {inner} must divide into heads of head_dim {config.head_dim}')
+        n = inner // config.head_dim
         if groups < 1 or n % groups:
             raise ValueError(f'num_groups {groups} does not divide the {n} heads of inner width {inner}')
         self.num_heads, shared = n, groups * config.state_dim
