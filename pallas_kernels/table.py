@@ -16,14 +16,18 @@ class Kernel(NamedTuple):
     hardware: str  # least hardware, for people
 
 
+HOPPER, CHIPS = 'Hopper (H100, H200)', 'v5e, v5p, v6e'  # the chips: compiled for them, never timed on one
+SOFTMAX = 'pallas_kernels.softmax_attention'
+
 KERNELS: tuple[Kernel, ...] = (
-    Kernel('softmax_attention', 'mosaic_gpu', 'pallas_kernels.softmax_attention.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
-    Kernel('gated_linear', 'mosaic_gpu', 'pallas_kernels.gated_linear.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
-    Kernel('delta_rule', 'mosaic_gpu', 'pallas_kernels.delta_rule.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
-    Kernel('short_conv', 'mosaic_gpu', 'pallas_kernels.short_conv.mosaic_gpu', 'cuda', 'Hopper (H100, H200)'),
-    # Compiled for these chips, never timed on one.
-    Kernel('softmax_attention', 'mosaic_tpu', 'pallas_kernels.softmax_attention.mosaic_tpu', 'tpu', 'v5e, v5p, v6e'),
-    Kernel('paged_attention', 'mosaic_tpu', 'pallas_kernels.softmax_attention.paged_tpu', 'tpu', 'v5e, v5p, v6e'),
-    Kernel('gated_linear', 'mosaic_tpu', 'pallas_kernels.gated_linear.mosaic_tpu', 'tpu', 'v5e, v5p, v6e'),
-    Kernel('delta_rule', 'mosaic_tpu', 'pallas_kernels.delta_rule.mosaic_tpu', 'tpu', 'v5e, v5p, v6e'),
+    Kernel('softmax_attention', 'mosaic_gpu', f'{SOFTMAX}.mosaic_gpu', 'cuda', HOPPER),
+    Kernel('softmax_attention_backward', 'mosaic_gpu', f'{SOFTMAX}.mosaic_gpu', 'cuda', HOPPER),
+    Kernel('gated_linear', 'mosaic_gpu', 'pallas_kernels.gated_linear.mosaic_gpu', 'cuda', HOPPER),
+    Kernel('delta_rule', 'mosaic_gpu', 'pallas_kernels.delta_rule.mosaic_gpu', 'cuda', HOPPER),
+    Kernel('short_conv', 'mosaic_gpu', 'pallas_kernels.short_conv.mosaic_gpu', 'cuda', HOPPER),
+    Kernel('softmax_attention', 'mosaic_tpu', f'{SOFTMAX}.mosaic_tpu', 'tpu', CHIPS),
+    Kernel('softmax_attention_backward', 'mosaic_tpu', f'{SOFTMAX}.mosaic_tpu', 'tpu', CHIPS),
+    Kernel('paged_attention', 'mosaic_tpu', f'{SOFTMAX}.paged_tpu', 'tpu', CHIPS),
+    Kernel('gated_linear', 'mosaic_tpu', 'pallas_kernels.gated_linear.mosaic_tpu', 'tpu', CHIPS),
+    Kernel('delta_rule', 'mosaic_tpu', 'pallas_kernels.delta_rule.mosaic_tpu', 'tpu', CHIPS),
 )

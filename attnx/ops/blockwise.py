@@ -89,9 +89,34 @@ def attend(
     return_stats=False,
     block_sizes=None,
 ):
+    (B, T, N, _), st, arrays = _arranged(query, key, value, mask, score, scale, sinks, dropout, return_stats, block_sizes)
+    out, *rows = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
+    out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, -1, N, out.shape[-1])[:, :T]
+    lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, -1)[..., :T] for x in rows)
+    return returned(out, lse, rows, sinks, return_lse, return_stats)
+
+
+def backward(query, key, value, *, seen, mask, score, scale, dropout):
+    """(dq, dk, dv, dscore) of `attend` over these keys, given seen = (out, lse, dout, dlse) over these keys and others."""
+    out, lse, dout, dlse = seen
+
+    def recalled(query, key, value, score):
+        (B, T, N, _), st, arrays = _arranged(query, key, value, mask, score, scale, None, dropout, False, None)
+        K = key.shape[2]
+        rows = lambda x: _padded(x, 1, st.bq).reshape(B, -1, st.bq, K, N // K, *x.shape[3:])
+        outs = [jnp.transpose(rows(x), (1, 0, 3, 4, 2, 5)) for x in (out, dout)]
+        lses = [jnp.transpose(rows(jnp.moveaxis(x, 1, 2)), (1, 0, 3, 4, 2)) for x in (lse, dlse)]
+        return _recalled(st, outs[0], lses[0], *arrays), (outs[1], lses[1])
+
+    _, pull, cotangents = jax.vjp(recalled, query, key, value, score, has_aux=True)
+    return pull(cotangents)
+
+
+def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats, block_sizes):
+    """(query's shape, what is static, what `_attend` takes)."""
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     bq, bk = block_sizes or _block_sizes(B, N, T, S)
-    st = _Static(T, S, bq, bk, scale, return_stats)
+    st = _Static(T, S, bq, bk, scale, stats)
     nq, nk = -(-T // bq), -(-S // bk)
     q = _padded(jnp.asarray(query), 1, bq).reshape(B, nq, bq, K, N // K, H)
     q, poison_q = clean(jnp.transpose(q, (1, 0, 3, 4, 2, 5)))
@@ -101,11 +126,7 @@ def attend(
     fit = lambda o: Operand(_fitted(o, st), o.index)
     mask, score = (jax.tree.map(fit, x, is_leaf=lambda y: isinstance(y, Operand)) for x in (mask, score))
     sinks = None if sinks is None else jnp.asarray(sinks, accumulator(q.dtype))
-    arrays = _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
-    out, *rows = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
-    out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, nq * bq, N, -1)[:, :T]
-    lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, nq * bq)[..., :T] for x in rows)
-    return returned(out, lse, rows, sinks, return_lse, return_stats)
+    return query.shape, st, _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
 
 
 def _padded(x, axis, block):
@@ -371,3 +392,15 @@ def _add_slice(total, o, part, st, i, j):
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recalled(st, out, lse, *arrays):
+    """What is known of `_attend`, with its backward."""
+    return out, lse
+
+
+_recalled.defvjp(
+    lambda st, out, lse, *arrays: ((out, lse), (arrays, out, lse)),
+    lambda st, saved, cotangents: (None, None, *_attend_bwd(st, saved, cotangents)),
+)

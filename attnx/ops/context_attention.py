@@ -7,8 +7,8 @@ Queries and keys of T and S tokens lie in P contiguous parts. Three ways for a q
     gather  (as in Llama 3, arXiv:2407.21783) keys and values are gathered, queries stay. Backward reduce-scatters.
     ring    (arXiv:2310.01889) keys and values go round; each device merges what it reads from each part,
                 lse = log Σ_i exp lse_i      out = Σ_i exp(lse_i - lse) out_i,
-            and the backward goes round once more with their gradients and recomputes each part, so that no device ever
-            holds more keys than its own and one that passes. Keys go both ways round, only as far as some device needs them:
+            and the backward goes round once more with their gradients, from out and lse of the whole, so that no device
+            ever holds more keys than its own and one that passes. Keys go both ways round, only as far as some device needs them:
             those of a window meet their neighbours only, and so do those of documents, which are data.
 
 Under a causal mask contiguous parts are unbalanced: the last device has nearly twice the average work. `gather` and `ring`
@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as P
 
 from attnx import dispatch, sharding
 from attnx.ops.parallel import Layout, describe, layout, shard_map, shared_heads, shift
+from attnx.ops.softmax_backward import recalled
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
@@ -88,10 +89,12 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
     specs += ([spec(o) for o in parts.operands], P(heads or None), P(), P())
     options = {'bias': None, 'scale': scale, 'return_lse': True}
 
-    def attend(q, k, v, arrays, sinks, seed, q0, k0):
-        """(out, lse) of a part whose first query and key have these indices."""
+    def attend(q, k, v, arrays, sinks, seed, q0, k0, known=None):
+        """(out, lse) of a part whose first query and key have these indices; or `known`, with the part's gradients."""
         m, s = parts.at(arrays, q.shape[1], k.shape[1], q0, k0)
         d = None if seed is None else Dropout(dropout.rate, parts.seed(seed, q0, k0))
+        if known is not None:
+            return recalled(local.impl, q, k, v, known=known, mask=m, score=s, scale=scale, dropout=d)
         return local(q, k, v, mask=m, score=s, sinks=sinks, dropout=d, **options)
 
     def body(q, k, v, arrays, sinks, seed, legs):
@@ -315,7 +318,7 @@ class _Function:
 
 
 class _Round(NamedTuple):
-    """What is static of a ring: `pair(q, k, v, floating, rest, q0, k0) -> (out, lse)` and the way round."""
+    """What is static of a ring: `pair(q, k, v, floating, rest, q0, k0, known) -> (out, lse)` and the way round."""
 
     pair: Any
     place: _Place
@@ -339,10 +342,10 @@ def _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S):
     floats = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in arrays]
     floating, rest = ([x for x, f in zip(arrays, floats) if f is kind] for kind in (True, False))
 
-    def pair(q, k, v, floating, rest, q0, k0):
+    def pair(q, k, v, floating, rest, q0, k0, known=None):
         arrays, seed, _ = rest
         floating, arrays = iter(floating), iter(arrays)
-        return attend(q, k, v, [next(floating if f else arrays) for f in floats], None, seed, q0, k0)
+        return attend(q, k, v, [next(floating if f else arrays) for f in floats], None, seed, q0, k0, known)
 
     static = _Round(pair, place, choice.legs, choice.pairs, (T, S))
     pieces = (tuple(place.out(x, 1)) for x in (q, k, v))
@@ -352,12 +355,9 @@ def _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S):
 def _merge(a, b):
     (out_a, lse_a), (out_b, lse_b) = a, b
     lse = jnp.logaddexp(lse_a, lse_b)
-    weighted = lambda out, part: out * jnp.moveaxis(_share(part, lse), 1, 2)[..., None]
+    share = lambda part: jnp.where(lse == -jnp.inf, 0, jnp.exp(part - lse))
+    weighted = lambda out, part: out * jnp.moveaxis(share(part), 1, 2)[..., None]
     return weighted(out_a, lse_a) + weighted(out_b, lse_b), lse
-
-
-def _share(part, lse):
-    return jnp.where(lse == -jnp.inf, 0, jnp.exp(part - lse))
 
 
 def _with_sinks(out, lse, sinks):
@@ -410,15 +410,9 @@ def _go_round_bwd(ring, saved, cotangents):
         keys = ring.place.starts(ring.keys_of(by * number), ring.lengths[1])
         dq, dk, dv = list(dq), list(dk), list(dv)
         for a, b in ring.pairs:
-            out, lse, dout, dlse = outs[a], lses[a], douts[a], dlses[a]
-            part = lambda *args, a=a, b=b: ring.pair(*args, rest, queries[a], keys[b])
-            (read, seen), pull = jax.vjp(part, q[a], k[b], v[b], floating)
-            live = (dout != 0).any(-1) | jnp.moveaxis(dlse != 0, 1, 2)
-            share = jnp.moveaxis(_share(seen, lse), 1, 2)
-            change = ((read.astype(out.dtype) - out) * dout).sum(-1) + jnp.moveaxis(dlse, 1, 2)
-            dread = jnp.where(live[..., None], share[..., None] * dout, 0).astype(read.dtype)
-            dseen = jnp.moveaxis(jnp.where(live, share * change, 0), 1, 2).astype(seen.dtype)
-            dx, dy, dz, more = pull((dread, dseen))
+            known = outs[a], lses[a]
+            part = lambda *args, a=a, b=b, known=known: ring.pair(*args, rest, queries[a], keys[b], known)
+            dx, dy, dz, more = jax.vjp(part, q[a], k[b], v[b], floating)[1]((douts[a], dlses[a]))
             dq[a], dk[b], dv[b], dfloating = add(dq[a], dx), add(dk[b], dy), add(dv[b], dz), add(dfloating, more)
         return (tuple(dq), dfloating, *passed, *shift((tuple(dk), tuple(dv)), axis, by))
 

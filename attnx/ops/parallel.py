@@ -45,9 +45,20 @@ class Layout(NamedTuple):
         return math.prod(self.sizes[a] for a in axes)
 
 
+class Local(NamedTuple):
+    """An op, called on one device's part."""
+
+    op: str
+    impl: str
+    forms: dict[str, Callable]
+
+    def __call__(self, *args, **kwargs):
+        return dispatch.run(self.op, self.impl, self.forms, args, kwargs)
+
+
 def run(op: str, impl: str, forms, args: tuple, kwargs: dict):
     """`dispatch.run` of the op, on each device's part where there is a mesh."""
-    local = lambda *a, **k: dispatch.run(op, impl, forms, a, k)
+    local = Local(op, impl, forms)
     if sharding.active() is None:
         return local(*args, **kwargs)
     # Observed here, where arrays are whole: inside they are each device's part.
@@ -128,17 +139,17 @@ def gated_linear(local, query, key, value, log_decay=None, *, initial_state, seg
     """`attnx.ops.gated_linear` on each device's part."""
 
     def response(where, q, k, v, _, g, ids):
-        """R [B, T, N, H] and A [B, N, H, 1]: scale q times the decay since the part began, and the whole decay."""
+        """R [B, T, N, H] in q's dtype and A [B, N, H, 1]: scale q times the decay since the part began, the whole decay."""
         dtype = chunks.accumulator(q, k, v)
         groups = v.shape[2] // q.shape[2]
         rows = jnp.repeat(q.astype(dtype) * (1 if scale is None else scale), groups, axis=2)
         if g is None:
-            return rows, jnp.ones((rows.shape[0], *rows.shape[2:], 1), dtype)
+            return rows.astype(q.dtype), jnp.ones((rows.shape[0], *rows.shape[2:], 1), dtype)
         g = jnp.asarray(g, dtype)
         since = g * jnp.arange(1, v.shape[1] + 1, dtype=dtype)[:, None] if g.ndim == 1 else jnp.cumsum(g, axis=1)
         since = since if since.ndim == 4 else since[..., None]
         decay = jnp.broadcast_to(jnp.exp(since), rows.shape)
-        return rows * decay, decay[:, -1, ..., None]
+        return (rows * decay).astype(q.dtype), decay[:, -1, ..., None]
 
     def apply(state, last, change):
         return change * state + last
@@ -199,7 +210,10 @@ def _recurrence(local, response, apply, query, key, value, beta, log_decay, init
         width = last.shape[-1]
         state, found = lax.scan(lambda s, x: (apply(s, x[..., :width], x[..., width:]), s), state, every)
         mine = lax.dynamic_index_in_dim(found, lax.axis_index(tokens), keepdims=False)
-        more = jnp.einsum('btnh,bnhv->btnv', reads.astype(mine.dtype), mine, precision='highest')
+        precision = 'highest' if reads.dtype.itemsize > 2 else None  # exact products of 32 bits take no tensor core
+        dims = ((3,), (2,)), ((0, 2), (0, 1))  # [B, N, T, V]: an einsum would have tokens last, which others then follow
+        more = lax.dot_general(reads, mine, dims, precision, preferred_element_type=mine.dtype)
+        more = jnp.moveaxis(more, 1, 2)
         return (out.astype(mine.dtype) + more).astype(out.dtype), state
 
     spec = {name: specs[name] for name in given}

@@ -40,8 +40,9 @@ def unsupported(
     dropout=None,
     return_lse=False,
     return_stats=False,
+    seen=None,
 ) -> str | None:
-    """Why this call can't run on the kernel, with the nearest choice that can; or None."""
+    """Why this call, or with `seen` its backward pass, can't run on the kernel, with the nearest choice that can; or None."""
     dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
     if len(dtypes) > 1:
         return f'query, key and value differ in dtype ({", ".join(sorted(dtypes))}); cast them to one'
@@ -146,18 +147,42 @@ def softmax_attention(
     reason = unsupported(query, key, value, mask=mask, score=score, bias=bias, scale=scale, sinks=sinks, dropout=dropout)
     if reason:
         raise ValueError(f'softmax_attention on mosaic_gpu: {reason}')
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the kernels' running maximum wants a positive one
-        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
-    mask, score = ew.as_mask(mask), _with_bias(score, bias)
-    if dropout is not None and isinstance(dropout.seed, int):
-        dropout = dataclasses.replace(dropout, seed=np.uint32(dropout.seed & 0xFFFFFFFF))
+    sign, scale = positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
+    mask, score, dropout = ew.as_mask(mask), _with_bias(score, bias), _seeded(dropout)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
+    query = query if sign == 1 else sign * query
     out, lse, rows = _attention(scale, return_stats, query, key, value, mask, score, sinks, dropout)
     results = [out, *([lse] if return_lse else [])]
     if return_stats:
         results.append(statistics.of_rows(lse, *rows, sinks))
     return tuple(results) if len(results) > 1 else out
+
+
+def softmax_attention_backward(query, key, value, *, seen, mask=None, score=None, scale=None, dropout=None):
+    """(dq, dk, dv, dscore) of `softmax_attention` over these keys, given what it returns over these keys and others.
+
+    Args:
+      seen: out [B, T, N, Hv] and lse [B, N, T] over all keys, and their cotangents; weights are exp(logit - lse).
+      The rest as there; no sinks.
+    """
+    out, lse, dout, dlse = seen
+    sign, scale = positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
+    query = query if sign == 1 else sign * query
+    options = ew.as_mask(mask), ew.as_score(score), None, _seeded(dropout)
+    saved = query, key, value, *options, out, lse * common.LOG2E
+    dq, dk, dv, _, dscore, *_ = _backward(scale, False, saved, (dout.astype(value.dtype), dlse, None))
+    return dq if sign == 1 else sign * dq, dk, dv, dscore
+
+
+def positive(scale: float) -> tuple[int, float]:
+    """(sign, scale > 0), the sign for the query: the kernels' running maximum wants a positive scale."""
+    return int(np.sign(scale)), abs(scale) or 1.0
+
+
+def _seeded(dropout):
+    if dropout is not None and isinstance(dropout.seed, int):
+        return dataclasses.replace(dropout, seed=np.uint32(dropout.seed & 0xFFFFFFFF))
+    return dropout
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

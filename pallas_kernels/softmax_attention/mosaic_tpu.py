@@ -43,8 +43,9 @@ def unsupported(
     dropout=None,
     return_lse=False,
     return_stats=False,
+    seen=None,
 ) -> str | None:
-    """Why this call can't run on the kernel, with the nearest choice that can; or None."""
+    """Why this call, or with `seen` its backward pass, can't run on the kernel, with the nearest choice that can; or None."""
     dtypes = {str(jnp.result_type(x)) for x in (query, key, value)}
     if len(dtypes) > 1:
         return f'query, key and value differ in dtype ({", ".join(sorted(dtypes))}); cast them to one'
@@ -112,14 +113,33 @@ def attend(query, key, value, *, mask=None, score=None, bias=None, scale=None, s
     options = {'mask': mask, 'score': score, 'bias': bias}
     if reason := unsupported(query, key, value, **options):
         raise ValueError(f'softmax_attention on mosaic_tpu: {reason}')
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
-    if scale <= 0:  # the kernels' running maximum wants a positive one
-        query, scale = (-query, -scale) if scale else (0 * query, 1.0)
-    if dropout is not None:
-        dropout = dropout_lib.Dropout(dropout.rate, dropout_lib.u32(dropout.seed)) if dropout.threshold else None
+    sign, scale = mosaic_gpu.positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
+    query, dropout = query if sign == 1 else sign * query, _seeded(dropout)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     mask, score = ew.as_mask(mask), mosaic_gpu._with_bias(score, bias)
     return _attention(_Static(scale, sides), query, key, value, mask, score, sinks, dropout)
+
+
+def softmax_attention_backward(query, key, value, *, seen, mask=None, score=None, scale=None, dropout=None):
+    """(dq, dk, dv, dscore) of `softmax_attention` over these keys, given what it returns over these keys and others.
+
+    Args:
+      seen: out [B, T, N, Hv] and lse [B, N, T] over all keys, and their cotangents; weights are exp(logit - lse).
+      The rest as there; no sinks.
+    """
+    out, lse, dout, dlse = seen
+    sign, scale = mosaic_gpu.positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
+    query = query if sign == 1 else sign * query
+    options = ew.as_mask(mask), ew.as_score(score), None, _seeded(dropout)
+    saved = query, key, value, *options, out, lse * LOG2E
+    dq, dk, dv, _, dscore, *_ = _backward(_Static(scale, None), saved, (dout.astype(value.dtype), dlse))
+    return dq if sign == 1 else sign * dq, dk, dv, dscore
+
+
+def _seeded(dropout):
+    if dropout is None or not dropout.threshold:
+        return None
+    return dropout_lib.Dropout(dropout.rate, dropout_lib.u32(dropout.seed))
 
 
 class _Static(NamedTuple):

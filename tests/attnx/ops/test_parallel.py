@@ -304,3 +304,40 @@ def test_recurrences_within_a_callers_shard_map(name):
     gradients = jax.grad(lambda arrays: (op(**arrays, chunk=8, impl='xla')[0] ** 2).sum())
     sharded = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=P('data'), out_specs=P('data')))
     jax.tree.map(functools.partial(close, tolerance=tolerances.FLOAT32), sharded(arrays), jax.jit(gradients)(arrays))
+
+
+# On GPUs: `JAX_PLATFORMS=cuda pytest -m gpu <this file>` --------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(len(jax.devices()) < 2, reason='two devices')
+@pytest.mark.parametrize('name', ['ring', 'gather', 'heads', 'gated_linear', 'delta_rule'])
+def test_kernels_on_two_devices(name):
+    """Error against the float32 form, outputs and gradients: at most twice that of the same kernels on one device."""
+    rng = np.random.default_rng(4)
+    draw = lambda *shape: jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+    arrays = [draw(1, 4096, 4, 128) for _ in range(3)]
+    ids = jnp.asarray(np.sort(rng.integers(1, 4, (1, 4096)), axis=1), jnp.int32)
+    log_decay = -jnp.asarray(rng.uniform(0, 0.1, (1, 4096, 4)), jnp.float32)
+    beta = jnp.asarray(rng.uniform(0, 1, (1, 4096, 4)), jnp.float32)
+
+    def out(impl, q, k, v):
+        if name in ('ring', 'gather', 'heads'):
+            return ops.softmax_attention(q, k, v, mask=masks.causal() & masks.segments(ids), impl=impl)
+        k = (k / jnp.linalg.norm(k.astype(jnp.float32), axis=-1, keepdims=True)).astype(k.dtype)
+        more = () if name == 'gated_linear' else (beta,)
+        return getattr(ops, name)(q, k, v, *more, log_decay, segment_ids=ids, impl=impl)[0]
+
+    def run(impl, q, k, v):
+        found, pull = jax.vjp(functools.partial(out, impl), q, k, v)
+        return found, *pull(jnp.sin(jnp.arange(found.size).reshape(found.shape)).astype(found.dtype))
+
+    with jax.default_matmul_precision('highest'):
+        exact = jax.jit(functools.partial(run, 'xla'))(*(x.astype(jnp.float32) for x in arrays))
+    error = lambda found: [np.linalg.norm(np.asarray(x - e, np.float64)) / np.linalg.norm(e) for x, e in zip(found, exact)]
+    one = error(jax.jit(functools.partial(run, 'mosaic_gpu'))(*arrays))
+    mesh = sharding.make_mesh({'context': 2}, jax.devices()[:2])
+    with sharding.use(mesh, 'context', name if name in ('ring', 'gather', 'heads') else 'auto'), dispatch.record() as calls:
+        two = error(jax.jit(lambda *given: run('mosaic_gpu', *given))(*arrays))
+    assert 'tokens over context (2)' in calls[0].spread.how
+    assert all(b <= 2 * a for a, b in zip(one, two)), (one, two)
