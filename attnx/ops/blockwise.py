@@ -89,7 +89,8 @@ def attend(
     return_stats=False,
     block_sizes=None,
 ):
-    (B, T, N, _), st, arrays = _arranged(query, key, value, mask, score, scale, sinks, dropout, return_stats, block_sizes)
+    B, T, N, _ = query.shape
+    st, arrays = _arranged(query, key, value, mask, score, scale, sinks, dropout, return_stats, block_sizes)
     out, *rows = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
     out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, -1, N, out.shape[-1])[:, :T]
     lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, -1)[..., :T] for x in rows)
@@ -101,9 +102,9 @@ def backward(query, key, value, *, seen, mask, score, scale, dropout):
     out, lse, dout, dlse = seen
 
     def recalled(query, key, value, score):
-        (B, T, N, _), st, arrays = _arranged(query, key, value, mask, score, scale, None, dropout, False, None)
-        K = key.shape[2]
-        rows = lambda x: _padded(x, 1, st.bq).reshape(B, -1, st.bq, K, N // K, *x.shape[3:])
+        st, arrays = _arranged(query, key, value, mask, score, scale, None, dropout)
+        B, K = key.shape[0], key.shape[2]
+        rows = lambda x: _padded(x, 1, st.bq).reshape(B, -1, st.bq, K, x.shape[2] // K, *x.shape[3:])
         outs = [jnp.transpose(rows(x), (1, 0, 3, 4, 2, 5)) for x in (out, dout)]
         lses = [jnp.transpose(rows(jnp.moveaxis(x, 1, 2)), (1, 0, 3, 4, 2)) for x in (lse, dlse)]
         return _recalled(st, outs[0], lses[0], *arrays), (outs[1], lses[1])
@@ -112,8 +113,8 @@ def backward(query, key, value, *, seen, mask, score, scale, dropout):
     return pull(cotangents)
 
 
-def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats, block_sizes):
-    """(query's shape, what is static, what `_attend` takes)."""
+def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats=False, block_sizes=None):
+    """(what is static, what `_attend` takes)."""
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     bq, bk = block_sizes or _block_sizes(B, N, T, S)
     st = _Static(T, S, bq, bk, scale, stats)
@@ -126,7 +127,7 @@ def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats, bloc
     fit = lambda o: Operand(_fitted(o, st), o.index)
     mask, score = (jax.tree.map(fit, x, is_leaf=lambda y: isinstance(y, Operand)) for x in (mask, score))
     sinks = None if sinks is None else jnp.asarray(sinks, accumulator(q.dtype))
-    return query.shape, st, _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
+    return st, _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
 
 
 def _padded(x, axis, block):

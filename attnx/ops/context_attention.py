@@ -8,8 +8,8 @@ Queries and keys of T and S tokens lie in P contiguous parts. Three ways for a q
     ring    (arXiv:2310.01889) keys and values go round; each device merges what it reads from each part,
                 lse = log Σ_i exp lse_i      out = Σ_i exp(lse_i - lse) out_i,
             and the backward goes round once more with their gradients, from out and lse of the whole, so that no device
-            ever holds more keys than its own and one that passes. Keys go both ways round, only as far as some device needs them:
-            those of a window meet their neighbours only, and so do those of documents, which are data.
+            ever holds more keys than its own and one that passes. Keys go both ways round, only as far as some device
+            needs them: those of a window meet their neighbours only, and so do those of documents, which are data.
 
 Under a causal mask contiguous parts are unbalanced: the last device has nearly twice the average work. `gather` and `ring`
 then work on 2 P halves of parts, device r on halves r and 2 P - 1 - r (zigzag), which two permutations bring there and back.
