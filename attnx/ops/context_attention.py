@@ -5,11 +5,8 @@ Queries and keys of T and S tokens lie in P contiguous parts. Three ways for a q
     heads   (Ulysses, arXiv:2309.14509) an all-to-all gives each device all tokens of a P-th of the heads; another brings the
             output back. Balanced under any mask. Fewer key heads than devices are repeated.
     gather  (as in Llama 3, arXiv:2407.21783) keys and values are gathered, queries stay. Backward reduce-scatters.
-    ring    (arXiv:2310.01889) keys and values go round; each device merges what it reads from each part,
-                lse = log Σ_i exp lse_i      out = Σ_i exp(lse_i - lse) out_i,
-            and the backward goes round once more with their gradients, from out and lse of the whole, so that no device
-            ever holds more keys than its own and one that passes. Keys go both ways round, only as far as some device
-            needs them: those of a window meet their neighbours only, and so do those of documents, which are data.
+    ring    (`attnx.ops.ring`) keys and values go round. They go both ways round, only as far as some device needs them:
+            those of a window meet their neighbours only, and so do those of documents, which are data.
 
 Under a causal mask contiguous parts are unbalanced: the last device has nearly twice the average work. `gather` and `ring`
 then work on 2 P halves of parts, device r on halves r and 2 P - 1 - r (zigzag), which two permutations bring there and back.
@@ -28,13 +25,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from attnx import dispatch, sharding
-from attnx.ops.parallel import Layout, describe, layout, shard_map, shared_heads, shift
+from attnx.ops import ring
+from attnx.ops.parallel import Layout, describe, layout, shard_map, shared_heads
 from attnx.ops.softmax_backward import recalled
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, Mask, Operand, Score, Term
-from pallas_kernels.kept import kept
 
 GATHER_LIMIT = 2**28  # bytes of gathered keys and values above which `auto` prefers the ring
 UNEVEN = 1.25  # work of the busiest device over the average, above which queries go zigzag
@@ -105,7 +102,7 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
             out, lse = attend(swap(q), swap(k), swap(v), arrays, sinks, seed, 0, 0)
             back = functools.partial(lax.all_to_all, axis_name=tokens, tiled=True)
             return back(out, split_axis=1, concat_axis=2), back(lse, split_axis=2, concat_axis=1)
-        place = _Place(tokens, where.size, choice.zigzag)
+        place = ring.Place(tokens, where.size, choice.zigzag)
         if choice.method == 'gather':
             if not whole_keys:
                 k, v = (lax.all_gather(x, tokens, axis=1, tiled=True) for x in (k, v))
@@ -113,7 +110,7 @@ def softmax_attention(local, query, key, value, *, mask, score, bias, scale, sin
             found = [attend(x, k, v, arrays, sinks, seed, q0, 0) for x, q0 in zip(place.out(q, 1), starts)]
             outs, lses = zip(*found)
         else:
-            outs, lses = _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S)
+            outs, lses = ring.attend(attend, place, choice.pairs, choice.legs, (T, S), q, k, v, arrays, seed, legs)
             if sinks is not None:
                 outs, lses = zip(*(_with_sinks(out, lse, sinks) for out, lse in zip(outs, lses)))
         outs = [x.astype(value.dtype) for x in outs]
@@ -203,40 +200,6 @@ def _pairs(classes: np.ndarray) -> tuple[tuple[int, int], ...]:
 # Parts --------------------------------------------------------------------------------------------------------------
 
 
-class _Place:
-    """Which tokens a device works on: its own part, or halves r and 2 P - 1 - r of parts."""
-
-    def __init__(self, axis: str, size: int, zigzag: bool):
-        self.axis, self.size, self.zigzag = axis, size, zigzag
-        halves = [2 * r for r in range(size)], [2 * r + 1 for r in range(size)]
-        home = lambda c: min(c, 2 * size - 1 - c)
-        self.perms = [[(c // 2, home(c)) for c in some] for some in halves]
-
-    def starts(self, device, length: int):
-        """Index of the first token of each piece of a device's work."""
-        if not self.zigzag:
-            return [device * (length // self.size)]
-        half = length // (2 * self.size)
-        return [device * half, (2 * self.size - 1 - device) * half]
-
-    def out(self, x, axis: int) -> list:
-        """The pieces of this device's work, from its part."""
-        if not self.zigzag:
-            return [x]
-        even, odd = (lax.ppermute(y, self.axis, perm) for y, perm in zip(jnp.split(x, 2, axis), self.perms))
-        low = lax.axis_index(self.axis) % 2 == 0  # even halves below P stay even
-        return [jnp.where(low, even, odd), jnp.where(low, odd, even)]
-
-    def back(self, pieces, axis: int):
-        """This device's part, from the pieces of all."""
-        if not self.zigzag:
-            return pieces[0]
-        low = lax.axis_index(self.axis) % 2 == 0
-        even, odd = jnp.where(low, *pieces), jnp.where(low, *pieces[::-1])
-        returned = (lax.ppermute(y, self.axis, [(b, a) for a, b in perm]) for y, perm in zip((even, odd), self.perms))
-        return jnp.concatenate(list(returned), axis)
-
-
 class _Parts:
     """The mask and score of a part: the caller's functions at the part's place in the whole."""
 
@@ -314,122 +277,9 @@ class _Function:
         return function
 
 
-# Ring ---------------------------------------------------------------------------------------------------------------
-
-
-class _Round(NamedTuple):
-    """What is static of a ring: `pair(q, k, v, floating, rest, q0, k0, known) -> (out, lse)` and the way round."""
-
-    pair: Any
-    place: _Place
-    legs: tuple[int, int]
-    pairs: tuple[tuple[int, int], ...]
-    lengths: tuple[int, int]
-
-    def keys_of(self, step):
-        """The device whose keys are here at this step."""
-        return (lax.axis_index(self.place.axis) - step) % self.place.size
-
-    def __hash__(self):
-        return id(self.pair)
-
-    def __eq__(self, other):
-        return self is other
-
-
-def _ring(attend, place, choice, q, k, v, arrays, seed, legs, T, S):
-    """Lists of outputs (float32) and lse, one for each piece of this device's queries; sinks are left out."""
-    floats = [jnp.issubdtype(jnp.result_type(x), jnp.floating) for x in arrays]
-    floating, rest = ([x for x, f in zip(arrays, floats) if f is kind] for kind in (True, False))
-
-    def pair(q, k, v, floating, rest, q0, k0, known=None):
-        arrays, seed, _ = rest
-        floating, arrays = iter(floating), iter(arrays)
-        return attend(q, k, v, [next(floating if f else arrays) for f in floats], None, seed, q0, k0, known)
-
-    static = _Round(pair, place, choice.legs, choice.pairs, (T, S))
-    pieces = (tuple(place.out(x, 1)) for x in (q, k, v))
-    return _go_round(static, *pieces, floating, (rest, seed, legs))
-
-
-def _merge(a, b):
-    (out_a, lse_a), (out_b, lse_b) = a, b
-    lse = jnp.logaddexp(lse_a, lse_b)
-    share = lambda part: jnp.where(lse == -jnp.inf, 0, jnp.exp(part - lse))
-    weighted = lambda out, part: out * jnp.moveaxis(share(part), 1, 2)[..., None]
-    return weighted(out_a, lse_a) + weighted(out_b, lse_b), lse
-
-
 def _with_sinks(out, lse, sinks):
     empty = lse == -jnp.inf
     safe = jnp.where(empty, 0, lse)
     total = jnp.logaddexp(safe, sinks.astype(lse.dtype)[:, None])
     weight = jnp.where(empty, 0, jnp.exp(safe - total))
     return out * jnp.moveaxis(weight, 1, 2)[..., None], jnp.where(empty, -jnp.inf, total)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _go_round(ring: _Round, q, k, v, floating, rest):
-    axis, queries = ring.place.axis, ring.place.starts(lax.axis_index(ring.place.axis), ring.lengths[0])
-
-    def step(by, number, carry):
-        found, k, v = carry
-        passed = shift((k, v), axis, by)  # independent of the products below, so that they may overlap
-        keys = ring.place.starts(ring.keys_of(by * number), ring.lengths[1])
-        found = list(found)
-        for a, b in ring.pairs:
-            out, lse = ring.pair(q[a], k[b], v[b], floating, rest, queries[a], keys[b])
-            found[a] = _merge(found[a], (out.astype(lse.dtype), lse))
-        return (found, *passed)
-
-    dtype = jnp.promote_types(q[0].dtype, jnp.float32)
-    rows = lambda x: (x.shape[0], x.shape[2], x.shape[1])
-    empty = [(jnp.zeros((*x.shape[:3], v[0].shape[3]), dtype), jnp.full(rows(x), -jnp.inf, dtype)) for x in q]
-    on, back = ring.legs if rest[2] is None else rest[2]
-    found, _, _ = lax.fori_loop(0, on + 1, functools.partial(step, 1), (empty, k, v))
-    if not isinstance(back, int) or back:
-        found, _, _ = lax.fori_loop(1, back + 1, functools.partial(step, -1), (found, *shift((k, v), axis, -1)))
-    return tuple(out for out, _ in found), tuple(lse for _, lse in found)
-
-
-def _go_round_fwd(ring, q, k, v, floating, rest):
-    found = kept(_go_round(ring, q, k, v, floating, rest))
-    return found, (q, k, v, floating, rest, *found)
-
-
-def _go_round_bwd(ring, saved, cotangents):
-    q, k, v, floating, rest, outs, lses = saved
-    douts, dlses = cotangents
-    axis, queries = ring.place.axis, ring.place.starts(lax.axis_index(ring.place.axis), ring.lengths[0])
-    zeros = lambda tree: jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)), tree)
-    add = lambda total, part: jax.tree.map(lambda a, b: a + b.astype(a.dtype), total, part)
-
-    def step(by, number, carry):
-        dq, dfloating, k, v, dk, dv = carry
-        passed = shift((k, v), axis, by)
-        keys = ring.place.starts(ring.keys_of(by * number), ring.lengths[1])
-        dq, dk, dv = list(dq), list(dk), list(dv)
-        for a, b in ring.pairs:
-            known = outs[a], lses[a]
-            part = lambda *args, a=a, b=b, known=known: ring.pair(*args, rest, queries[a], keys[b], known)
-            dx, dy, dz, more = jax.vjp(part, q[a], k[b], v[b], floating)[1]((douts[a], dlses[a]))
-            dq[a], dk[b], dv[b], dfloating = add(dq[a], dx), add(dk[b], dy), add(dv[b], dz), add(dfloating, more)
-        return (tuple(dq), dfloating, *passed, *shift((tuple(dk), tuple(dv)), axis, by))
-
-    def home(tree, by):
-        ways = [lambda x, n=n: shift(x, axis, n) if n else x for n in range(ring.place.size)]
-        return ways[by % len(ways)](tree) if isinstance(by, int) else lax.switch(by % len(ways), ways, tree)
-
-    on, back = ring.legs if rest[2] is None else rest[2]
-    start = zeros(q), zeros(floating), k, v, zeros(k), zeros(v)
-    dq, dfloating, _, _, *gradients = lax.fori_loop(0, on + 1, functools.partial(step, 1), start)
-    dk, dv = home(tuple(gradients), -1 - on)
-    if not isinstance(back, int) or back:
-        start = dq, dfloating, *shift((k, v), axis, -1), zeros(k), zeros(v)
-        dq, dfloating, _, _, *gradients = lax.fori_loop(1, back + 1, functools.partial(step, -1), start)
-        dk, dv = add((dk, dv), home(tuple(gradients), 1 + back))
-    as_given = lambda tree, like: jax.tree.map(lambda g, x: g.astype(x.dtype), tree, like)
-    return as_given(dq, q), as_given(dk, k), as_given(dv, v), as_given(dfloating, floating), None
-
-
-_go_round.defvjp(_go_round_fwd, _go_round_bwd)

@@ -28,6 +28,7 @@ from jax.sharding import PartitionSpec as P
 from attnx import dispatch, sharding
 from attnx.dispatch import Spread
 from attnx.ops import chunks
+from pallas_kernels.kept import kept, kept_once
 
 
 class Layout(NamedTuple):
@@ -167,7 +168,8 @@ def delta_rule(local, query, key, value, beta, log_decay=None, *, initial_state,
         width = k.shape[-1]
         nothing = jnp.zeros((*v.shape[:3], width), v.dtype)
         eye = jnp.broadcast_to(jnp.eye(width, dtype=chunks.accumulator(q, k, v)), (v.shape[0], v.shape[2], width, width))
-        return local(q, k, nothing, beta, g, initial_state=eye, segment_ids=ids, scale=scale, chunk=chunk)
+        reads, change = local(q, k, nothing, beta, g, initial_state=eye, segment_ids=ids, scale=scale, chunk=chunk)
+        return kept_once(reads), change
 
     def apply(state, last, change):
         return chunks.matmul(change, state) + last
@@ -205,7 +207,7 @@ def _recurrence(local, response, apply, query, key, value, beta, log_decay, init
             unbroken &= continues[:, None]
             reads = jnp.where(unbroken[:, :, None, None], reads, 0)
             change = jnp.where(unbroken[:, -1, None, None, None], change, 0)
-        every = lax.all_gather(jnp.concatenate([last, change.astype(last.dtype)], axis=-1), tokens)
+        every = kept(lax.all_gather(jnp.concatenate([last, change.astype(last.dtype)], axis=-1), tokens))
         state = jnp.zeros_like(last) if first is None else first.astype(last.dtype)
         width = last.shape[-1]
         state, found = lax.scan(lambda s, x: (apply(s, x[..., :width], x[..., width:]), s), state, every)
@@ -241,11 +243,11 @@ def short_conv(local, x, kernel, *, initial_state, segment_ids, activation):
         if tokens is None or taps == 1:
             return local(x, kernel, initial_state=first, segment_ids=ids)
         begins = lax.axis_index(tokens) == 0
-        kept = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype) if first is None else first
-        halo = jnp.where(begins, kept, shift(x[:, 1 - taps :], tokens).astype(kept.dtype)).astype(x.dtype)
+        given = jnp.zeros((x.shape[0], taps - 1, x.shape[2]), x.dtype) if first is None else first
+        halo = jnp.where(begins, given, shift(x[:, 1 - taps :], tokens).astype(given.dtype)).astype(x.dtype)
         if ids is not None:
             ids = jnp.concatenate([jnp.where(begins, ids[:, :1], shift(ids[:, 1 - taps :], tokens)), ids], axis=1)
-        y, last = local(jnp.concatenate([halo, x], axis=1), kernel, initial_state=jnp.zeros_like(kept), segment_ids=ids)
+        y, last = local(jnp.concatenate([halo, x], axis=1), kernel, initial_state=jnp.zeros_like(given), segment_ids=ids)
         return y[:, taps - 1 :], lax.all_gather(last, tokens)[-1]
 
     spec = {name: specs[name] for name in given}
