@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.experimental import layout
 
-from attnx import ops
+from attnx import ops, sharding
 from attnx.models import fixed as fixed_lib
 from attnx.models.block import Unit
 from attnx.models.config import DTYPES, Layer, ModelConfig, units
@@ -159,7 +160,10 @@ class Transformer(nnx.Module):
                 raise ValueError(f'tokens must be integers [B, T], were given {inputs.dtype}{list(inputs.shape)}')
             # Looked up in whole rows: a table cut along M would give the tokens' vectors cut the same way. In float32, so
             # that the gradients of a token's occurrences are added up in it.
-            x = constrain(self.embedding[...], ('vocab', None))[inputs].astype(self.dtype)
+            table = constrain(self.embedding[...], ('vocab', None))
+            if sharding.active() is not None:  # put together along M, XLA would have M outermost and add number by number
+                table = layout.with_layout_constraint(table, layout.Layout((0, 1)))
+            x = table[inputs].astype(self.dtype)
         if self.table is not None:
             x = x + constrain(self.table[...], ('features', None))[positions].astype(x.dtype)
         elif self.positions == 'sinusoidal':
