@@ -40,7 +40,7 @@ def sharding_golden(preset: str) -> str:
 def index() -> str:
     """INDEX.md: every mechanism by family, its paper, state, cost, and the laws it is excused from."""
     entries = scan().values()
-    kernels = ', '.join(f'`{op}`' for op in dict.fromkeys(row.op for row in table.KERNELS))
+    kernels = ', '.join(f'`{op}`' for op in dict.fromkeys(row.op for row in table.KERNELS if 'backward' not in row.op))
     lines = [
         '# Mechanisms',
         '',
