@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attnx.ops.softmax_attention import xla
 from pallas_kernels import blocks, common
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
@@ -83,3 +84,28 @@ def test_what_is_not_finite_is_cleaned(dtype, bad, monkeypatch):
     with emulation.emulated(monkeypatch, common):
         common.clean([emulation.Ref(x[0]), emulation.Ref(x[1])])
     np.testing.assert_array_equal(x, want)
+
+
+@pytest.mark.slow
+def test_emulated_backward_of_parts(monkeypatch):
+    """Gradients of two parts of the keys, from output and log-sum-exp over both: together those of one call."""
+    case = check.Case('', B=1, T=140, N=2, H=64, mask=causal)
+    rng = np.random.default_rng(0)
+    q, k, v, do = (jnp.asarray(rng.standard_normal((1, 140, 2, 64)), jnp.bfloat16) for _ in range(4))
+    plain = lambda kernel, spec: lambda arrays, metadata, operands: kernel(*arrays, *metadata, operands, spec=spec)
+    exact = lambda q, k, v: xla(q, k, v, mask=case.mask, return_lse=True)
+    (out, lse), pull = jax.vjp(exact, *(x.astype(jnp.float32) for x in (q, k, v)))
+    want = pull((do.astype(jnp.float32), jnp.zeros_like(lse)))
+    seen = out, lse, do, jnp.zeros_like(lse)
+    monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)
+    monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
+    with emulation.emulated(monkeypatch, common, backward, forward, functions, wide):
+
+        def part(first, last):
+            mask = ew.as_mask(lambda i: i.k + first <= i.q)
+            return mosaic_gpu.softmax_attention_backward(q, k[:, first:last], v[:, first:last], seen=seen, mask=mask)
+
+        (dq, dk, dv, _), (more, *others, _) = part(0, 72), part(72, 140)
+    got = dq.astype(jnp.float32) + more.astype(jnp.float32), *(jnp.concatenate(x, 1) for x in zip((dk, dv), others))
+    for x, y in zip(got, want):
+        assert jnp.linalg.norm(x - y) <= 5e-3 * jnp.linalg.norm(y)

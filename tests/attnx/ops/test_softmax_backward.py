@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from attnx import ops
-from attnx.ops import masks, scores
+from attnx.ops import scores
 from attnx.ops.softmax_backward import recalled
 from pallas_kernels.elementwise import as_mask, as_score
 from tests import tolerances
