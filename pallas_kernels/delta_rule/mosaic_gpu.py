@@ -19,6 +19,7 @@ from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
+from pallas_kernels.kept import kept_once
 
 WIDEST = 128
 FAINTEST = 1e-6  # beta below it counts as it: the gradient of beta divides by beta
@@ -84,13 +85,20 @@ def delta_rule(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+def _delta_rule(static, *args):
+    return _run(static, *args)[0]
+
+
+def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+    """The results; and of pieces the states that they start with and their transitions, for the backward pass."""
     scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
-    state, _ = first_states(interpret, cut, k8, v8, shared, initial_state)
+    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
+    if transitions is not None:
+        state, transitions = kept_once((state, transitions))
     out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
-    return cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last
+    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), (state, transitions)
 
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
@@ -137,22 +145,21 @@ def chain(cut, transitions, written, first, reverse=False):
 
 
 def _forward(static, *args):
-    """The residuals are the arguments and the output; `()` in place of None marks a log_decay that wants its gradient."""
+    """The residuals are the arguments and what pieces start with; `()` for None marks a log_decay that wants its gradient."""
     wanted = any(x.perturbed for x in jax.tree.leaves(args[4], is_leaf=linear.is_primal))
     args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
-    results = _delta_rule(static, *args)
-    return results, (args, () if wanted else None)
+    results, starts = _run(static, *args)
+    return results, (args, starts, () if wanted else None)
 
 
 def _backward(static, saved, cotangents):
-    (q, k, v, beta, log_decay, initial_state, segment_ids), wanted = saved
+    (q, k, v, beta, log_decay, initial_state, segment_ids), (state, transitions), wanted = saved
     scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
     cut, (q8, k8, v8, do8), shared = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
-    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
     if cut.count > 1:
