@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart
+from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.gated_linear import decays, decode
@@ -128,20 +129,13 @@ def first_states(interpret, cut, k, v, shared, initial_state):
     write = functools.partial(sweeps.write, None, k, only_states=True, interpret=interpret)
     transitions = write(None, *shared, jnp.broadcast_to(jnp.eye(K), (*shape, K, K)))[1][:, :, 0]
     written = write(v, *shared, None)[1][:, :, 0]
-    return chain(cut, transitions, written, state), transitions
+    return chain(interpret, cut, transitions, written, state), transitions
 
 
-def chain(cut, transitions, written, first, reverse=False):
+def chain(interpret, cut, transitions, written, first, reverse=False):
     """first, then transition S + written from piece to piece: what each of them starts with."""
-    by_piece = lambda x: jnp.moveaxis(x.reshape(-1, cut.count, *x.shape[1:]), 1, 0)
-    transitions, written = by_piece(transitions), by_piece(written)
-    first = jnp.zeros_like(written[0]) if first is None else first
-
-    def step(state, piece):
-        return jnp.einsum('bnij,bnjv->bniv', piece[0], state, precision='highest') + piece[1], state
-
-    _, states = jax.lax.scan(step, first, (transitions, written), reverse=reverse, unroll=min(8, cut.count))
-    return jnp.moveaxis(states, 0, 1).reshape(-1, *first.shape[1:])
+    transitions, written = (x.reshape(-1, cut.count, *x.shape[1:]) for x in (transitions, written))
+    return chains.chain(transitions, written, first, reverse=reverse, interpret=interpret).reshape(-1, *written.shape[2:])
 
 
 def _forward(static, *args):
@@ -164,7 +158,7 @@ def _backward(static, saved, cotangents):
     dstate = dlast
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
-        dstate = chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+        dstate = chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': decays.GROUP, 'interpret': interpret}
     u, states = sweeps.write(None, k8, v8, *shared, state, **every)
     w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
