@@ -10,9 +10,7 @@ ACTIVATIONS = {'silu': jax.nn.silu}
 EPS = 1e-6
 
 
-def short_conv(
-    x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, impl='auto'
-):
+def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, impl='auto'):
     """Each channel's weighted sum of its last W values, never across the start of a segment.
 
         y_t = sum_{w < W} kernel_w x_{t-W+1+w}

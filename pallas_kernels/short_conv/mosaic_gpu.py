@@ -1,9 +1,9 @@
 """Short causal convolution, with SiLU and heads of unit length if asked for, on Hopper: one kernel each way.
 
-    z_t = sum_{l < W} kernel_{W-1-l} x_{t-l}        s_t = silu(z_t) or z_t        y_t = s_t / sqrt(|s_t|^2 + eps) by head, or s_t
+    z_t = sum_{l < W} kernel_{W-1-l} x_{t-l}      s_t = silu(z_t) or z_t      y_t = s_t / sqrt(|s_t|^2 + eps) by head, or s_t
 
 `short_conv` has the signature of `attnx.ops.short_conv` without `impl`; `unsupported` says why a call can't run here. A
-warpgroup walks over `SPAN` tokens of 128 to 512 channels with the last W - 1 inputs in registers; backward also with the
+warpgroup walks over `SPAN` tokens of 256 or 512 channels with the last W - 1 inputs in registers; backward also with the
 gradients that are not complete and the taps' gradient: dy and x are read, dx is written, z is computed again.
 """
 
@@ -23,6 +23,7 @@ SPAN = 64  # tokens of a warpgroup
 AHEAD = {'forward': 8, 'backward': 4}  # tokens whose loads are in flight at once
 MOST_TAPS = 8
 LANES, WARPS = 32, 4
+LEAST = 2 * WARPS * LANES  # channels of a block: jax 0.12 moves no less than two 16-bit numbers a thread
 EPS = 1e-6  # as `attnx.ops.short_conv`
 
 
@@ -33,8 +34,8 @@ def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=N
         return 'one token is one small fusion of XLA; use impl="xla"'
     if jnp.result_type(x) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f'x must be bfloat16, float16 or float32, given {jnp.result_type(x)}; use impl="xla"'
-    if D % (WARPS * LANES):
-        return f'channels must be a multiple of {WARPS * LANES}, given {D}; use impl="xla"'
+    if D % LEAST:
+        return f'channels must be a multiple of {LEAST}, given {D}; use impl="xla"'
     if W > MOST_TAPS:
         return f'up to {MOST_TAPS} taps, given {W}; use impl="xla"'
     warp, width = _each(D) * LANES, D // (unit_heads or D)
@@ -45,12 +46,10 @@ def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=N
 
 def _each(D: int) -> int:
     """Neighbouring channels of a thread."""
-    return next(n for n in (4, 2, 1) if D % (n * WARPS * LANES) == 0)
+    return 2 if D % (2 * LEAST) else 4
 
 
-def short_conv(
-    x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, interpret=False
-):
+def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, interpret=False):
     """As `attnx.ops.short_conv`, first derivatives only.
 
     Raises:
@@ -233,7 +232,7 @@ def outputs(x, kernel, first, age, *, silu, unit=None, ahead=AHEAD['forward'], i
     """y as x.
 
     Args:
-      x: [B, T, D], D a multiple of 128.
+      x: [B, T, D], D a multiple of `LEAST`.
       kernel: [W, D].
       first: [B, W - 1, D], before the first token, or None.
       age: int32 [B, T], how many tokens before it each may see, or None.
