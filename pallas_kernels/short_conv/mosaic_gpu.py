@@ -279,9 +279,9 @@ def gradients(x, kernel, dy, first, age, *, silu, unit=None, ahead=AHEAD['backwa
             felt = [visible(W - 1 - tap, x) for tap, x in enumerate(window)]
             value, share, root = _values(part, taps, felt, silu, unit)
             dz = dy.astype(jnp.float32)
-            if unit:
+            if root is not None:
                 dz = root * (dz - root * root * part.over_heads(value * dz) * value)
-            if silu:
+            if share is not None:
                 dz *= share + value * (1.0 - share)
             if not mine or part.T % SPAN:
                 dz = part.where(t < part.T, dz)
