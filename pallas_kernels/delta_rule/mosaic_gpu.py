@@ -91,15 +91,13 @@ def _delta_rule(static, *args):
 
 
 def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids):
-    """The results; and of pieces the states that they start with and their transitions, for the backward pass."""
+    """The results; for the backward pass what both sweeps take, the states that pieces start with and their transitions."""
     scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
-    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
-    if transitions is not None:
-        state, transitions = kept_once((state, transitions))
+    shared, (state, transitions) = kept_once((shared, first_states(interpret, cut, k8, v8, shared, initial_state)))
     out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
-    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), (state, transitions)
+    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), (shared, state, transitions)
 
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
@@ -147,12 +145,12 @@ def _forward(static, *args):
 
 
 def _backward(static, saved, cotangents):
-    (q, k, v, beta, log_decay, initial_state, segment_ids), (state, transitions), wanted = saved
+    (q, k, v, beta, log_decay, initial_state, segment_ids), (shared, state, transitions), wanted = saved
     scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    cut, (q8, k8, v8, do8), shared = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)
+    cut, (q8, k8, v8, do8), _ = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)  # XLA: unused, not computed
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
