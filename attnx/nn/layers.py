@@ -95,9 +95,9 @@ class ShortConv(nnx.Module):
         taps, width = self.kernel.shape
         return jnp.zeros((batch, taps - 1, width), dtype)
 
-    def __call__(self, x, state=None, segment_ids=None, impl='auto', activation=None):
+    def __call__(self, x, state=None, segment_ids=None, impl='auto', activation=None, unit_heads=None):
         """x [B, T, D] -> (y [B, T, D], next state [B, taps - 1, D])."""
-        options = {'initial_state': state, 'segment_ids': segment_ids, 'activation': activation}
+        options = {'initial_state': state, 'segment_ids': segment_ids, 'activation': activation, 'unit_heads': unit_heads}
         return ops.short_conv(x, self.kernel[...].astype(x.dtype), impl=impl, **options)
 
 

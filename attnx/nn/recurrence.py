@@ -17,7 +17,7 @@ from attnx.spec import Context, Dims, Mixer, Output
 class ConvLinear(nnx.Module):
     """activation(short_conv(x W) + b): how q, k and v are made in delta-rule and state-space mechanisms.
 
-    taps 0: no convolution, and no window to keep.
+    taps 0: no convolution, and no window to keep. unit_heads: so many heads of unit length, or None: as they are.
     """
 
     def __init__(
@@ -31,13 +31,14 @@ class ConvLinear(nnx.Module):
         rngs: nnx.Rngs,
         bias: bool = False,
         activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+        unit_heads: int | None = None,
     ):
         if taps < 0:
             raise ValueError(f'conv_taps {taps} is negative; 0 is no convolution')
         self.linear = Linear(num_in, num_out, axes, dims, rngs=rngs)
         self.conv = ShortConv(num_out, taps, dims, rngs=rngs, axis=axes[1]) if taps else None
         self.bias = param(jnp.zeros((num_out,), dims.param_dtype), axes[1:]) if bias else None
-        self.activation = activation
+        self.activation, self.unit_heads = activation, unit_heads
 
     def init_state(self, batch: int, dtype) -> jax.Array | None:
         return None if self.conv is None else self.conv.init_state(batch, dtype)
@@ -46,11 +47,12 @@ class ConvLinear(nnx.Module):
         """x [B, T, in] -> (y [B, T, out], next window)."""
         y = self.linear(x)
         if self.conv is not None and self.bias is None and self.activation is jax.nn.silu:
-            return self.conv(y, window, segment_ids, impl, activation='silu')
+            return self.conv(y, window, segment_ids, impl, activation='silu', unit_heads=self.unit_heads)
         if self.conv is not None:
             y, window = self.conv(y, window, segment_ids, impl)
-        y = y if self.bias is None else y + self.bias[...].astype(y.dtype)
-        return self.activation(y), window
+        y = self.activation(y if self.bias is None else y + self.bias[...].astype(y.dtype))
+        y = y if self.unit_heads is None else merge_heads(l2_normalize(split_heads(y, self.unit_heads)))
+        return y, window
 
 
 def log_rate(rngs: nnx.Rngs, num: int, low: float, high: float, dims: Dims) -> nnx.Param:
@@ -97,10 +99,10 @@ class DeltaMixer(Mixer):
         if n < 1 or keys % n or values % n:
             raise ValueError(f'key width {keys} and value width {values} must divide into num_heads {n}')
         self.shape = (n, keys // n, values // n)
-        into, taps = ('embed', 'heads'), config.conv_taps
-        self.query = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
-        self.key = ConvLinear(dims.width, keys, into, dims, taps=taps, rngs=rngs)
-        self.value = ConvLinear(dims.width, values, into, dims, taps=taps, rngs=rngs)
+        into, options = ('embed', 'heads'), {'taps': config.conv_taps, 'rngs': rngs}
+        self.query = ConvLinear(dims.width, keys, into, dims, **options, unit_heads=n)
+        self.key = ConvLinear(dims.width, keys, into, dims, **options, unit_heads=n)
+        self.value = ConvLinear(dims.width, values, into, dims, **options)
         self.beta = Linear(dims.width, n, into, dims, rngs=rngs)
         self.gate = Linear(dims.width, values, into, dims, rngs=rngs) if config.gate else None
         self.norm = RMSNorm(values // n, dims, rngs=rngs, axis='head_dim')
@@ -123,8 +125,8 @@ class DeltaMixer(Mixer):
         value, new['value'] = self.value(x, memory.get('value'), ids, ctx.impl)
         beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
         out, new['matrix'] = ops.delta_rule(
-            l2_normalize(split_heads(query, n)),
-            l2_normalize(split_heads(key, n)),
+            split_heads(query, n),
+            split_heads(key, n),
             split_heads(value, n),
             2 * beta if self.config.negative_eigenvalues else beta,
             self.log_decay(x),

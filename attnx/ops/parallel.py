@@ -226,11 +226,12 @@ def _recurrence(local, response, apply, query, key, value, beta, log_decay, init
 # Convolution --------------------------------------------------------------------------------------------------------
 
 
-def short_conv(local, x, kernel, *, initial_state, segment_ids, activation):
+def short_conv(local, x, kernel, *, initial_state, segment_ids, activation, unit_heads):
     """`attnx.ops.short_conv` on each device's part: channels are cut as heads are."""
-    local = functools.partial(local, activation=activation)
-    taps = kernel.shape[0]
-    where = layout(x.shape[0], x.shape[1], (x.shape[2], x.shape[2]), least=taps - 1)
+    taps, heads = kernel.shape[0], unit_heads or x.shape[2]
+    where = layout(x.shape[0], x.shape[1], (heads, heads), least=taps - 1)
+    unit_heads = unit_heads and unit_heads // where.parts(where.heads)
+    local = functools.partial(local, activation=activation, unit_heads=unit_heads)
     rows, channels, tokens = where.rows or None, where.heads or None, where.context
     per_token = P(rows, tokens, channels)
     arrays = {'x': x, 'kernel': kernel, 'initial_state': initial_state, 'segment_ids': segment_ids}

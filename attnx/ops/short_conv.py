@@ -7,9 +7,10 @@ from attnx.names import nearest
 from attnx.ops import chunks, parallel
 
 ACTIVATIONS = {'silu': jax.nn.silu}
+EPS = 1e-6
 
 
-def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, impl='auto'):
+def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, impl='auto'):
     """Each channel's weighted sum of its last W values, never across the start of a segment.
 
         y_t = sum_{w < W} kernel_w x_{t-W+1+w}
@@ -23,6 +24,8 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=No
       segment_ids: integers [B, T]; values before a token whose id differs from the token before are zero to it and to
         those after it. The first token continues `initial_state` whatever its id.
       activation: None, or 'silu': applied to the sum before it is rounded.
+      unit_heads: None, or N, which divides D: each of N heads is then divided by its length, y / sqrt(|y|^2 + 1e-6), before
+        it is rounded.
       impl: 'auto', 'reference' (token by token), 'xla', or a kernel. Both forms have forward-mode and second-order
         derivatives.
 
@@ -31,7 +34,7 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=No
       segment's start, in the dtype of `initial_state`, else of x.
 
     Raises:
-      ValueError: a rank, shape or dtype is not the one above; the activation is unknown.
+      ValueError: a rank, shape or dtype is not the one above; the activation is unknown; the heads do not divide D.
     """
     sizes = {}
     chunks.require_shape('short_conv', 'x', x, 'B T D', sizes)
@@ -45,8 +48,10 @@ def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=No
         chunks.require_shape('short_conv', 'segment_ids', segment_ids, 'B T', sizes, floating=False)
     if activation is not None and activation not in ACTIVATIONS:
         raise ValueError(f'short_conv: unknown activation {activation!r}; {nearest(activation, [*ACTIVATIONS])}, or None')
+    if unit_heads is not None and (unit_heads < 1 or sizes['D'] % unit_heads):
+        raise ValueError(f'short_conv: unit_heads {unit_heads} must divide the {sizes["D"]} channels')
     forms = {'reference': reference, 'xla': xla}
-    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'activation': activation}
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'activation': activation, 'unit_heads': unit_heads}
     return parallel.run('short_conv', impl, forms, (x, kernel), options)
 
 
@@ -56,7 +61,16 @@ def _first_state(x, kernel, initial_state):
     return jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype)
 
 
-def reference(x, kernel, *, initial_state=None, segment_ids=None, activation=None):
+def _finish(y, activation, unit_heads):
+    """What follows the sum [..., D], in its dtype."""
+    y = y if activation is None else ACTIVATIONS[activation](y)
+    if unit_heads is None:
+        return y
+    heads = y.reshape(*y.shape[:-1], unit_heads, -1)
+    return (heads * jax.lax.rsqrt(jnp.sum(jnp.square(heads), axis=-1, keepdims=True) + EPS)).reshape(y.shape)
+
+
+def reference(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None):
     """The definition, token by token: a window that slides and that a new segment empties."""
     state = _first_state(x, kernel, initial_state)
     dtype = chunks.accumulator(x, kernel)
@@ -69,11 +83,10 @@ def reference(x, kernel, *, initial_state=None, segment_ids=None, activation=Non
 
     xs = (jnp.moveaxis(x.astype(dtype), 1, 0), fresh.T)
     past, y = jax.lax.scan(step, state.astype(dtype), xs)
-    y = y if activation is None else ACTIVATIONS[activation](y)
-    return jnp.moveaxis(y, 0, 1).astype(x.dtype), past.astype(state.dtype)
+    return jnp.moveaxis(_finish(y, activation, unit_heads), 0, 1).astype(x.dtype), past.astype(state.dtype)
 
 
-def xla(x, kernel, *, initial_state=None, segment_ids=None, activation=None):
+def xla(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None):
     """W shifted copies, weighted, masked and summed in one pass."""
     state = _first_state(x, kernel, initial_state)
     dtype, taps, length = chunks.accumulator(x, kernel), kernel.shape[0], x.shape[1]
@@ -87,8 +100,7 @@ def xla(x, kernel, *, initial_state=None, segment_ids=None, activation=None):
         if count is not None:
             shifted = jnp.where(count[:, tap : tap + length] == count[:, taps - 1 :], shifted, 0)
         y += kernel[tap].astype(dtype) * shifted
-    y = y if activation is None else ACTIVATIONS[activation](y)
     last = past[:, length:]
     if count is not None:
         last = jnp.where(count[:, length:] == count[:, -1:], last, 0)
-    return y.astype(x.dtype), last.astype(state.dtype)
+    return _finish(y, activation, unit_heads).astype(x.dtype), last.astype(state.dtype)

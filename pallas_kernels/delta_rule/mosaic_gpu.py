@@ -14,11 +14,13 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart
+from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
+from pallas_kernels.kept import kept_once
 
 WIDEST = 128
 FAINTEST = 1e-6  # beta below it counts as it: the gradient of beta divides by beta
@@ -84,13 +86,18 @@ def delta_rule(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+def _delta_rule(static, *args):
+    return _run(static, *args)[0]
+
+
+def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids):
+    """The results; for the backward pass what both sweeps take, the states that pieces start with and their transitions."""
     scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
-    state, _ = first_states(interpret, cut, k8, v8, shared, initial_state)
+    shared, (state, transitions) = kept_once((shared, first_states(interpret, cut, k8, v8, shared, initial_state)))
     out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
-    return cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last
+    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), (shared, state, transitions)
 
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
@@ -120,44 +127,36 @@ def first_states(interpret, cut, k, v, shared, initial_state):
     write = functools.partial(sweeps.write, None, k, only_states=True, interpret=interpret)
     transitions = write(None, *shared, jnp.broadcast_to(jnp.eye(K), (*shape, K, K)))[1][:, :, 0]
     written = write(v, *shared, None)[1][:, :, 0]
-    return chain(cut, transitions, written, state), transitions
+    return chain(interpret, cut, transitions, written, state), transitions
 
 
-def chain(cut, transitions, written, first, reverse=False):
+def chain(interpret, cut, transitions, written, first, reverse=False):
     """first, then transition S + written from piece to piece: what each of them starts with."""
-    by_piece = lambda x: jnp.moveaxis(x.reshape(-1, cut.count, *x.shape[1:]), 1, 0)
-    transitions, written = by_piece(transitions), by_piece(written)
-    first = jnp.zeros_like(written[0]) if first is None else first
-
-    def step(state, piece):
-        return jnp.einsum('bnij,bnjv->bniv', piece[0], state, precision='highest') + piece[1], state
-
-    _, states = jax.lax.scan(step, first, (transitions, written), reverse=reverse, unroll=min(8, cut.count))
-    return jnp.moveaxis(states, 0, 1).reshape(-1, *first.shape[1:])
+    transitions, written = (x.reshape(-1, cut.count, *x.shape[1:]) for x in (transitions, written))
+    return chains.chain(transitions, written, first, reverse=reverse, interpret=interpret).reshape(-1, *written.shape[2:])
 
 
 def _forward(static, *args):
-    """The residuals are the arguments and the output; `()` in place of None marks a log_decay that wants its gradient."""
+    """The residuals are the arguments and what pieces start with; `()` for None marks a log_decay that wants its gradient."""
     wanted = any(x.perturbed for x in jax.tree.leaves(args[4], is_leaf=linear.is_primal))
     args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
-    results = _delta_rule(static, *args)
-    return results, (args, () if wanted else None)
+    results, starts = _run(static, *args)
+    return results, (args, starts, () if wanted else None)
 
 
 def _backward(static, saved, cotangents):
-    (q, k, v, beta, log_decay, initial_state, segment_ids), wanted = saved
+    (q, k, v, beta, log_decay, initial_state, segment_ids), (shared, state, transitions), wanted = saved
     scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    cut, (q8, k8, v8, do8), shared = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)
+    cut, (q8, k8, v8, do8), _ = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)  # XLA: unused, not computed
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
-    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
-        dstate = chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+        dstate = chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': decays.GROUP, 'interpret': interpret}
     u, states = sweeps.write(None, k8, v8, *shared, state, **every)
     w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)

@@ -65,7 +65,7 @@ def _gradients(static, _, q, k, v, beta, log_decay, initial_state, segment_ids, 
     dstate = dlast = linear.pad_state(dlast) / scale
     if cut.count > 1:
         _, asked = sweeps.reach(query[0], enters[0], do8, *reach, None, only_states=True, interpret=interpret)
-        dstate = scalar.chain(cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
+        dstate = scalar.chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     every = {'every': decays.GROUP, 'interpret': interpret}
     u, states = sweeps.write(None, reads[0], v8, *write, state, **every)
     w, dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)

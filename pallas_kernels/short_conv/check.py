@@ -27,6 +27,7 @@ class Case:
     resets: float = 0.0
     state: bool = True
     activation: str | None = 'silu'
+    unit: int | None = None  # heads of unit length
     dtype: str = 'bfloat16'
 
     @property
@@ -47,35 +48,41 @@ CASES = [
     Case(2),
     Case(17, resets=0.3),
     Case(1000, resets=0.05),
-    Case(1000, D=384, W=7, resets=0.2, state=False),
-    Case(100, D=128, W=2, activation=None),
+    Case(1000, D=768, W=7, resets=0.2, state=False),
+    Case(100, D=256, W=2, activation=None),
     Case(100, D=256, W=1),
     Case(8192, B=1, resets=0.001),
     Case(300, dtype='float32', resets=0.1),
+    Case(1000, unit=4, resets=0.05),
+    Case(17, D=1024, unit=16),
+    Case(300, D=256, unit=4, W=2, activation=None, state=False),
+    Case(300, dtype='float32', unit=4, resets=0.1),
+    Case(8192, B=1, D=2048, unit=16, state=False),
 ]
 
 
-def plain(x, kernel, state, ids, activation):
+def plain(x, kernel, state, ids, activation, unit):
     """The same sums in XLA."""
     age = mosaic_gpu._age(ids, kernel.shape[0])
     state = jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype) if state is None else state
-    outputs = mosaic_gpu.outputs if x.dtype != jnp.float64 else lambda *a: mosaic_gpu.outputs(*a, dtype=jnp.float64)
-    return outputs(activation == 'silu', x, kernel, state, age), mosaic_gpu.last(x, state, age)
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return mosaic_gpu.plain(activation == 'silu', unit, x, kernel, state, age, dtype), mosaic_gpu.last(x, state, age)
 
 
 def results(function, case, dtype=None, **options):
     x, kernel, state, ids, cotangents = case.arrays()
     if dtype:
         x, kernel, state, cotangents = jax.tree.map(lambda a: a.astype(dtype), (x, kernel, state, cotangents))
-    call = lambda x, kernel, state: function(x, kernel, state, ids, case.activation, **options)
+    call = lambda x, kernel, state: function(x, kernel, state, ids, case.activation, case.unit, **options)
     run = lambda x, kernel, state: (lambda out, pull: (*out, *pull(cotangents)))(*jax.vjp(call, x, kernel, state))
     run = run if options.get('interpret') else jax.jit(run)
     wide = lambda a: np.asarray(a.astype(jnp.float32) if a.dtype == jnp.bfloat16 else a)
     return {name: wide(a) for name, a in zip(NAMES, run(x, kernel, state)) if a is not None}
 
 
-def kernel(x, kernel, state, ids, activation, interpret=False):
-    return mosaic_gpu.short_conv(x, kernel, initial_state=state, segment_ids=ids, activation=activation, interpret=interpret)
+def kernel(x, kernel, state, ids, activation, unit, interpret=False):
+    options = {'initial_state': state, 'segment_ids': ids, 'activation': activation, 'unit_heads': unit}
+    return mosaic_gpu.short_conv(x, kernel, **options, interpret=interpret)
 
 
 def check(case: Case, interpret=False, form=None) -> tuple[bool, dict]:
@@ -93,16 +100,19 @@ def check(case: Case, interpret=False, form=None) -> tuple[bool, dict]:
 
 
 def clock():
-    """Milliseconds of forward + backward at B8 T2048 D2048, four taps and SiLU, with resets."""
-    from pallas_kernels.bench_recurrent import clock
+    """Microseconds of kernels by CUPTI, least of five: forward, and forward + backward, of layers with four taps and SiLU."""
+    from pallas_kernels.bench_recurrent import parts
 
-    case = Case(2048, B=8, D=2048, resets=0.002, state=False)
-    x, taps, _, ids, (dy, _) = case.arrays()
-    for name, function in (('ours', kernel), ('xla', plain)):
-        call = lambda x, taps, f=function: f(x, taps, None, ids, 'silu')[0]
-        both = jax.jit(lambda x, taps, dy, call=call: (lambda y, pull: (y, pull(dy)))(*jax.vjp(call, x, taps)))
-        forward = clock(jax.jit(call), (x, taps))
-        print(f'{name} forward {forward:.4f} ms, + backward {clock(both, (x, taps, dy)):.4f} ms', flush=True)
+    for case in (Case(2048, B=8, resets=0.002), Case(16384, B=1), Case(16384, B=1, unit=16)):
+        case = dataclasses.replace(case, D=2048, state=False)
+        x, taps, _, ids, (dy, _) = case.arrays()
+        for name, function in (('ours', kernel), ('xla', plain)):
+            call = lambda x, taps, f=function, c=case, ids=ids: f(x, taps, None, ids, 'silu', c.unit)[0]
+            both = jax.jit(lambda x, taps, dy, call=call: (lambda y, pull: (y, pull(dy)))(*jax.vjp(call, x, taps)))
+            for what, run, given in (('forward', jax.jit(call), (x, taps)), ('both', both, (x, taps, dy))):
+                jax.block_until_ready(run(*given))
+                least = min((parts(run, given) for _ in range(5)), key=lambda found: sum(found.values()))
+                print(f'{case.name}: {name} {what} {sum(least.values()):.1f}', least, flush=True)
 
 
 if __name__ == '__main__':

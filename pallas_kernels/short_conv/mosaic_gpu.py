@@ -1,11 +1,10 @@
-"""Short causal convolution, with SiLU if asked for: forward in XLA, backward in one kernel on Hopper.
+"""Short causal convolution, with SiLU and heads of unit length if asked for, on Hopper: one kernel each way.
 
-    z_t = sum_{l < W} kernel_{W-1-l} x_{t-l}        y_t = silu(z_t) or z_t
+    z_t = sum_{l < W} kernel_{W-1-l} x_{t-l}      s_t = silu(z_t) or z_t      y_t = s_t / sqrt(|s_t|^2 + eps) by head, or s_t
 
-`short_conv` has the signature of `attnx.ops.short_conv` without `impl`; `unsupported` says why a call can't run here. XLA makes
-one kernel of the forward pass, which reads x and writes y; the backward pass takes it three, which move eight times x's size.
-Here a warpgroup walks over 32 tokens of 128 to 512 channels with the last W - 1 inputs, the gradients that are not complete and
-the taps' gradient in registers: dy and x are read, dx is written, z is computed again.
+`short_conv` has the signature of `attnx.ops.short_conv` without `impl`; `unsupported` says why a call can't run here. A
+warpgroup walks over `SPAN` tokens of 256 or 512 channels with the last W - 1 inputs in registers; backward also with the
+gradients that are not complete and the taps' gradient: dy and x are read, dx is written, z is computed again.
 """
 
 import functools
@@ -20,34 +19,46 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import common
 from pallas_kernels.gated_linear.mosaic_gpu import hardware, is_primal
 
-SPAN = 32  # tokens of a warpgroup
+SPAN = 64  # tokens of a warpgroup
+AHEAD = {'forward': 8, 'backward': 4}  # tokens whose loads are in flight at once
 MOST_TAPS = 8
-LANES = 128
+LANES, WARPS = 32, 4
+LEAST = 2 * WARPS * LANES  # channels of a block: jax 0.12 moves no less than two 16-bit numbers a thread
+EPS = 1e-6  # as `attnx.ops.short_conv`
 
 
-def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=None) -> str | None:
+def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None) -> str | None:
     """Why this call can't run here, with the nearest choice that can; or None."""
     (_, T, D), (W, _) = x.shape, kernel.shape
     if T == 1:
         return 'one token is one small fusion of XLA; use impl="xla"'
     if jnp.result_type(x) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f'x must be bfloat16, float16 or float32, given {jnp.result_type(x)}; use impl="xla"'
-    if D % LANES:
-        return f'channels must be a multiple of {LANES}, given {D}; use impl="xla"'
+    if D % LEAST:
+        return f'channels must be a multiple of {LEAST}, given {D}; use impl="xla"'
     if W > MOST_TAPS:
         return f'up to {MOST_TAPS} taps, given {W}; use impl="xla"'
+    warp, width = _each(D) * LANES, D // (unit_heads or D)
+    if unit_heads and (warp % width or width % _each(D)):
+        return f'heads of unit length must divide the {warp} channels of a warp, given {width}; use impl="xla"'
     return hardware()
 
 
-def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, interpret=False):
+def _each(D: int) -> int:
+    """Neighbouring channels of a thread."""
+    return 2 if D % (2 * LEAST) else 4
+
+
+def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, interpret=False):
     """As `attnx.ops.short_conv`, first derivatives only.
 
     Raises:
       ValueError: `unsupported` has a reason.
     """
-    if reason := unsupported(x, kernel):
+    if reason := unsupported(x, kernel, unit_heads=unit_heads):
         raise ValueError(f'short_conv on mosaic_gpu: {reason}')
-    return _short_conv((activation == 'silu', interpret), x, kernel, initial_state, _age(segment_ids, kernel.shape[0]))
+    static = activation == 'silu', unit_heads, interpret
+    return _short_conv(static, x, kernel, initial_state, _age(segment_ids, kernel.shape[0]))
 
 
 def _age(segment_ids, taps: int):
@@ -61,11 +72,13 @@ def _age(segment_ids, taps: int):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _short_conv(static, x, kernel, first, age):
+    silu, unit, interpret = static
     state = jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype) if first is None else first
-    return outputs(static[0], x, kernel, state, age), last(x, state, age)
+    return outputs(x, kernel, first, age, silu=silu, unit=unit, interpret=interpret), last(x, state, age)
 
 
-def outputs(silu, x, kernel, first, age, dtype=jnp.float32):
+def plain(silu, unit, x, kernel, first, age, dtype=jnp.float32):
+    """y by XLA."""
     length, taps = x.shape[1], kernel.shape[0]
     past = jnp.concatenate([first.astype(x.dtype), x], axis=1)
     z = jnp.zeros((), dtype)
@@ -73,7 +86,11 @@ def outputs(silu, x, kernel, first, age, dtype=jnp.float32):
         shifted = past[:, tap : tap + length].astype(dtype)
         shifted = shifted if age is None else jnp.where(age[..., None] >= taps - 1 - tap, shifted, 0)
         z += kernel[tap].astype(dtype) * shifted
-    return (jax.nn.silu(z) if silu else z).astype(x.dtype)
+    y = jax.nn.silu(z) if silu else z
+    if unit:
+        heads = y.reshape(*y.shape[:2], unit, -1)
+        y = (heads * lax.rsqrt(jnp.sum(jnp.square(heads), -1, keepdims=True) + EPS)).reshape(y.shape)
+    return y.astype(x.dtype)
 
 
 def last(x, first, age):
@@ -92,14 +109,14 @@ def _forward(static, *args):
 
 def _backward(static, saved, cotangents):
     (x, kernel, first, age), (dy, dlast) = saved, cotangents
-    silu, interpret = static
+    silu, unit, interpret = static
     kept = kernel.shape[0] - 1
     state = jnp.zeros((x.shape[0], kept, x.shape[2]), x.dtype) if first is None else first
     dx, dkernel, dstate = jnp.zeros_like(x), jnp.zeros_like(kernel), jnp.zeros_like(state)
     if not isinstance(dy, SymbolicZero):
-        dx, parts = gradients(x, kernel, dy, state, age, silu=silu, interpret=interpret)
+        dx, parts = gradients(x, kernel, dy, first, age, silu=silu, unit=unit, interpret=interpret)
         dkernel = parts.sum((0, 1)).astype(kernel.dtype)
-        early = lambda state: outputs(silu, x[:, :kept], kernel, state, None if age is None else age[:, :kept])
+        early = lambda state: plain(silu, unit, x[:, :kept], kernel, state, None if age is None else age[:, :kept])
         if first is not None and kept:
             (dstate,) = jax.vjp(early, state)[1](dy[:, :kept])
     if not isinstance(dlast, SymbolicZero) and kept:
@@ -113,72 +130,183 @@ def _backward(static, saved, cotangents):
 _short_conv.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-@common.lowered_once('silu', 'interpret')
-def gradients(x, kernel, dy, first, age, *, silu, interpret=False):
-    """dx as x; and dkernel in parts, float32 [B, spans, W, D].
+class _Part:
+    """The channels of a block, [rows, width] in registers: a row a head where heads have unit length; and its tokens."""
+
+    def __init__(self, x, kernel, unit: int | None):
+        (self.B, self.T, self.D), self.W = x.shape, kernel.shape[0]
+        each = _each(self.D)
+        self.width = self.D // unit if unit else each * LANES
+        of_warp = each * LANES // self.width
+        self.rows = WARPS * of_warp
+        tiles = [(self.rows, self.width), (of_warp, self.width), (each,)]
+        if of_warp > 1:
+            where = {'warp_dims': (-5,), 'lane_dims': (-3, -2)}
+        else:
+            del tiles[1]
+            where = {'warp_dims': (-3,), 'lane_dims': (-2,)}
+        self.layout = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), **where, vector_dim=-1)
+        self.grid = self.B, common.cdiv(self.T, SPAN), self.D // (self.rows * self.width)
+
+    def split(self, x):
+        """[..., D] -> [..., D / width, width]"""
+        return None if x is None else x.reshape(*x.shape[:-1], -1, self.width)
+
+    def enter(self):
+        self.b, self.span, part = (lax.axis_index(name) for name in 'btd')
+        self.mine, self.start = pl.ds(part * self.rows, self.rows), self.span * SPAN
+
+    def constant(self, value):
+        return plgpu.layout_cast(jnp.full((self.rows, self.width), value, jnp.float32), self.layout)
+
+    def where(self, condition, x, y=None):
+        y = self.constant(0.0) if y is None else y
+        return jnp.where(jnp.broadcast_to(condition, (self.rows, self.width)), x, y)
+
+    def load(self, ref, *at):
+        return plgpu.load(ref.at[*at, self.mine], layout=self.layout, optimized=False)
+
+    def token(self, ref, t):
+        return self.load(ref, self.b, jnp.clip(t, 0, self.T - 1))
+
+    def store(self, ref, t, value, condition=None):
+        """At token t, where there is one and `condition` holds."""
+        inside = None if self.T % SPAN == 0 else t < self.T
+        both = [c for c in (inside, condition) if c is not None]
+
+        def write():
+            ref.at[self.b, t, self.mine][...] = value.astype(ref.dtype)
+
+        pl.when(functools.reduce(jnp.logical_and, both))(write) if both else write()
+
+    def before(self, x_ref, first_ref):
+        """The W - 1 inputs before the block's first token, oldest first."""
+        kept, found = self.W - 1, []
+        for t in (self.start - kept + i for i in range(kept)):
+            past = None if first_ref is None else self.load(first_ref, self.b, jnp.clip(t + kept, 0, kept - 1))
+            past = None if past is None else past.astype(jnp.float32)
+            found.append(self.where(t >= 0, self.token(x_ref, t).astype(jnp.float32), past))
+        return tuple(found)
+
+    def visible(self, age_ref, t):
+        """(lag, x) -> x where token t may see what came `lag` tokens before, else 0."""
+        if age_ref is None:
+            return lambda lag, x: x
+        age = age_ref[self.b, jnp.clip(t, 0, self.T - 1)]
+        return lambda lag, x: x if lag == 0 else self.where(age >= lag, x)
+
+    def over_heads(self, x):
+        """The sum of each row, at all of its channels."""
+        total = lax.broadcast_in_dim(x.sum(axis=1), (self.rows, self.width), (0,))
+        return plgpu.layout_cast(total, self.layout)
+
+    def call(self, body, name, out_type, interpret):
+        body.__name__ = name  # what profilers show
+        return plgpu.kernel(
+            body,
+            out_type=out_type,
+            grid=self.grid,
+            grid_names=('b', 't', 'd'),
+            compiler_params=plgpu.CompilerParams(
+                approx_math=True,
+                lowering_semantics=plgpu.LoweringSemantics.Lane,
+                unsafe_no_auto_barriers=True,  # no thread reads what another writes
+            ),
+            **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        )
+
+
+def _values(part, taps, felt, silu, unit):
+    """s and sigmoid(z) of a token (or None), and 1 / sqrt(|s|^2 + eps) of heads (or None)."""
+    value = sum(tap * x for tap, x in zip(taps, felt))
+    share = None
+    if silu:
+        root = lax.rsqrt(1.0 + jnp.exp(-value))
+        share = root * root  # an instruction; a division is ten
+        value *= share
+    return value, share, lax.rsqrt(part.over_heads(value * value) + EPS) if unit else None
+
+
+@common.lowered_once('silu', 'unit', 'ahead', 'interpret')
+def outputs(x, kernel, first, age, *, silu, unit=None, ahead=AHEAD['forward'], interpret=False):
+    """y as x.
 
     Args:
-      x, dy: [B, T, D], D a multiple of 128.
+      x: [B, T, D], D a multiple of `LEAST`.
       kernel: [W, D].
-      first: [B, W - 1, D], before the first token.
+      first: [B, W - 1, D], before the first token, or None.
       age: int32 [B, T], how many tokens before it each may see, or None.
     """
-    (B, T, D), W, dtype, f32 = x.shape, kernel.shape[0], x.dtype, jnp.float32
-    each = next(n for n in (4, 2, 1) if D % (n * LANES) == 0)  # more would leave too few warpgroups a processor
-    width, spans, kept = LANES * each, common.cdiv(T, SPAN), W - 1
-    layout = plgpu.Layout.WG_STRIDED((width,), vec_size=each)
+    part = _Part(x, kernel, unit)
+
+    def body(x_ref, kernel_ref, first_ref, age_ref, y_ref):
+        part.enter()
+        taps = [part.load(kernel_ref, tap).astype(jnp.float32) for tap in range(part.W)]
+
+        def some(i, window):
+            tokens = [part.start + i * ahead + j for j in range(ahead)]
+            for t, x in zip(tokens, [part.token(x_ref, t) for t in tokens]):
+                visible = part.visible(age_ref, t)
+                window = (*window, x.astype(jnp.float32))
+                felt = [visible(part.W - 1 - tap, x) for tap, x in enumerate(window)]
+                value, _, root = _values(part, taps, felt, silu, unit)
+                part.store(y_ref, t, value if root is None else value * root)
+                window = window[1:]
+            return window
+
+        lax.fori_loop(0, SPAN // ahead, some, part.before(x_ref, first_ref))
+
+    out_type = jax.ShapeDtypeStruct(part.split(x).shape, x.dtype)
+    run = part.call(body, 'short_conv_forward', out_type, interpret)
+    return run(part.split(x), part.split(kernel), part.split(first) if part.W > 1 else None, age).reshape(x.shape)
+
+
+@common.lowered_once('silu', 'unit', 'ahead', 'interpret')
+def gradients(x, kernel, dy, first, age, *, silu, unit=None, ahead=AHEAD['backward'], interpret=False):
+    """dx as x; and dkernel in parts, float32 [B, spans, W, D]. Arguments as of `outputs`, dy as x."""
+    part = _Part(x, kernel, unit)
+    W, kept = part.W, part.W - 1
 
     def body(x_ref, kernel_ref, dy_ref, first_ref, age_ref, dx_ref, parts_ref):
-        b, part, span = lax.axis_index('b'), lax.axis_index('d'), lax.axis_index('t')
-        cols, start = pl.ds(part * width, width), span * SPAN
-        load = lambda ref, *at: plgpu.load(ref.at[*at, cols], layout=layout, optimized=False).astype(f32)
-        constant = lambda value: plgpu.layout_cast(jnp.full((width,), value, f32), layout)
-        where = lambda condition, x: jnp.where(jnp.broadcast_to(condition, (width,)), x, constant(0.0))
-        row = lambda ref, t: load(ref, b, jnp.clip(t, 0, T - 1))
-        taps = [load(kernel_ref, tap) for tap in range(W)]
+        part.enter()
+        taps = [part.load(kernel_ref, tap).astype(jnp.float32) for tap in range(W)]
 
-        def before(t):
-            """x of a token before the span."""
-            past = load(first_ref, b, jnp.clip(t + kept, 0, kept - 1))
-            return jnp.where(jnp.broadcast_to(t >= 0, (width,)), row(x_ref, t), past)
-
-        def step(i, carry):
-            window, pending, sums, newest, dz = carry  # oldest first; pending: dx of the window's tokens
-            t = start + i
-            ahead = row(x_ref, t + 1), row(dy_ref, t + 1)  # while this token is computed
-            seen = None if age_ref is None else age_ref[b, jnp.clip(t, 0, T - 1)]
-            visible = lambda lag, x: x if lag == 0 or seen is None else where(seen >= lag, x)
-            window = (*window, newest)
+        def step(t, x, dy, carry, mine=True):
+            """pending: what is known of dx of the window's tokens; mine: a token of this block, that counts in the sums."""
+            window, pending, sums = carry  # oldest first
+            visible = part.visible(age_ref, t)
+            window = (*window, x.astype(jnp.float32))
             felt = [visible(W - 1 - tap, x) for tap, x in enumerate(window)]
-            if silu:
-                z = sum(tap * x for tap, x in zip(taps, felt))
-                s = 1.0 / (1.0 + jnp.exp(-z))
-                dz = dz * s * (1.0 + z * (1.0 - s))
-            dz = where(t < T, dz)
-            pending = [x + visible(W - 1 - tap, taps[tap] * dz) for tap, x in enumerate((*pending, constant(0.0)))]
-            mine = jnp.where(i < SPAN, 1.0, 0.0)
-            sums = tuple(total + mine * dz * x for total, x in zip(sums, felt))
-            done = t - kept
+            value, share, root = _values(part, taps, felt, silu, unit)
+            dz = dy.astype(jnp.float32)
+            if root is not None:
+                dz = root * (dz - root * root * part.over_heads(value * dz) * value)
+            if share is not None:
+                dz *= share + value * (1.0 - share)
+            if not mine or part.T % SPAN:
+                dz = part.where(t < part.T, dz)
+            pending = [x + visible(W - 1 - tap, taps[tap] * dz) for tap, x in enumerate((*pending, part.constant(0.0)))]
+            if mine:
+                sums = tuple(total + dz * x for total, x in zip(sums, felt))
+            return pending[0], (window[1:], tuple(pending[1:]), sums)
 
-            @pl.when((done >= start) & (done < T))
-            def _():
-                dx_ref.at[b, done, cols][...] = pending[0].astype(dtype)
+        def some(i, carry, count=ahead, mine=True):
+            tokens = [part.start + i * ahead + j for j in range(count)]
+            loads = [(part.token(x_ref, t), part.token(dy_ref, t)) for t in tokens]
+            for j, (t, (x, dy)) in enumerate(zip(tokens, loads)):
+                dx, carry = step(t, x, dy, carry, mine)
+                part.store(dx_ref, t - kept, dx, t - kept >= part.start if j < kept and mine else None)
+            return carry
 
-            return window[1:], tuple(pending[1:]), sums, *ahead
+        zeros = lambda n: (part.constant(0.0),) * n
+        carry = lax.fori_loop(0, SPAN // ahead, some, (part.before(x_ref, first_ref), zeros(kept), zeros(W)))
+        some(SPAN // ahead, carry, kept, mine=False)
+        for tap, total in enumerate(carry[2]):
+            parts_ref.at[part.b, part.span, tap, part.mine][...] = total
 
-        zeros = lambda n: tuple(constant(0.0) for _ in range(n))
-        window = tuple(before(start - kept + i) for i in range(kept))
-        first_rows = row(x_ref, start), row(dy_ref, start)
-        _, _, sums, *_ = lax.fori_loop(0, SPAN + kept, step, (window, zeros(kept), zeros(W), *first_rows))
-        for tap, total in enumerate(sums):
-            parts_ref.at[b, span, tap, cols][...] = total
-
-    body.__name__ = 'short_conv_backward'  # what profilers show
-    return plgpu.kernel(
-        body,
-        out_type=(jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct((B, spans, W, D), f32)),
-        grid=(B, D // width, spans),
-        grid_names=('b', 'd', 't'),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(x, kernel, dy, first if kept else None, age)
+    sums = jax.ShapeDtypeStruct((*part.grid[:2], W, part.D // part.width, part.width), jnp.float32)
+    out_type = jax.ShapeDtypeStruct(part.split(x).shape, x.dtype), sums
+    run = part.call(body, 'short_conv_backward', out_type, interpret)
+    first = part.split(first) if kept else None
+    dx, sums = run(part.split(x), part.split(kernel), part.split(dy), first, age)
+    return dx.reshape(x.shape), sums.reshape(*part.grid[:2], W, part.D)

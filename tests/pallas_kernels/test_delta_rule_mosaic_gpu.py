@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart
-from pallas_kernels.delta_rule import check, inverse, mosaic_gpu, sweep
+from pallas_kernels.delta_rule import chain, check, inverse, mosaic_gpu, sweep
 from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import decays
 from pallas_kernels.gated_linear import mosaic_gpu as linear
@@ -74,6 +74,18 @@ def plain_delta(
     return as_input(out) if has_q and not reverse else terms, as_input(states)
 
 
+def plain_chain(transitions, written, first, *, reverse=False, interpret=False):
+    """What `chain` promises, in float64."""
+    del interpret
+    transitions, written = (np.asarray(x, np.float64) for x in (transitions, written))
+    state = np.zeros_like(written[:, 0]) if first is None else np.asarray(first, np.float64)
+    states = np.zeros_like(written)
+    for piece in sorted(range(written.shape[1]), reverse=reverse):
+        states[:, piece] = state
+        state = transitions[:, piece] @ state + written[:, piece]
+    return jnp.asarray(states, jnp.float32)
+
+
 @pytest.mark.quick('shared heads', 'channel')
 @pytest.mark.parametrize(
     'case',
@@ -96,6 +108,7 @@ def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)
+    monkeypatch.setattr(chain, 'chain', plain_chain)
     monkeypatch.setattr(sweep, 'write', plain_delta)
     monkeypatch.setattr(sweep, 'reach', functools.partial(plain_delta, reverse=True))
     arrays, ids, cotangents = case.arrays()
@@ -126,6 +139,15 @@ def test_inverse(collinear):
     between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0))
     A = np.tril((rows @ rows.swapaxes(1, 2)) * strength[..., None] * strength[..., None, :] * between, -1)
     np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=1e-5)
+
+
+@pytest.mark.parametrize('K, V, pieces, reverse, given', [(128, 64, 3, False, True), (64, 128, 4, True, False)])
+def test_chain(K, V, pieces, reverse, given):
+    """As good as float32."""
+    normal = lambda *shape: jnp.asarray(np.random.default_rng(K).normal(size=shape), jnp.float32)
+    arguments = normal(1, pieces, 2, K, K) / K**0.5, normal(1, pieces, 2, K, V), normal(1, 2, K, V) if given else None
+    got, want = (f(*arguments, reverse=reverse, interpret=True) for f in (chain.chain, plain_chain))
+    np.testing.assert_allclose(got, want, rtol=0, atol=5e-7 * float(jnp.abs(want).max()))
 
 
 def test_interpreted_with_race_detection():

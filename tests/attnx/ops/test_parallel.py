@@ -231,18 +231,25 @@ def test_the_states_take_one_all_gather():
     assert not any(other in jaxpr for other in ('ppermute[', 'psum[', 'all_to_all['))
 
 
-@pytest.mark.parametrize('packed', [False, True])
-def test_convolution_halos(packed):
+@pytest.mark.parametrize(
+    'mesh, preset, packed, options',
+    [
+        ({'context': 8}, 'context', False, {}),
+        ({'context': 8}, 'context', True, {'activation': 'silu', 'unit_heads': 2}),
+        ({'fsdp': 4, 'tensor': 2}, 'fsdp_tp', True, {'unit_heads': 2}),
+    ],
+)
+def test_convolution_halos(mesh, preset, packed, options):
     rng = np.random.default_rng(2)
     x, kernel, state = (rng.standard_normal(s).astype(np.float32) for s in ((B, T, 6), (4, 6), (B, 3, 6)))
     cotangents = rng.standard_normal((B, T, 6)).astype(np.float32), rng.standard_normal((B, 3, 6)).astype(np.float32)
 
     def run(x, kernel, state):
-        call = lambda x, w, s: ops.short_conv(x, w, initial_state=s, segment_ids=IDS if packed else None)
+        call = lambda x, w, s: ops.short_conv(x, w, initial_state=s, segment_ids=IDS if packed else None, **options)
         found, pull = jax.vjp(call, x, kernel, state)
         return found, pull(cotangents)
 
-    with sharding.use(sharding.make_mesh({'context': 8}), 'context'):
+    with sharding.use(sharding.make_mesh(mesh), preset):
         found = jax.jit(lambda *a: run(*a))(x, kernel, state)
     same(found, jax.jit(run)(x, kernel, state))
 

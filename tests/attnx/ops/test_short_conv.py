@@ -69,6 +69,25 @@ def test_activation(packed):
         assert_close(found, (jax.nn.silu(y), state), tolerances.FLOAT64)
 
 
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('activation', [None, 'silu'])
+def test_unit_heads(packed, activation):
+    """As heads of the outcome divided by their lengths; gradients too."""
+    arrays, ids = inputs(D=6), segments(1, T=17) if packed else None
+
+    def composed(impl, arrays):
+        y, state = short_conv(**arrays, segment_ids=ids, activation=activation, impl=impl)
+        heads = y.reshape(2, 17, 3, 2)
+        return (heads / jnp.sqrt(jnp.sum(heads**2, -1, keepdims=True) + 1e-6)).reshape(y.shape), state
+
+    def fused(impl, arrays):
+        return short_conv(**arrays, segment_ids=ids, activation=activation, unit_heads=3, impl=impl)
+
+    loss = lambda form, impl: jax.jit(jax.value_and_grad(lambda a: total(*form(impl, a))))(arrays)
+    for impl in ('xla', 'reference'):
+        assert_close(loss(fused, impl), loss(composed, 'xla'), tolerances.FLOAT64)
+
+
 def test_equals_numpy_convolution():
     a = inputs(B=1, D=1) | {'initial_state': None}
     y, state = run('xla', grad=False)(a, None)
@@ -155,6 +174,7 @@ def test_dtypes():
         ({'x': np.ones((2, 17, 3), int)}, 'x has dtype int64, expected a floating one'),
         ({'impl': 'fast'}, "unknown impl 'fast'"),
         ({'activation': 'swish'}, "unknown activation 'swish'; .*silu"),
+        ({'unit_heads': 2}, 'unit_heads 2 must divide the 3 channels'),
     ],
 )
 def test_bad_input(change, message):
