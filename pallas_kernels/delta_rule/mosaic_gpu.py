@@ -50,6 +50,7 @@ def delta_rule(
     segment_ids=None,
     scale=None,
     chunk=None,
+    version='proven',
     interpret=False,
 ):
     """The (gated) delta rule.
@@ -63,6 +64,7 @@ def delta_rule(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
+      version: 'proven', or 'candidate': a single token by `decode.by_ring`, which is to pass the gate on a GPU.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -74,13 +76,16 @@ def delta_rule(
         raise ValueError(f'delta_rule on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
+        return decode.one_token((scale, version, interpret), query, key, value, beta, log_decay, initial_state)
     run = _delta_rule
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.delta_rule.per_channel import per_channel as run  # it stands on this module
     run = functools.partial(run, (scale, interpret))
     run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
     return run(query, key, value, beta, log_decay, initial_state, segment_ids)
+
+
+candidate = functools.partial(delta_rule, version='candidate')  # what checks and benchmarks name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

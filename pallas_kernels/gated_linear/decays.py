@@ -70,7 +70,8 @@ def decay_gradient(each, anchors, step):
         chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
         following = chunks[-1][..., 0]
     each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
-    heard = jnp.cumsum(silent.reshape(*silent.shape[:2], *each.shape[2:]), axis=-1) == 0
+    silences = count[..., -1:]
+    heard = (count + jnp.cumsum(silences, axis=3) - silences == 0).reshape(*silent.shape[:2], *each.shape[2:])
     each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
     return each.reshape(B, N, -1)[..., :T]
 

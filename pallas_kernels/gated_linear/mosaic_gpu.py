@@ -18,7 +18,6 @@ from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 
 WIDEST = 256
-PROCESSORS = 132
 
 
 def unsupported(
@@ -83,6 +82,7 @@ def gated_linear(
     segment_ids=None,
     scale=None,
     chunk=None,
+    version='proven',
     interpret=False,
 ):
     """Linear attention with decay.
@@ -94,6 +94,7 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
+      version: 'proven', or 'candidate': a single token by `decode.by_ring`, which is to pass the gate on a GPU.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -105,7 +106,7 @@ def gated_linear(
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
+        return decode.one_token((scale, version, interpret), query, key, value, None, log_decay, initial_state)
     run = _gated_linear
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
@@ -113,6 +114,9 @@ def gated_linear(
         return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
     run = functools.partial(_without_beta, run, (scale, interpret))
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
+
+
+candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):
@@ -218,7 +222,7 @@ def backward_in_time(of_values, of_keys, state, states, dstate, felt):
 def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
     """Parts of the sequence that are swept at the same time; 1 where batch and heads fill the chip."""
     blocks = B * N * (V // columns(K, V))
-    return max(1, min(PROCESSORS // blocks, T // (decays.GROUP * CHUNK)))
+    return max(1, min(common.PROCESSORS // blocks, T // (decays.GROUP * CHUNK)))
 
 
 class Pieces:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart, common
-from pallas_kernels.gated_linear import check, decays, decode, mosaic_gpu, per_channel, scaling
+from pallas_kernels.gated_linear import accumulate, check, decays, decode, mosaic_gpu, per_channel, scaling
 from tests.pallas_kernels.emulation import emulated
 
 
@@ -28,6 +28,7 @@ def plain_sweep(
     strict=False,
     precise=False,
     wide=False,
+    own=False,
     every=None,
     scale=1.0,
     heads=0,
@@ -62,12 +63,13 @@ def plain_sweep(
             entered[:, :, t // 64 // every] = S
         S = rescale(S, t) if begins(t) else S
         a = np.exp2(step[:, :, t])[..., None, None]
-        own = k[:, t][..., None] * v[:, t][..., None, :]
         before = S if reverse else a * S
-        S = before + own
+        S = before + k[:, t][..., None] * v[:, t][..., None, :]
         if q is not None:
             read = lambda S, t=t: np.einsum('bnk,bnkv->bnv', q[:, t], S)
             out[:, t] = scale * read(before if strict else S)
+            if own:
+                dots[..., t] = (q[:, t] * k[:, t]).sum(-1)[..., None]
             if partner is not None:
                 dots[:, :, 0, t] = (read(before) * repeat(partner)[:, t]).sum(-1)
         if reverse:
@@ -78,7 +80,8 @@ def plain_sweep(
     out = out if base is None else out + base
     if against is not None:
         states = (entered * np.asarray(against, np.float64)).reshape(*states.shape[:3], -1, 64, V).sum(3)
-    return None if q is None else as_input(out), as_input(states), None if partner is None else as_input(dots)
+        states = states if by_columns else states.reshape(*states.shape[:4], -1, 64).sum(-1).swapaxes(3, 4)
+    return None if q is None else as_input(out), as_input(states), as_input(dots) if own or partner is not None else None
 
 
 @pytest.fixture
@@ -136,6 +139,18 @@ def test_scaled_terms_hold_what_float32_does(plain, monkeypatch):
         assert error < 1e-6, (name, error)  # 7e-8, 6e-8, 2e-7; with two terms in place of three the state's is 2.6e-6
 
 
+@pytest.mark.parametrize('terms, bits', [(1, 8), (2, 17), (3, 24)])
+def test_terms_add_up(terms, bits):
+    """The first is the nearest, and what is not finite stays so."""
+    x = np.float32(np.random.default_rng(0).normal(size=1000) * 2.0 ** np.arange(-60, 40, 0.1))
+    parts = accumulate.split(jnp.asarray(x), terms, jnp.bfloat16)
+    error = np.abs(sum(np.float64(part) for part in parts) / x - 1).max()
+    assert 0.4 < error * 2**bits <= 1 if terms < 3 else error == 0
+    assert (np.abs(np.float64(parts[0]) / x - 1) <= 2.0**-8).all()
+    lost = sum(accumulate.split(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]), terms, jnp.bfloat16))
+    assert not np.isfinite(np.float32(lost)).any()
+
+
 def test_pieces_fill_the_chip_only_where_it_is_empty():
     assert mosaic_gpu.pieces(8, 2048, 16, 128, 128) == 1
     assert mosaic_gpu.pieces(1, 65536, 16, 128, 128) == 8
@@ -145,10 +160,13 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
 @pytest.mark.quick('True-head', 'False-channel', 'True-none', 'True-channel', 'False-token')
 @pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
 @pytest.mark.parametrize('beta', [False, True])
-def test_one_token(decay, beta):
+@pytest.mark.parametrize('version', decode.VERSIONS)
+def test_one_token(monkeypatch, version, decay, beta):
+    """Of 16 tiles, four a warpgroup of `by_ring`."""
+    monkeypatch.setattr(common, 'PROCESSORS', 1)
     (q, k, v, g, state), _, _ = check.Case('step', T=1, B=2, N=2, heads=1, K=40, V=80, decay=decay).arrays()
     strength = jnp.asarray([[[0.3, 1.0]], [[0.0, 2.0]]]) if beta else None
-    got = decode.one_token((0.5, True), q, k, v, strength, g, state)
+    got = decode.one_token((0.5, version, True), q, k, v, strength, g, state)
     narrow = lambda x: x if x is None or x.ndim == 1 else x[:, 0]
     want = decode.plain((0.5,), *map(narrow, (q, k, v, strength, g)), state)
     np.testing.assert_allclose(np.float32(got[0][:, 0]), np.float32(want[0]), rtol=1e-2, atol=1e-5)
