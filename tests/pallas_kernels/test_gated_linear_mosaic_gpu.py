@@ -157,7 +157,7 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
     assert mosaic_gpu.pieces(1, 1024, 1, 128, 128) == 2
 
 
-@pytest.mark.quick('True-head', 'False-channel', 'True-none', 'True-channel', 'False-token')
+@pytest.mark.quick(*(f'{v}-{c}' for v in decode.VERSIONS for c in ('True-head', 'False-channel', 'True-none', 'True-channel')))
 @pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
 @pytest.mark.parametrize('beta', [False, True])
 @pytest.mark.parametrize('version', decode.VERSIONS)
