@@ -1,0 +1,238 @@
+"""Two sweeps in one: that of (q, k, v), and that of (p, v, k), whose state is the same one transposed.
+
+    S_t = a_t S_{t-1} + k_t^T v_t    o_t = q_t S_t    r_t = p_t S_t^T
+
+Backward in time, with q = v, k = do, v = q and p = k, these are dk and dv. As in `sweep` a block computes a head and each
+consumer warpgroup owns 64 columns of the state; for r it also reads what the other one keeps, so they meet twice a chunk: before
+they read the state's copies, and before decayed values and results take their place.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import common
+from pallas_kernels.common import ROW, TILE
+from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear.sweep import CHUNK, SQUARE
+
+TERMS = 3  # of a float32 number
+block = lambda i: pl.ds(64 * i, 64)
+
+
+def takes(K: int, V: int) -> bool:
+    """Whether states of these widths, multiples of 64, are swept so."""
+    return K == V and K <= 128
+
+
+@common.lowered_once('reverse', 'precise', 'every', 'scale', 'interpret')
+def twin(
+    q, k, v, decay, state, partner, against=None, *, reverse=False, precise=False, every=None, scale=1.0, interpret=False
+):
+    """Runs both recurrences over all tokens.
+
+    Args:
+      q, k, v, decay, state, against, reverse, every, scale: as `sweep.sweep` takes them, one array each, of widths that `takes`.
+      partner: p, [B, T', Np, V].
+      precise: the state is multiplied by q as three 16-bit terms, and dots are wanted.
+
+    Returns:
+      out, r: [B, T', N, V], [B, T', N, K], bfloat16.
+      states: the last, float32 [B, N, 1, K, V].
+      met: with `against`, float32 [B, N, groups, V / 64, 64], as of `sweep`; else None.
+      dots: if precise, as of `sweep`; else None.
+    """
+    (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
+    N = max(x.shape[2] for x in (q, k, v, partner))
+    chunks, W = common.cdiv(T, CHUNK), V // 64
+    every = min(every or chunks, chunks)
+    copies, per = TERMS if precise else 1, TERMS if W > 1 else TERMS + 2
+    arrays = q, k, v, partner
+    ring = min(4, chunks, (common.SMEM_LIMIT - 3072 - 2 * per * K * V) // (2 * CHUNK * sum(x.shape[3] for x in arrays)))
+
+    def kernel(*refs_and_scratch):
+        *refs, (smem, g_smem, s_smem, full, free, kept, read) = refs_and_scratch
+        sources, (decay_ref, state_ref, against_ref, *results) = refs[:4], refs[4:]
+        out_ref, other_ref, states_ref, met_ref, dots_ref = results
+        q_smem, k_smem, v_smem, p_smem = smem
+        b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
+        place = lambda step: chunks - 1 - step if reverse else step
+
+        @pl.when(wg < W)
+        def _consume():
+            if W > 1 and not interpret:
+                plgpu.set_max_registers(232, action='increase')
+            mine = block(wg)
+            spot = lambda at, n: s_smem.at[at, n % per, block(n // per)]  # where decayed values and results are kept
+            split = functools.partial(accumulate.split, dtype=dtype)
+
+            def within(strict):
+                i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE) for dim in (0, 1))
+                later = j if reverse else i
+                return later > (i if reverse else j) if strict else later >= (i if reverse else j)
+
+            def meet(barrier):
+                if not interpret:
+                    common.publish()
+                plgpu.barrier_arrive(barrier)
+
+            def keep_copy(S):
+                for i in range(W):
+                    for term, part in enumerate(split(S[i], copies)):
+                        s_smem.at[wg, term, block(i)][...] = part
+                meet(kept)
+
+            def step(s, S):
+                slot, c = lax.rem(s, ring), place(s)
+                rows = pl.ds(c * CHUNK, CHUNK)
+                here = wg if interpret else wg + common.opaque_zero()
+                if against_ref is not None:
+                    reached = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
+
+                    @pl.when(reached)
+                    def _meet():
+                        of = lambda i: against_ref.at[b, h, c // every, block(i), mine]
+                        parts = [S[i] * plgpu.load(of(i), layout=TILE, optimized=False) for i in range(W)]
+                        met_ref.at[b, h, c // every, wg][...] = sum(parts[1:], parts[0]).sum(axis=1)
+
+                plgpu.barrier_wait(full.at[slot])
+                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+
+                def compare(weights, products):
+                    """The weights of pairs for out and for r; the dots of what tokens have from others of the chunk."""
+                    weights.add(q_smem.at[slot], k_smem.at[slot].T)
+                    products.add(p_smem.at[slot], v_smem.at[slot].T)
+                    pairs = jnp.where(within(False), 1.0 if decays is None else decays.pairs(), 0.0)
+                    x, y = weights.load(1) * pairs, products.load()
+                    dots = None
+                    if precise:  # every warpgroup has all of these, and halves add up exactly
+                        dots = jnp.where(within(True), x * y, 0.0).sum(axis=1) * (1 / W)
+                    return [x.astype(dtype) for x in (x, y * pairs)], dots
+
+                def read_state(out, other):
+                    weights, dots = accumulate.scoped(compare, SQUARE, SQUARE, interpret=interpret)
+                    plgpu.barrier_wait(kept)
+                    for term in reversed(range(copies)):
+                        out.add(q_smem.at[slot], s_smem.at[here, term])
+                    for i in range(W):
+                        other.add(p_smem.at[slot, :, block(i)], s_smem.at[i, 0, mine].T)
+                    found = [out.load(W), other.load()]
+                    plgpu.barrier_arrive(read)
+                    if decays is not None:
+                        found = [x * common.row(decays.read(), SQUARE) for x in found]
+                    if precise:
+                        of_mine = plgpu.load(p_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
+                        dots_ref.at[b, h, wg, rows][...] = dots + (found[0] * of_mine).sum(axis=1)
+                    for acc, x in zip((out, other), found):
+                        acc.set(x)
+                    for acc, left, right in zip((out, other), weights, (v_smem, k_smem)):
+                        acc.add(left, right.at[slot, :, mine])
+                    plgpu.barrier_wait(read)
+                    for n, acc in enumerate((out, other)):
+                        x = acc.load(1 - n)
+                        spot(wg, TERMS + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
+
+                def decayed_values():
+                    """What the keys write, decayed to the chunk's end: float32, hence as terms."""
+                    if decays is None:
+                        return []
+                    values = plgpu.load(v_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
+                    return split(values * common.row(decays.write(ROW), SQUARE), TERMS)
+
+                def write_state(*accumulators):
+                    right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(TERMS)]
+                    for i, acc in enumerate(accumulators):
+                        for term in reversed(right):
+                            acc.add(k_smem.at[slot, :, block(i)].T, term)
+                    for n, ref in enumerate((out_ref, other_ref)):
+                        plgpu.copy_smem_to_gmem(spot(wg, TERMS + n), ref.at[b, rows, h, mine])
+                    total = 1.0 if decays is None else decays.total()
+                    # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
+                    return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
+
+                accumulate.scoped(read_state, SQUARE, SQUARE, interpret=interpret)
+                for n, term in enumerate(decayed_values()):
+                    spot(wg, n)[...] = term
+                plgpu.commit_smem()
+                S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
+                plgpu.barrier_arrive(free.at[slot])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # here the warpgroup's products are done as well
+                keep_copy(S)
+                return S
+
+            if state_ref is None:
+                S = tuple(plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILE) for _ in range(W))
+            else:
+                part_of = lambda i: state_ref.at[b, h, block(i), mine]
+                S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(W))
+            keep_copy(S)
+            S = lax.fori_loop(0, chunks, step, S)
+            plgpu.barrier_wait(kept)
+            for i in range(W):
+                states_ref.at[b, h, 0, block(i), mine][...] = S[i]
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(wg == W)
+        def _produce():
+            if W > 1 and not interpret:
+                plgpu.set_max_registers(40, action='decrease')
+
+            @plgpu.warp_map
+            def _warp(warp):
+                @pl.when(warp == 0)
+                def _():
+                    @pl.loop(0, chunks)
+                    def _load(s):
+                        slot, c = lax.rem(s, ring), place(s)
+                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
+                        for ref, to in zip(sources, smem):
+                            source = ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // ref.shape[2])]
+                            plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
+                        if decay_ref is not None:
+                            at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
+                            plgpu.copy_gmem_to_smem(decay_ref.at[*at], g_smem.at[slot], full.at[slot])
+
+                    @pl.loop(max(chunks - ring, 0), chunks)
+                    def _drain(s):
+                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+
+    def entry_point(*refs):
+        pl.run_scoped(
+            lambda *scratch: kernel(*refs, scratch),
+            tuple(common.swizzled((ring, CHUNK, x.shape[3]), dtype) for x in arrays),
+            None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
+            common.swizzled((W, per, K, 64), dtype),
+            plgpu.Barrier(num_arrivals=len(arrays) + (decay is not None), num_barriers=ring),
+            plgpu.Barrier(num_arrivals=W, num_barriers=ring),
+            plgpu.Barrier(num_arrivals=W),
+            plgpu.Barrier(num_arrivals=W),
+            collective_axes='wg',
+        )
+
+    entry_point.__name__ = 'twin' + '_back' * reverse  # what profilers show
+    f32 = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    return plgpu.kernel(
+        entry_point,
+        out_type=(
+            jax.ShapeDtypeStruct((B, T, N, V), dtype),
+            jax.ShapeDtypeStruct((B, T, N, K), dtype),
+            f32((B, N, 1, K, V)),
+            None if against is None else f32((B, N, common.cdiv(chunks, every), W, 64)),
+            f32((B, N, W, chunks * CHUNK)) if precise else None,
+        ),
+        grid=(B, N),
+        grid_names=('b', 'h'),
+        num_threads=W + 1,
+        thread_name='wg',
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # two a store; where warps must wait for each other is written out
+        ),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )(*arrays, decay, state, against)
