@@ -117,6 +117,16 @@ def publish():
     fence()
 
 
+def together():
+    """All threads of the warpgroup come here before one goes on: a barrier, where automatic ones are left out."""
+
+    @plgpu.inline_mgpu()
+    def barrier(_):
+        mgpu.warpgroup_barrier()
+
+    barrier()
+
+
 def any_not_finite(row):
     """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
 

@@ -95,8 +95,8 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, the gradients of
-        key and value by `twin`.
+      version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, gradients of key
+        and value by `twin`, sweeps with `written` barriers.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -129,10 +129,11 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, _, interpret = static
+    scale, version, interpret = static
+    options = {'written': version == 'candidate', 'scale': scale, 'interpret': interpret}
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
     state = None if initial_state is None else pad_state(initial_state)
-    out, states, _ = run(*map(pad, (q, k, v)), decay, state, scale=scale, interpret=interpret)
+    out, states, _ = run(*map(pad, (q, k, v)), decay, state, **options)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
     return out, last
 
@@ -161,7 +162,8 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
+    written = version == 'candidate'
+    sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
     dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
     if version == 'candidate' and takes(k8.shape[3], v8.shape[3]):
@@ -173,7 +175,9 @@ def _backward(static, saved, cotangents):
         dstates = dstates.swapaxes(3, 4)
     else:
         of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
-        of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
+        of_keys = functools.partial(
+            run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, written=written, interpret=interpret
+        )
         back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
         dv, dstates, writes, dk, felt = back('bng' if grouped else None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))

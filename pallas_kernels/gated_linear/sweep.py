@@ -8,8 +8,6 @@ memory; each consumer warpgroup owns 64 columns of v, so that warpgroups exchang
 float32 registers; a 16-bit copy in shared memory is the right operand of q S.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,7 +39,9 @@ def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) ->
     return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
-@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'interpret')
+@common.lowered_once(
+    'by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'written', 'interpret'
+)
 def sweep(
     q,
     k,
@@ -62,6 +62,7 @@ def sweep(
     every=None,
     scale=1.0,
     heads=0,
+    written=False,
     interpret=False,
 ):
     """Runs the recurrence over all tokens.
@@ -86,6 +87,7 @@ def sweep(
       wide: out is float32.
       own: without partner, dots are the products q_t . k_t, once for every 64 columns.
       scale: multiplies out (not the states).
+      written: barriers of a warpgroup stand where they must, and not at every load and store.
 
     Returns:
       out: [B, T', N, V], bfloat16 (float32 if wide); None without q.
@@ -142,7 +144,7 @@ def sweep(
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i == j
 
-            split = functools.partial(accumulate.split, dtype=dtype)
+            split = lambda x, terms: accumulate.split(x, terms, dtype, nearest=terms < 3)  # three are x however they are made
 
             def rescale(S, slot):
                 if by_columns:
@@ -151,8 +153,14 @@ def sweep(
                 factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
                 return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
 
+            def read_by_all():
+                """Before memory is written that products have read."""
+                if written and not interpret:
+                    common.together()
+
             def keep_copy(S):
                 if q_smem:
+                    read_by_all()
                     for i in range(depth):
                         for term, part in enumerate(split(S[i], copies)):
                             s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
@@ -208,7 +216,10 @@ def sweep(
                     place = (
                         (lambda at, term: w_smem.at[at, term]) if apart else lambda at, term: s_smem.at[at, term, pl.ds(0, 64)]
                     )
-                    for term, part in enumerate(split(value * common.row(decays.write(ROW), SQUARE), best)):
+                    found = split(value * common.row(decays.write(ROW), SQUARE), best)
+                    if not (apart and q_smem):  # else they met when they kept the copy
+                        read_by_all()
+                    for term, part in enumerate(found):
                         place(wg, term)[...] = part
                     plgpu.commit_smem()
                     return [place(here, term) for term in range(best)]
@@ -383,6 +394,7 @@ def sweep(
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=written,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(q, k, v, decay, state, partner, scales, base, against)

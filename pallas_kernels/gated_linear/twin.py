@@ -3,8 +3,8 @@
     S_t = a_t S_{t-1} + k_t^T v_t    o_t = q_t S_t    r_t = p_t S_t^T
 
 Backward in time, with q = v, k = do, v = q and p = k, these are dk and dv. As in `sweep` a block computes a head and each
-consumer warpgroup owns 64 columns of the state; for r it also reads what the other one keeps, so they meet twice a chunk: before
-they read the state's copies, and before decayed values and results take their place.
+consumer warpgroup owns 64 columns of the state. For r it also reads what the other one keeps, so they meet twice a chunk:
+before they read the state's copies, and before decayed values and results take their place.
 """
 
 import functools
@@ -30,13 +30,11 @@ def takes(K: int, V: int) -> bool:
 
 
 @common.lowered_once('reverse', 'precise', 'every', 'scale', 'interpret')
-def twin(
-    q, k, v, decay, state, partner, against=None, *, reverse=False, precise=False, every=None, scale=1.0, interpret=False
-):
+def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise=False, every=None, scale=1.0, interpret=False):
     """Runs both recurrences over all tokens.
 
     Args:
-      q, k, v, decay, state, against, reverse, every, scale: as `sweep.sweep` takes them, one array each, of widths that `takes`.
+      q, k, v, decay, state, against, reverse, every, scale: as `sweep` takes them, one array each, of widths that `takes`.
       partner: p, [B, T', Np, V].
       precise: the state is multiplied by q as three 16-bit terms, and dots are wanted.
 
@@ -75,37 +73,35 @@ def twin(
                 later = j if reverse else i
                 return later > (i if reverse else j) if strict else later >= (i if reverse else j)
 
-            def meet(barrier):
-                if not interpret:
-                    common.publish()
-                plgpu.barrier_arrive(barrier)
-
-            def keep_copy(S):
-                for i in range(W):
-                    for term, part in enumerate(split(S[i], copies)):
-                        s_smem.at[wg, term, block(i)][...] = part
-                meet(kept)
-
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
                 rows = pl.ds(c * CHUNK, CHUNK)
                 here = wg if interpret else wg + common.opaque_zero()
-                if against_ref is not None:
-                    reached = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
-
-                    @pl.when(reached)
-                    def _meet():
-                        of = lambda i: against_ref.at[b, h, c // every, block(i), mine]
-                        parts = [S[i] * plgpu.load(of(i), layout=TILE, optimized=False) for i in range(W)]
-                        met_ref.at[b, h, c // every, wg][...] = sum(parts[1:], parts[0]).sum(axis=1)
-
+                mine = block(here)
                 plgpu.barrier_wait(full.at[slot])
                 decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+
+                def keep_copy():
+                    for i in range(W):
+                        for term, part in enumerate(split(S[i], copies)):
+                            s_smem.at[here, term, block(i)][...] = part
+                    if not interpret:
+                        common.publish()
+                    plgpu.barrier_arrive(kept)
+
+                def meet_other():
+                    of = lambda i: against_ref.at[b, h, c // every, block(i), mine]
+                    parts = [S[i] * plgpu.load(of(i), layout=TILE, optimized=False) for i in range(W)]
+                    met_ref.at[b, h, c // every, here][...] = sum(parts[1:], parts[0]).sum(axis=1)
 
                 def compare(weights, products):
                     """The weights of pairs for out and for r; the dots of what tokens have from others of the chunk."""
                     weights.add(q_smem.at[slot], k_smem.at[slot].T)
                     products.add(p_smem.at[slot], v_smem.at[slot].T)
+                    # A branch, before which the compiler does not begin what is to run beside the products. Where results left
+                    # from, the state's copies come.
+                    pl.when(s > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
+                    keep_copy()
                     pairs = jnp.where(within(False), 1.0 if decays is None else decays.pairs(), 0.0)
                     x, y = weights.load(1) * pairs, products.load()
                     dots = None
@@ -114,19 +110,20 @@ def twin(
                     return [x.astype(dtype) for x in (x, y * pairs)], dots
 
                 def read_state(out, other):
-                    weights, dots = accumulate.scoped(compare, SQUARE, SQUARE, interpret=interpret)
-                    plgpu.barrier_wait(kept)
                     for term in reversed(range(copies)):
                         out.add(q_smem.at[slot], s_smem.at[here, term])
                     for i in range(W):
                         other.add(p_smem.at[slot, :, block(i)], s_smem.at[i, 0, mine].T)
+                    if against_ref is not None:
+                        reached = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
+                        pl.when(reached)(meet_other)
                     found = [out.load(W), other.load()]
                     plgpu.barrier_arrive(read)
                     if decays is not None:
                         found = [x * common.row(decays.read(), SQUARE) for x in found]
                     if precise:
                         of_mine = plgpu.load(p_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
-                        dots_ref.at[b, h, wg, rows][...] = dots + (found[0] * of_mine).sum(axis=1)
+                        dots_ref.at[b, h, here, rows][...] = dots + (found[0] * of_mine).sum(axis=1)
                     for acc, x in zip((out, other), found):
                         acc.set(x)
                     for acc, left, right in zip((out, other), weights, (v_smem, k_smem)):
@@ -134,7 +131,7 @@ def twin(
                     plgpu.barrier_wait(read)
                     for n, acc in enumerate((out, other)):
                         x = acc.load(1 - n)
-                        spot(wg, TERMS + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
+                        spot(here, TERMS + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
 
                 def decayed_values():
                     """What the keys write, decayed to the chunk's end: float32, hence as terms."""
@@ -149,19 +146,19 @@ def twin(
                         for term in reversed(right):
                             acc.add(k_smem.at[slot, :, block(i)].T, term)
                     for n, ref in enumerate((out_ref, other_ref)):
-                        plgpu.copy_smem_to_gmem(spot(wg, TERMS + n), ref.at[b, rows, h, mine])
+                        plgpu.copy_smem_to_gmem(spot(here, TERMS + n), ref.at[b, rows, h, mine])
                     total = 1.0 if decays is None else decays.total()
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
 
+                weights, dots = accumulate.scoped(compare, SQUARE, SQUARE, interpret=interpret)
+                plgpu.barrier_wait(kept)
                 accumulate.scoped(read_state, SQUARE, SQUARE, interpret=interpret)
                 for n, term in enumerate(decayed_values()):
-                    spot(wg, n)[...] = term
+                    spot(here, n)[...] = term
                 plgpu.commit_smem()
                 S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # here the warpgroup's products are done as well
-                keep_copy(S)
                 return S
 
             if state_ref is None:
@@ -169,9 +166,7 @@ def twin(
             else:
                 part_of = lambda i: state_ref.at[b, h, block(i), mine]
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(W))
-            keep_copy(S)
             S = lax.fori_loop(0, chunks, step, S)
-            plgpu.barrier_wait(kept)
             for i in range(W):
                 states_ref.at[b, h, 0, block(i), mine][...] = S[i]
             plgpu.wait_smem_to_gmem(0)
