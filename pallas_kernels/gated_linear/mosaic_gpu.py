@@ -95,8 +95,8 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, gradients of key
-        and value by `twin`, sweeps with `written` barriers.
+      version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, gradients of
+        key and value by `twin`, sweeps with `written` barriers.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.

@@ -32,10 +32,11 @@ def plain_sweep(
     every=None,
     scale=1.0,
     heads=0,
+    written=False,
     interpret=False,
 ):
     """What `sweep` promises, token by token in float64."""
-    del interpret, precise, wide
+    del interpret, precise, wide, written
     exact = lambda terms: sum(np.asarray(x, np.float64) for x in terms) if terms else None
     q, k, v = (exact(mosaic_gpu.terms_of(x)) for x in (q, k, v))
     (B, T, _, K), V = k.shape, v.shape[3]
@@ -84,11 +85,23 @@ def plain_sweep(
     return None if q is None else as_input(out), as_input(states), as_input(dots) if own or partner is not None else None
 
 
+def plain_twin(q, k, v, decay, state, partner, against=None, *, precise=False, every=None, **options):
+    """What `twin` promises."""
+    turned = None if state is None else state.swapaxes(2, 3)
+    other, _, _ = plain_sweep(partner, v, k, decay, turned, **options)
+    out, states, dots = plain_sweep(q, k, v, decay, state, partner if precise else None, **options)
+    met = None
+    if against is not None:
+        met = plain_sweep(q, k, v, decay, state, against=against, every=every, **options)[1]
+    return out, other, states, met, dots
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
+    monkeypatch.setattr(mosaic_gpu, 'twin', plain_twin)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
@@ -112,11 +125,16 @@ CASES = [
 ]
 
 
-@pytest.mark.quick('shared heads', 'none', 'constant, pieces', 'channel', 'channel, strong')
-@pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
-def test_derivatives_and_pieces(plain, monkeypatch, case):
+BOTH = [(version, case) for case in CASES for version in decode.VERSIONS if version == 'proven' or case.decay != 'channel']
+
+
+@pytest.mark.quick(
+    *(f'proven-{name}' for name in ('none', 'channel', 'channel, strong')), *(f'candidate-{c.name}' for c in CASES[:4])
+)
+@pytest.mark.parametrize('version, case', BOTH, ids=lambda x: getattr(x, 'name', x))
+def test_derivatives_and_pieces(plain, monkeypatch, version, case):
     with emulated(monkeypatch, common, scaling):
-        got = gradients(mosaic_gpu.gated_linear, case)
+        got = gradients(functools.partial(mosaic_gpu.gated_linear, version=version), case)
     with jax.enable_x64(True):
         want = gradients(functools.partial(check.oracle, dtype=jnp.float64), case)
     assert got.keys() == want.keys()
@@ -173,8 +191,12 @@ def test_one_token(monkeypatch, version, decay, beta):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
 
-def test_interpreted_with_race_detection():
-    good, errors = check.check(check.Case('small', T=70, N=1, K=64, V=64, resets=0.05), interpret=True)
+@pytest.mark.quick('candidate-64', 'proven-64')
+@pytest.mark.parametrize('width', [64, 128])
+@pytest.mark.parametrize('version', decode.VERSIONS)
+def test_interpreted_with_race_detection(version, width):
+    kernel = functools.partial(mosaic_gpu.gated_linear, version=version)
+    good, errors = check.check(check.Case('small', T=70, N=1, K=width, V=width, resets=0.05), interpret=True, kernel=kernel)
     assert good, errors
 
 
