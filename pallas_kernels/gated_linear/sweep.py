@@ -177,20 +177,17 @@ def sweep(
                 source = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
                 return plgpu.load(source, layout=TILE, optimized=False)
 
+            def meet(S, c):
+                """<S, against> where the sweep comes to a group."""
+                other = lambda i: plgpu.load(of_group(against_ref, c, i), layout=TILE, optimized=False)
+                total = sum((S[i] * other(i) for i in range(1, depth)), S[0] * other(0))
+                if by_columns:
+                    of_group(states_ref, c, 0)[...] = total
+                else:
+                    states_ref.at[b, h, c // every, part * W + wg][...] = total.sum(axis=1)
+
             def step(s, carry):
                 (S, other), slot, c = carry, lax.rem(s, ring), place(s)
-                if against_ref is not None:
-                    met = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
-
-                    @pl.when(met)
-                    def _meet():
-                        other = lambda i: plgpu.load(of_group(against_ref, c, i), layout=TILE, optimized=False)
-                        total = sum((S[i] * other(i) for i in range(1, depth)), S[0] * other(0))
-                        if by_columns:
-                            of_group(states_ref, c, 0)[...] = total
-                        else:
-                            states_ref.at[b, h, c // every, part * W + wg][...] = total.sum(axis=1)
-
                 rows = pl.ds(c * CHUNK, CHUNK)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
@@ -207,6 +204,10 @@ def sweep(
                     places = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < terms]
                     for i, j in sorted(places, key=sum, reverse=True):
                         acc.add(left[i], right[j])
+                    return len(places)
+
+                def read(out):
+                    return multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
 
                 def decayed_values():
                     """What the keys write, decayed to the chunk's end: float32, hence as terms."""
@@ -242,14 +243,17 @@ def sweep(
 
                     return sum(map(of_rows, range(0, depth, pair)), ())
 
-                def compare():
-                    """The weights of pairs, as terms; the partner's dots with what tokens have from others of the chunk."""
+                def compare(out=None):
+                    """The weights of pairs, as terms; the partner's dots with what tokens have from others of the chunk.
+
+                    With `out`, the state is read meanwhile.
+                    """
 
                     def run(acc, *met):
                         multiply(acc, queries, [x.at[slot].T for x in k_smem], best if precise else 2)
                         for product in met:  # other_i . v_j, of 64 columns
                             multiply(product, [other], [x.T for x in values], best)
-                        weights = acc.load(len(met) and len(values))
+                        weights = acc.load(read(out) if out is not None else len(met) and len(values))
                         if own:
                             dots_of(rows)[...] = jnp.where(diagonal(), weights, 0.0).sum(axis=1)
                         weights = weights if decays is None else weights * decays.pairs()
@@ -266,8 +270,9 @@ def sweep(
                 compared = None if partner_ref is None else compare()  # before the state's product, for registers
 
                 def read_state(out):
-                    multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
-                    weights, dots = compared or compare()
+                    if compared:
+                        read(out)
+                    weights, dots = compared or compare(out)
                     if decays is not None or other is not None:
                         before = out.load(0) if decays is None else out.load(0) * common.row(decays.read(), SQUARE)
                         if other is not None:
@@ -305,8 +310,11 @@ def sweep(
                 if dots is not None:
                     dots_of(rows)[...] = dots
 
-                if against_ref is None:
-                    passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+                passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+
+                if against_ref is not None:
+                    pl.when(passed & (s < chunks - 1))(lambda: meet(S, place(s + 1)))
+                else:
 
                     @pl.when(passed)
                     def _emit():
@@ -322,6 +330,8 @@ def sweep(
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
             if c_smem is None:
                 keep_copy(S)
+            if against_ref is not None:
+                meet(S, place(0))
             lax.fori_loop(0, chunks, step, (S, partner_of(0)))
             plgpu.wait_smem_to_gmem(0)
 
