@@ -76,7 +76,9 @@ FUNCTIONS = {
     'without a rule': lambda i: lax.population_count(i.k) == 2,
     'loop': lambda i: lax.fori_loop(0, 3, lambda n, x: x * 2, i.k) < 40,
     'not a number': lambda i: (i.q * jnp.nan) != (i.k * jnp.nan),
-    'infinities that meet': lambda i: jnp.where(i.q > 9, jnp.inf, -jnp.inf) - jnp.where(i.k > 9, jnp.inf, -jnp.inf) >= -jnp.inf,
+    'infinities that meet': lambda i: (
+        jnp.where(i.q > 9, jnp.inf, -jnp.inf) - jnp.where(i.k > 9, jnp.inf, -jnp.inf) >= -jnp.inf
+    ),
     'zero times infinity': lambda i: (i.q - 9).astype(f32) * jnp.where(i.k > 9, jnp.inf, 1.0) >= -jnp.inf,
     'infinite': lambda i: jnp.where(i.q > 9, jnp.inf, -jnp.inf) - jnp.where(i.k > 9, jnp.inf, 0.0) > 0,
     'constant': lambda i: i.q == i.q,

@@ -332,7 +332,9 @@ FAST = ('causal', 128), ('documents, softcap, sinks', 64), ('strip', 64), ('bias
 PAIRS = [*((name, 64) for name in OPTIONS), *((name, H) for name in ('causal', 'strip') for H in (128, 40, 256))]
 
 
-@pytest.mark.parametrize(('name', 'H'), [p if p in FAST else pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS])
+@pytest.mark.parametrize(
+    ('name', 'H'), [p if p in FAST else pytest.param(*p, marks=pytest.mark.slow) for p in PAIRS]
+)
 def test_lowers_for_cuda(name, H):
     options = {k: jnp.asarray(v) if isinstance(v, np.ndarray) else v for k, v in OPTIONS[name].items()}
     lse = options.pop('return_lse', False)
