@@ -1,10 +1,15 @@
 """Decays of tokens and heads as the sweeps take them, and the gradient of their logarithms."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.gated_linear.sweep import CHUNK
+from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.gated_linear.sweep import CHUNK, SQUARE
 
 ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32 without denormals
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
@@ -74,6 +79,50 @@ def decay_gradient(each, anchors, step):
     heard = (count + jnp.cumsum(silences, axis=3) - silences == 0).reshape(*silent.shape[:2], *each.shape[2:])
     each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
     return each.reshape(B, N, -1)[..., :T]
+
+
+def decay_gradient_by_kernel(each, anchors, step, *, interpret=False):
+    """`decay_gradient`, a warpgroup a group of chunks: a sum over tokens is a row of a masked tile of 64 x 64."""
+    (B, N, T), groups, size = each.shape, anchors.shape[2] - 1, GROUP * CHUNK
+    step = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T))
+    each, step = (jnp.pad(x, [(0, 0), (0, 0), (0, groups * size - T)]) for x in (each, step))
+
+    def decay_gradient(each_ref, anchors_ref, step_ref, out_ref):
+        b, h, g = (lax.axis_index(name) for name in 'bhg')
+        i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=TILE).astype(jnp.float32) for axis in (0, 1))
+        of = lambda ref: ref.at[b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0]
+        rows = lambda c: pl.ds(g * size + c * CHUNK, CHUNK)
+        spread = lambda ref, c: common.col(plgpu.load(of(ref).at[rows(c)], layout=COL, optimized=False), SQUARE)
+        least = lambda x: -(-x).max(axis=1)
+        # Vectors have a number for each token, some of them the same.
+        following, chunks = common.filled(CHUNK, 0.0) + anchors_ref[b, h, g + 1], []
+        heard = common.filled(CHUNK, 0.0) + jnp.minimum(T - g * size, size).astype(jnp.float32)  # tokens before a silent one
+        for c in reversed(range(GROUP)):
+            silent = jnp.where(spread(step_ref, c) <= NEGLIGIBLE, j, 1.0 * CHUNK)
+            values, first = spread(each_ref, c), least(silent)
+            end = least(jnp.where(j >= i, silent, 1.0 * CHUNK))  # the next that is silent, from each token on
+            within = jnp.where(j >= i, jnp.where(j < common.row(end, SQUARE), values, 0.0), 0.0).sum(axis=1)
+            whole = jnp.where(j < common.row(first, SQUARE), values, 0.0).sum(axis=1)
+            chunks.append(within + jnp.where(end < CHUNK, 0.0, following))
+            following = whole + jnp.where(first < CHUNK, 0.0, following)
+            heard = jnp.where(first < CHUNK, first + 1.0 * c * CHUNK, heard)
+        slope = (anchors_ref[b, h, g] - following) / jnp.maximum(heard, 1.0)
+        place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW).astype(jnp.float32)
+        for c, x in enumerate(reversed(chunks)):
+            of(out_ref).at[rows(c)][...] = x + jnp.maximum(heard - place - 1.0 * c * CHUNK, 0.0) * slope
+
+    out = plgpu.kernel(
+        decay_gradient,
+        out_type=jax.ShapeDtypeStruct(each.shape, jnp.float32),
+        grid=(B, N, groups),
+        grid_names=('b', 'h', 'g'),
+        compiler_params=plgpu.CompilerParams(
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # no memory is shared
+        ),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )(each, anchors, step)
+    return out[..., :T]
 
 
 def bridge(heard, T: int):

@@ -133,7 +133,7 @@ BOTH = [(version, case) for case in CASES for version in decode.VERSIONS if vers
 )
 @pytest.mark.parametrize('version, case', BOTH, ids=lambda x: getattr(x, 'name', x))
 def test_derivatives_and_pieces(plain, monkeypatch, version, case):
-    with emulated(monkeypatch, common, scaling):
+    with emulated(monkeypatch, common, scaling, decays):
         got = gradients(functools.partial(mosaic_gpu.gated_linear, version=version), case)
     with jax.enable_x64(True):
         want = gradients(functools.partial(check.oracle, dtype=jnp.float64), case)
