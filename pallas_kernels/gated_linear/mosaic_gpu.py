@@ -96,7 +96,7 @@ def gated_linear(
       scale: a Python number.
       chunk: None or 64.
       version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, gradients of
-        key and value by `twin`, sweeps with `written` barriers.
+        key and value by `twin`, sweeps with `written` barriers. 'twins': that of query by `twin` too.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -108,6 +108,7 @@ def gated_linear(
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
+        version = 'proven' if version == 'proven' else 'candidate'
         return decode.one_token((scale, version, interpret), query, key, value, None, log_decay, initial_state)
     run, static = _gated_linear, (scale, version, interpret)
     if log_decay is not None and log_decay.ndim == 4:
@@ -121,6 +122,7 @@ def gated_linear(
 
 
 candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
+twins = functools.partial(gated_linear, version='twins')
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):
@@ -130,7 +132,7 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, version, interpret = static
-    options = {'written': version == 'candidate', 'scale': scale, 'interpret': interpret}
+    options = {'written': version != 'proven', 'scale': scale, 'interpret': interpret}
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
     state = None if initial_state is None else pad_state(initial_state)
     out, states, _ = run(*map(pad, (q, k, v)), decay, state, **options)
@@ -162,18 +164,24 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    written = version == 'candidate'
-    sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
-    dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
+    written = version != 'proven'
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    if version == 'candidate' and takes(k8.shape[3], v8.shape[3]):
-        both = functools.partial(run_twin, v8, do8, q8, decay, transposed, k8, precise=grouped, scale=scale)
-        dk, dv, dstates, met, writes = both(states if grouped else None, interpret=interpret)
+    if written and takes(k8.shape[3], v8.shape[3]):
+        of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
+        if version == 'twins':
+            dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8, both=False)
+        else:
+            sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
+            dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
+        against = states if grouped else None
+        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True)
         if grouped:
             first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
             felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
         dstates = dstates.swapaxes(3, 4)
     else:
+        sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
+        dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
         of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
         of_keys = functools.partial(
             run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, written=written, interpret=interpret
@@ -318,14 +326,14 @@ def run(
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
-def run_twin(q, k, v, decay, state, partner, against=None, *, interpret=False, parts=None, **options):
-    """`twin`, backward in time, by the schedule that the shape asks for."""
+def run_twin(q, k, v, decay, state, partner, against=None, *, reverse=False, grouped=False, interpret=False, **options):
+    """`twin` by the schedule that the shape asks for."""
     (B, T, _, K), V = k.shape, v.shape[3]
     arrays = q, k, v, partner
     N = max(x.shape[2] for x in arrays)
-    cut = Pieces(T, parts or pieces(B, T, N, K, V))
-    shared = {'reverse': True, 'interpret': interpret}
-    options |= shared | {'every': decays.GROUP}
+    cut = Pieces(T, pieces(B, T, N, K, V))
+    shared = {'reverse': reverse, 'interpret': interpret}
+    options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped}
     if cut.count > 1:
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, arrays)
@@ -333,9 +341,12 @@ def run_twin(q, k, v, decay, state, partner, against=None, *, interpret=False, p
         state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
     if cut.count > 1:
-        out, other = (cut.join(x)[:, :T] for x in (out, other))
-        states, met, dots = (None if x is None else cut.join(x, axis) for x, axis in ((states, 2), (met, 2), (dots, 3)))
-    return out, other, states[:, :, :1], met, dots
+        join = lambda x, axis: None if x is None else cut.join(x, axis)
+        out, other = (x if x is None else x[:, :T] for x in (join(out, 1), join(other, 1)))
+        states, met, dots = join(states, 2), join(met, 2), join(dots, 3)
+    if against is not None or not grouped:
+        states = states[:, :, :1] if reverse else states[:, :, -1:]
+    return out, other, states, met, dots
 
 
 def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):

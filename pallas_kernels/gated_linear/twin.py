@@ -29,8 +29,23 @@ def takes(K: int, V: int) -> bool:
     return K == V and K <= 128
 
 
-@common.lowered_once('reverse', 'precise', 'every', 'scale', 'interpret')
-def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise=False, every=None, scale=1.0, interpret=False):
+@common.lowered_once('both', 'reverse', 'precise', 'every', 'scale', 'interpret')
+def twin(
+    q,
+    k,
+    v,
+    decay,
+    state,
+    partner,
+    against=None,
+    *,
+    both=True,
+    reverse=False,
+    precise=False,
+    every=None,
+    scale=1.0,
+    interpret=False,
+):
     """Runs both recurrences over all tokens.
 
     Args:
@@ -83,8 +98,10 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
 
                 def keep_copy():
                     for i in range(W):
-                        for term, part in enumerate(split(S[i], copies)):
+                        for term, part in enumerate(split(S[i], copies, nearest=both or copies < TERMS)):
                             s_smem.at[here, term, block(i)][...] = part
+                    if not both:
+                        return plgpu.commit_smem()
                     if not interpret:
                         common.publish()
                     plgpu.barrier_arrive(kept)
@@ -97,7 +114,8 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
                 def compare(weights, products):
                     """The weights of pairs for out and for r; the dots of what tokens have from others of the chunk."""
                     weights.add(q_smem.at[slot], k_smem.at[slot].T)
-                    products.add(p_smem.at[slot], v_smem.at[slot].T)
+                    of = (slot,) if both else (slot, slice(None), mine)
+                    products.add(p_smem.at[*of], v_smem.at[*of].T)
                     # A branch, before which the compiler does not begin what is to run beside the products. Where results left
                     # from, the state's copies come.
                     pl.when(s > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
@@ -106,31 +124,36 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
                     x, y = weights.load(1) * pairs, products.load()
                     dots = None
                     if precise:  # every warpgroup has all of these, and halves add up exactly
-                        dots = jnp.where(within(True), x * y, 0.0).sum(axis=1) * (1 / W)
-                    return [x.astype(dtype) for x in (x, y * pairs)], dots
+                        dots = jnp.where(within(True), x * y, 0.0).sum(axis=1) * (1 / W if both else 1.0)
+                    return [x.astype(dtype) for x in ((x, y * pairs) if both else (x,))], dots
 
-                def read_state(out, other):
+                def read_state(*accumulators):
+                    out, other = (*accumulators, None)[:2]
                     for term in reversed(range(copies)):
                         out.add(q_smem.at[slot], s_smem.at[here, term])
-                    for i in range(W):
+                    for i in range(W if both else 0):
                         other.add(p_smem.at[slot, :, block(i)], s_smem.at[i, 0, mine].T)
                     if against_ref is not None:
                         reached = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
                         pl.when(reached)(meet_other)
-                    found = [out.load(W), other.load()]
-                    plgpu.barrier_arrive(read)
+                    found = [acc.load(W * (both and n == 0)) for n, acc in enumerate(accumulators)]
+                    if both:
+                        plgpu.barrier_arrive(read)
+                    elif not interpret:
+                        common.together()
                     if decays is not None:
                         found = [x * common.row(decays.read(), SQUARE) for x in found]
                     if precise:
                         of_mine = plgpu.load(p_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
                         dots_ref.at[b, h, here, rows][...] = dots + (found[0] * of_mine).sum(axis=1)
-                    for acc, x in zip((out, other), found):
+                    for acc, x in zip(accumulators, found):
                         acc.set(x)
-                    for acc, left, right in zip((out, other), weights, (v_smem, k_smem)):
+                    for acc, left, right in zip(accumulators, weights, (v_smem, k_smem)):
                         acc.add(left, right.at[slot, :, mine])
-                    plgpu.barrier_wait(read)
-                    for n, acc in enumerate((out, other)):
-                        x = acc.load(1 - n)
+                    if both:
+                        plgpu.barrier_wait(read)
+                    for n, acc in enumerate(accumulators):
+                        x = acc.load(len(accumulators) - 1 - n)
                         spot(here, TERMS + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
 
                 def decayed_values():
@@ -138,27 +161,36 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
                     if decays is None:
                         return []
                     values = plgpu.load(v_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
-                    return split(values * common.row(decays.write(ROW), SQUARE), TERMS)
+                    return split(values * common.row(decays.write(ROW), SQUARE), TERMS, nearest=False)
 
                 def write_state(*accumulators):
                     right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(TERMS)]
                     for i, acc in enumerate(accumulators):
                         for term in reversed(right):
                             acc.add(k_smem.at[slot, :, block(i)].T, term)
-                    for n, ref in enumerate((out_ref, other_ref)):
+                    for n, ref in enumerate((out_ref, other_ref) if both else (out_ref,)):
                         plgpu.copy_smem_to_gmem(spot(here, TERMS + n), ref.at[b, rows, h, mine])
                     total = 1.0 if decays is None else decays.total()
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
 
                 weights, dots = accumulate.scoped(compare, SQUARE, SQUARE, interpret=interpret)
-                plgpu.barrier_wait(kept)
-                accumulate.scoped(read_state, SQUARE, SQUARE, interpret=interpret)
+                if both:
+                    plgpu.barrier_wait(kept)
+                accumulate.scoped(read_state, *[SQUARE] * (1 + both), interpret=interpret)
                 for n, term in enumerate(decayed_values()):
                     spot(here, n)[...] = term
                 plgpu.commit_smem()
                 S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
+                if against_ref is None:
+                    passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+
+                    @pl.when(passed)
+                    def _emit():
+                        for i in range(W):
+                            states_ref.at[b, h, c // every, block(i), mine][...] = S[i]
+
                 return S
 
             if state_ref is None:
@@ -167,7 +199,7 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
                 part_of = lambda i: state_ref.at[b, h, block(i), mine]
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(W))
             S = lax.fori_loop(0, chunks, step, S)
-            for i in range(W):
+            for i in range(W if against_ref is not None else 0):
                 states_ref.at[b, h, 0, block(i), mine][...] = S[i]
             plgpu.wait_smem_to_gmem(0)
 
@@ -214,8 +246,8 @@ def twin(q, k, v, decay, state, partner, against=None, *, reverse=False, precise
         entry_point,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, V), dtype),
-            jax.ShapeDtypeStruct((B, T, N, K), dtype),
-            f32((B, N, 1, K, V)),
+            jax.ShapeDtypeStruct((B, T, N, K), dtype) if both else None,
+            f32((B, N, common.cdiv(chunks, every) if against is None else 1, K, V)),
             None if against is None else f32((B, N, common.cdiv(chunks, every), W, 64)),
             f32((B, N, W, chunks * CHUNK)) if precise else None,
         ),

@@ -85,12 +85,14 @@ def plain_sweep(
     return None if q is None else as_input(out), as_input(states), as_input(dots) if own or partner is not None else None
 
 
-def plain_twin(q, k, v, decay, state, partner, against=None, *, precise=False, every=None, **options):
+def plain_twin(q, k, v, decay, state, partner, against=None, *, both=True, precise=False, every=None, **options):
     """What `twin` promises."""
-    turned = None if state is None else state.swapaxes(2, 3)
-    other, _, _ = plain_sweep(partner, v, k, decay, turned, **options)
-    out, states, dots = plain_sweep(q, k, v, decay, state, partner if precise else None, **options)
-    met = None
+    other = met = None
+    if both:
+        turned = None if state is None else state.swapaxes(2, 3)
+        other, _, _ = plain_sweep(partner, v, k, decay, turned, **options)
+    groups = every if against is None else None
+    out, states, dots = plain_sweep(q, k, v, decay, state, partner if precise else None, every=groups, **options)
     if against is not None:
         met = plain_sweep(q, k, v, decay, state, against=against, every=every, **options)[1]
     return out, other, states, met, dots
@@ -125,11 +127,12 @@ CASES = [
 ]
 
 
-BOTH = [(version, case) for case in CASES for version in decode.VERSIONS if version == 'proven' or case.decay != 'channel']
+VERSIONS = 'proven', 'candidate', 'twins'
+BOTH = [(version, case) for case in CASES for version in VERSIONS if version == 'proven' or case.decay != 'channel']
 
 
 @pytest.mark.quick(
-    *(f'proven-{name}' for name in ('none', 'channel', 'channel, strong')), *(f'candidate-{c.name}' for c in CASES[:4])
+    *(f'proven-{name}' for name in ('none', 'channel', 'channel, strong')), *(f'twins-{c.name}' for c in CASES[:4])
 )
 @pytest.mark.parametrize('version, case', BOTH, ids=lambda x: getattr(x, 'name', x))
 def test_derivatives_and_pieces(plain, monkeypatch, version, case):
@@ -191,9 +194,9 @@ def test_one_token(monkeypatch, version, decay, beta):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.quick('candidate-64', 'proven-64')
+@pytest.mark.quick('twins-64', 'proven-64')
 @pytest.mark.parametrize('width', [64, 128])
-@pytest.mark.parametrize('version', decode.VERSIONS)
+@pytest.mark.parametrize('version', VERSIONS)
 def test_interpreted_with_race_detection(version, width):
     kernel = functools.partial(mosaic_gpu.gated_linear, version=version)
     good, errors = check.check(check.Case('small', T=70, N=1, K=width, V=width, resets=0.05), interpret=True, kernel=kernel)
