@@ -16,13 +16,13 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import common
 from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as shared
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
 choose = jax.lax.cond  # on the device
+ERASE = -104.0  # its exp is 0 in float32
 PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
@@ -148,9 +148,9 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     """The same, with `beta` the delta rule's, for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
     (B, T, N, V), K = v.shape, k.shape[3]
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
-    step = jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, decays.ERASE)
+    step = jnp.maximum(log_decay.astype(jnp.float32), ERASE)
     if segment_ids is not None:
-        step = jnp.where(decays.steps(None, segment_ids)[..., None] < 0, decays.ERASE, step)
+        step = jnp.where(_resets(segment_ids)[..., None, None] > 0, ERASE, step)
 
     def cut(x):  # [kept states, chunks, B, N, 16, H]
         x = jnp.pad(x, [(0, 0), (0, -T % (PAIRS * KEPT)), (0, 0), (0, 0)])
@@ -163,16 +163,17 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state, xs):
         q, k, v, step, *strength = xs
+        # Every sum starts where its decay does: the difference of two would lose weak steps beside strong ones.
         G = jnp.cumsum(step, axis=2)
-        pairs = jnp.exp2(jnp.where(lower, G[:, :, :, None] - G[:, :, None], 0.0)) * lower
+        pairs = jnp.exp(jnp.cumsum(strict * step[:, :, :, None], axis=2)) * lower
+        rest = jnp.cumsum(jnp.pad(step[:, :, :0:-1], [(0, 0), (0, 0), (1, 0), (0, 0)]), axis=2)[:, :, ::-1]
         for beta in strength:
             coupling = beta * einsum('bnik,bnjk,bnijk->bnij', k, k, pairs * strict)
-            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp2(G), state))
+            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp(G), state))
             v = jax.lax.linalg.triangular_solve(coupling, v, left_side=True, lower=True, unit_diagonal=True)
         weights = einsum('bnik,bnjk,bnijk->bnij', q, k, pairs)
-        out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp2(G), state)
-        end = G[:, :, -1:]
-        state = jnp.exp2(end[:, :, 0])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp2(end - G), v)
+        out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp(G), state)
+        state = jnp.exp(G[:, :, -1])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp(rest), v)
         return state, scale * out
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
