@@ -75,6 +75,8 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             return ((tile(0) + zero()) ^ tile(1)) >> level == 1
 
         def store(x):
+            if not interpret:
+                common.together()  # products have read what was there
             t_smem.at[0][...] = x.astype(f16)
             plgpu.commit_smem()
 
@@ -128,6 +130,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(*keys, strength, decay)

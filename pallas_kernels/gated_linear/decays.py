@@ -81,7 +81,7 @@ def decay_gradient(each, anchors, step):
     return each.reshape(B, N, -1)[..., :T]
 
 
-def decay_gradient_by_kernel(each, anchors, step, *, interpret=False):
+def gradient(each, anchors, step, *, interpret=False):
     """`decay_gradient`, a warpgroup a group of chunks: a sum over tokens is a row of a masked tile of 64 x 64."""
     (B, N, T), groups, size = each.shape, anchors.shape[2] - 1, GROUP * CHUNK
     step = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T))

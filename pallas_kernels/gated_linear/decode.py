@@ -2,8 +2,9 @@
 
     S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
 
-The copy engine brings tiles of the state, a head and some columns of v each, to shared memory and takes them back. Arithmetic
-is float32 throughout, so that nothing here is less exact than the XLA form. `by_ring` is to pass the gate on a GPU.
+The copy engine brings tiles of the state, a head and some columns of v each, to shared memory and takes them back. As many
+warpgroups as fit share the tiles, each with a ring of them: some come and one leaves while one is computed. Arithmetic is
+float32 throughout, so that nothing here is less exact than the XLA form.
 """
 
 import functools
@@ -44,80 +45,16 @@ def step(static, query, key, value, beta, log_decay, state):
     """out [B, N, V] in value's dtype and the new state.
 
     Args:
-      static: (scale, version, interpret).
+      static: (scale, interpret).
       query, key: [B, heads, K], heads divide N.
       value: [B, N, V].
       beta: [B, N], or None for the gated linear recurrence.
       log_decay: None, [N], [B, N] or [B, N, K], natural log.
       state: float32 [B, N, K, V], K and V multiples of 64.
     """
-    scale, version, interpret = static
+    scale, interpret = static
     if log_decay is not None and log_decay.ndim == 1:
         log_decay = jnp.broadcast_to(log_decay, value.shape[:2])
-    return VERSIONS[version](scale, interpret, query, key, value, f32(beta), f32(log_decay), state)
-
-
-def by_tile(scale, interpret, query, key, value, beta, log_decay, state):
-    """A warpgroup a tile: 64 rows leave while others come."""
-    (B, N, V), K = value.shape, key.shape[2]
-    groups, depth, tile = N // key.shape[1], K // 64, (64, COLUMNS)
-
-    def load(ref, head, at, layout):
-        return f32(plgpu.load(ref.at[lax.axis_index('b'), head, at], layout=layout, optimized=False))
-
-    def rows(ref, i, head):
-        return common.row(load(ref, head, block(i), ROW), tile)
-
-    def one_token(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bars):
-        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
-        cols, shared = block(part, COLUMNS), h // groups
-        for i in range(depth):
-            plgpu.copy_gmem_to_smem(state_ref.at[b, h, block(i), cols], s_smem.at[i], bars.at[i])
-        u, nothing = load(v_ref, h, cols, COL), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), TILE)
-        whole = None if decay_ref is None or len(decay_ref.shape) == 3 else _exp(decay_ref[b, h])
-
-        def before(i, arriving):
-            decay = _exp(rows(decay_ref, i, h)) if whole is None and decay_ref is not None else whole
-            key = rows(k_ref, i, shared)
-            if arriving:  # what is loaded above comes meanwhile
-                plgpu.barrier_wait(bars.at[i])
-            x = plgpu.load(s_smem.at[i], layout=TILE)
-            return x if decay is None else x * decay, key
-
-        if beta_ref is not None:
-
-            def predict(i, total):
-                x, key = before(i, True)
-                return total + x * key
-
-            u = (u - lax.fori_loop(0, depth, predict, nothing).sum(axis=0)) * beta_ref[b, h]
-
-        def write(i, out):
-            query = rows(q_ref, i, shared)
-            x, key = before(i, beta_ref is None)
-            new = x + key * common.col(u, tile)
-            s_smem.at[i][...] = new
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s_smem.at[i], new_ref.at[b, h, block(i), cols])
-            return out + new * query
-
-        out = lax.fori_loop(0, depth, write, nothing).sum(axis=0)
-        out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-    return plgpu.kernel(
-        one_token,
-        out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
-        scratch_types=(common.swizzled((depth, *tile), jnp.float32), plgpu.Barrier(num_barriers=depth)),
-        grid=(B, N, V // COLUMNS),
-        grid_names=('b', 'h', 'v'),
-        compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **interpreted(interpret),
-    )(query, key, value, beta, log_decay, state)
-
-
-def by_ring(scale, interpret, query, key, value, beta, log_decay, state):
-    """As many warpgroups as fit share the tiles, each with a ring of them: some come and one leaves while one is computed."""
     (B, N, V), K = value.shape, key.shape[2]
     groups, depth, tile = N // key.shape[1], K // 64, (64, COLUMNS)
     parts = V // COLUMNS
@@ -190,10 +127,7 @@ def by_ring(scale, interpret, query, key, value, beta, log_decay, state):
         grid_names=('block',),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
         **interpreted(interpret),
-    )(query, key, value, beta, log_decay, state)
-
-
-VERSIONS = {'proven': by_tile, 'candidate': by_ring}
+    )(query, key, value, f32(beta), f32(log_decay), state)
 
 
 def interpreted(interpret) -> dict:

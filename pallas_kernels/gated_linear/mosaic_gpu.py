@@ -95,8 +95,8 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: a single token by `decode.by_ring`, gradients of
-        key and value by `twin`, sweeps with `written` barriers. 'twins': that of query by `twin` too.
+      version: 'proven', or 'candidate', which is to pass the gate on a GPU: all by `twin`, but log_decay's gradient by
+        `decays.gradient`.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -108,8 +108,7 @@ def gated_linear(
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
-        version = 'proven' if version == 'proven' else 'candidate'
-        return decode.one_token((scale, version, interpret), query, key, value, None, log_decay, initial_state)
+        return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
     run, static = _gated_linear, (scale, version, interpret)
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
@@ -122,7 +121,6 @@ def gated_linear(
 
 
 candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
-twins = functools.partial(gated_linear, version='twins')
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):
@@ -132,10 +130,13 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, version, interpret = static
-    options = {'written': version != 'proven', 'scale': scale, 'interpret': interpret}
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
     state = None if initial_state is None else pad_state(initial_state)
-    out, states, _ = run(*map(pad, (q, k, v)), decay, state, **options)
+    q8, k8, v8 = map(pad, (q, k, v))
+    if version == 'candidate' and takes(k8.shape[3], v8.shape[3]):
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, scale=scale, interpret=interpret)
+    else:
+        out, states, _ = run(q8, k8, v8, decay, state, scale=scale, interpret=interpret)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
     return out, last
 
@@ -164,14 +165,13 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    written = version != 'proven'
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    if written and takes(k8.shape[3], v8.shape[3]):
+    sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
+    if takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
-        if version == 'twins':
+        if version == 'candidate':
             dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8, both=False)
         else:
-            sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
             dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
         against = states if grouped else None
         dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True)
@@ -180,12 +180,9 @@ def _backward(static, saved, cotangents):
             felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
         dstates = dstates.swapaxes(3, 4)
     else:
-        sweep_ = functools.partial(run, scale=scale, precise=grouped, written=written, interpret=interpret)
         dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
         of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
-        of_keys = functools.partial(
-            run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, written=written, interpret=interpret
-        )
+        of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
         back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
         dv, dstates, writes, dk, felt = back('bng' if grouped else None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
@@ -197,10 +194,8 @@ def _backward(static, saved, cotangents):
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
         each = (reads.sum(2) - writes.sum(2)) * scale
-        if written:
-            each = decays.decay_gradient_by_kernel(each[..., :T], felt * scale, step, interpret=interpret)
-        else:
-            each = decays.decay_gradient(each[..., :T], felt * scale, step)
+        gradient = functools.partial(decays.gradient, interpret=interpret) if version == 'candidate' else decays.decay_gradient
+        each = gradient(each[..., :T], felt * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -326,17 +321,16 @@ def run(
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
-def run_twin(q, k, v, decay, state, partner, against=None, *, reverse=False, grouped=False, interpret=False, **options):
+def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, interpret=False, **options):
     """`twin` by the schedule that the shape asks for."""
     (B, T, _, K), V = k.shape, v.shape[3]
-    arrays = q, k, v, partner
-    N = max(x.shape[2] for x in arrays)
+    N = max(x.shape[2] for x in (q, k, v))
     cut = Pieces(T, pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
     options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped}
     if cut.count > 1:
         decay = cut.cut_decay(decay, B)
-        q, k, v, partner = map(cut.cut, arrays)
+        q, k, v, partner = map(cut.cut, (q, k, v, partner))
         against = cut.cut(against, 2, decays.GROUP * CHUNK)
         state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)

@@ -39,9 +39,7 @@ def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) ->
     return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
-@common.lowered_once(
-    'by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'written', 'interpret'
-)
+@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'interpret')
 def sweep(
     q,
     k,
@@ -62,7 +60,6 @@ def sweep(
     every=None,
     scale=1.0,
     heads=0,
-    written=False,
     interpret=False,
 ):
     """Runs the recurrence over all tokens.
@@ -87,7 +84,6 @@ def sweep(
       wide: out is float32.
       own: without partner, dots are the products q_t . k_t, once for every 64 columns.
       scale: multiplies out (not the states).
-      written: barriers of a warpgroup stand where they must, and not at every load and store.
 
     Returns:
       out: [B, T', N, V], bfloat16 (float32 if wide); None without q.
@@ -155,7 +151,7 @@ def sweep(
 
             def read_by_all():
                 """Before memory is written that products have read."""
-                if written and not interpret:
+                if not interpret:
                     common.together()
 
             def keep_copy(S):
@@ -404,7 +400,7 @@ def sweep(
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=written,
+            unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(q, k, v, decay, state, partner, scales, base, against)

@@ -36,7 +36,7 @@ def twin(
     v,
     decay,
     state,
-    partner,
+    partner=None,
     against=None,
     *,
     both=True,
@@ -60,18 +60,19 @@ def twin(
       dots: if precise, as of `sweep`; else None.
     """
     (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
-    N = max(x.shape[2] for x in (q, k, v, partner))
+    arrays = (q, k, v) if partner is None else (q, k, v, partner)
+    N = max(x.shape[2] for x in arrays)
     chunks, W = common.cdiv(T, CHUNK), V // 64
     every = min(every or chunks, chunks)
-    copies, per = TERMS if precise else 1, TERMS if W > 1 else TERMS + 2
-    arrays = q, k, v, partner
+    copies, decayed = TERMS if precise else 1, TERMS * (decay is not None)
+    per = max(copies, common.cdiv(decayed + 1 + both, W))  # where copies lay, decayed values and results come
     ring = min(4, chunks, (common.SMEM_LIMIT - 3072 - 2 * per * K * V) // (2 * CHUNK * sum(x.shape[3] for x in arrays)))
 
     def kernel(*refs_and_scratch):
         *refs, (smem, g_smem, s_smem, full, free, kept, read) = refs_and_scratch
-        sources, (decay_ref, state_ref, against_ref, *results) = refs[:4], refs[4:]
+        sources, (decay_ref, state_ref, against_ref, *results) = refs[: len(arrays)], refs[len(arrays) :]
         out_ref, other_ref, states_ref, met_ref, dots_ref = results
-        q_smem, k_smem, v_smem, p_smem = smem
+        q_smem, k_smem, v_smem, p_smem = (*smem, None)[:4]
         b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
 
@@ -114,14 +115,15 @@ def twin(
                 def compare(weights, products):
                     """The weights of pairs for out and for r; the dots of what tokens have from others of the chunk."""
                     weights.add(q_smem.at[slot], k_smem.at[slot].T)
-                    of = (slot,) if both else (slot, slice(None), mine)
-                    products.add(p_smem.at[*of], v_smem.at[*of].T)
+                    if both or precise:
+                        of = (slot,) if both else (slot, slice(None), mine)
+                        products.add(p_smem.at[*of], v_smem.at[*of].T)
                     # A branch, before which the compiler does not begin what is to run beside the products. Where results left
                     # from, the state's copies come.
                     pl.when(s > 0)(lambda: plgpu.wait_smem_to_gmem(0, wait_read_only=True))
                     keep_copy()
                     pairs = jnp.where(within(False), 1.0 if decays is None else decays.pairs(), 0.0)
-                    x, y = weights.load(1) * pairs, products.load()
+                    x, y = weights.load(int(both or precise)) * pairs, products.load()
                     dots = None
                     if precise:  # every warpgroup has all of these, and halves add up exactly
                         dots = jnp.where(within(True), x * y, 0.0).sum(axis=1) * (1 / W if both else 1.0)
@@ -136,6 +138,7 @@ def twin(
                     if against_ref is not None:
                         reached = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
                         pl.when(reached)(meet_other)
+                    terms = None if both else decayed_values()  # meanwhile, where there are registers
                     found = [acc.load(W * (both and n == 0)) for n, acc in enumerate(accumulators)]
                     if both:
                         plgpu.barrier_arrive(read)
@@ -152,9 +155,10 @@ def twin(
                         acc.add(left, right.at[slot, :, mine])
                     if both:
                         plgpu.barrier_wait(read)
+                    keep(terms or ())
                     for n, acc in enumerate(accumulators):
                         x = acc.load(len(accumulators) - 1 - n)
-                        spot(here, TERMS + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
+                        spot(here, decayed + n)[...] = (x * scale if scale != 1 else x).astype(dtype)
 
                 def decayed_values():
                     """What the keys write, decayed to the chunk's end: float32, hence as terms."""
@@ -163,13 +167,17 @@ def twin(
                     values = plgpu.load(v_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
                     return split(values * common.row(decays.write(ROW), SQUARE), TERMS, nearest=False)
 
+                def keep(terms):
+                    for n, term in enumerate(terms):
+                        spot(here, n)[...] = term
+
                 def write_state(*accumulators):
-                    right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(TERMS)]
+                    right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(decayed)]
                     for i, acc in enumerate(accumulators):
                         for term in reversed(right):
                             acc.add(k_smem.at[slot, :, block(i)].T, term)
                     for n, ref in enumerate((out_ref, other_ref) if both else (out_ref,)):
-                        plgpu.copy_smem_to_gmem(spot(here, TERMS + n), ref.at[b, rows, h, mine])
+                        plgpu.copy_smem_to_gmem(spot(here, decayed + n), ref.at[b, rows, h, mine])
                     total = 1.0 if decays is None else decays.total()
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
@@ -178,8 +186,8 @@ def twin(
                 if both:
                     plgpu.barrier_wait(kept)
                 accumulate.scoped(read_state, *[SQUARE] * (1 + both), interpret=interpret)
-                for n, term in enumerate(decayed_values()):
-                    spot(here, n)[...] = term
+                if both:
+                    keep(decayed_values())
                 plgpu.commit_smem()
                 S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
