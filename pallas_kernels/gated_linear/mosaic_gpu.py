@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decays, decode
+from pallas_kernels.gated_linear import states as of_pieces
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 from pallas_kernels.gated_linear.twin import takes, twin
 
@@ -134,7 +135,7 @@ def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     state = None if initial_state is None else pad_state(initial_state)
     q8, k8, v8 = map(pad, (q, k, v))
     if version == 'candidate' and takes(k8.shape[3], v8.shape[3]):
-        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, scale=scale, interpret=interpret)
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, ahead=True, scale=scale, interpret=interpret)
     else:
         out, states, _ = run(q8, k8, v8, decay, state, scale=scale, interpret=interpret)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
@@ -168,7 +169,7 @@ def _backward(static, saved, cotangents):
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
     sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
     if takes(k8.shape[3], v8.shape[3]):
-        of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
+        of = functools.partial(run_twin, grouped=grouped, ahead=version == 'candidate', scale=scale, interpret=interpret)
         if version == 'candidate':
             dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8, both=False)
         else:
@@ -321,7 +322,9 @@ def run(
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
-def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, interpret=False, **options):
+def run_twin(
+    q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, ahead=False, interpret=False, **options
+):
     """`twin` by the schedule that the shape asks for."""
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(x.shape[2] for x in (q, k, v))
@@ -332,7 +335,7 @@ def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, (q, k, v, partner))
         against = cut.cut(against, 2, decays.GROUP * CHUNK)
-        state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
+        state = _first_states(cut, N, (k,), (v,), decay, state, ahead=ahead, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
@@ -343,11 +346,14 @@ def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False
     return out, other, states, met, dots
 
 
-def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):
+def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False, ahead=False):
     """The state that each piece starts with, of arrays that are cut: [pieces of the batch, N, K, V]."""
     K, V = k[0].shape[3], v[0].shape[3]
     shared = {'reverse': reverse, 'interpret': interpret, 'by_columns': by_columns}
-    _, local, _ = sweep(None, k, v, decay, None, None, scales, heads=N, **shared)
+    if ahead and decay is not None and of_pieces.takes(K, V):
+        local = of_pieces.states(*k, *v, decay, reverse=reverse, heads=N, interpret=interpret)
+    else:
+        _, local, _ = sweep(None, k, v, decay, None, None, scales, heads=N, **shared)
     total = None  # [B or 1, N or 1, channels or 1, parts]
     if decay is not None:
         total = decay[..., -1].sum(-1)

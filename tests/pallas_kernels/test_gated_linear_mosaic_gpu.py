@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart, common
-from pallas_kernels.gated_linear import accumulate, check, decays, decode, mosaic_gpu, per_channel, scaling
+from pallas_kernels.gated_linear import accumulate, check, decays, decode, mosaic_gpu, per_channel, scaling, states, sweep
 from tests.pallas_kernels.emulation import emulated
 
 
@@ -103,6 +103,8 @@ def plain(monkeypatch):
     monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
     monkeypatch.setattr(mosaic_gpu, 'twin', plain_twin)
+    last = lambda k, v, decay, **options: plain_sweep(None, k, v, decay, None, **options)[1]
+    monkeypatch.setattr(mosaic_gpu.of_pieces, 'states', last)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
@@ -199,6 +201,16 @@ def test_interpreted_with_race_detection(version, width):
     kernel = functools.partial(mosaic_gpu.gated_linear, version=version)
     good, errors = check.check(check.Case('small', T=70, N=1, K=width, V=width, resets=0.05), interpret=True, kernel=kernel)
     assert good, errors
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_states_of_pieces(reverse):
+    """As a sweep finds them, bit by bit."""
+    (_, k, v, log_decay, _), ids, _ = check.Case('pieces', T=128, N=2, heads=1, K=64, V=128, resets=0.05).arrays()
+    decay = decays.cumulative(decays.steps(log_decay, ids), 128)
+    got = states.states(k, v, decay, reverse=reverse, interpret=True)
+    want = sweep.sweep(None, k, v, decay, None, reverse=reverse, interpret=True)[1]
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.slow
