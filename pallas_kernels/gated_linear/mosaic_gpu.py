@@ -171,7 +171,7 @@ def _backward(static, saved, cotangents):
     if takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, ahead=version == 'candidate', scale=scale, interpret=interpret)
         if version == 'candidate':
-            dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8, both=False)
+            dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False)
         else:
             dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
         against = states if grouped else None
