@@ -50,7 +50,6 @@ def delta_rule(
     segment_ids=None,
     scale=None,
     chunk=None,
-    version='proven',
     interpret=False,
 ):
     """The (gated) delta rule.
@@ -64,7 +63,6 @@ def delta_rule(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: log_decay's gradient by `decays.gradient`.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -77,22 +75,17 @@ def delta_rule(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
-    run, static = _delta_rule, (scale, version, interpret)
+    run = _delta_rule
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.delta_rule.per_channel import per_channel as run  # it stands on this module
-
-        static = scale, interpret
-    run = functools.partial(run, static)
+    run = functools.partial(run, (scale, interpret))
     run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
     return run(query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
-candidate = functools.partial(delta_rule, version='candidate')  # what checks and benchmarks name
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _delta_rule(static, q, k, v, beta, log_decay, initial_state, segment_ids):
-    scale, _, interpret = static
+    scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
     state, _ = first_states(interpret, cut, k8, v8, shared, initial_state)
     out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
@@ -153,7 +146,7 @@ def _forward(static, *args):
 
 def _backward(static, saved, cotangents):
     (q, k, v, beta, log_decay, initial_state, segment_ids), wanted = saved
-    scale, version, interpret = static
+    scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
@@ -190,8 +183,7 @@ def _backward(static, saved, cotangents):
         anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
         each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
         step = decays.steps(log_decay, segment_ids)
-        gradient = functools.partial(decays.gradient, interpret=interpret) if version == 'candidate' else decays.decay_gradient
-        each = gradient(each, anchors, step)
+        each = decays.decay_gradient(each, anchors, step, interpret=interpret)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)

@@ -59,7 +59,7 @@ def cumulative(step, T: int, log_decay=None):
     return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
 
 
-def decay_gradient(each, anchors, step):
+def decay_gradient(each, anchors, step, *, interpret=False):
     """Gradient of the log-decay of every step.
 
     With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
@@ -67,38 +67,18 @@ def decay_gradient(each, anchors, step):
     that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
     such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
 
+    A warpgroup does a group of chunks: a sum over tokens is that of a row of a masked tile of 64 x 64.
+
     Args:
       each: a_t - b_t, float32 [B, N, T].
       anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
       step: `steps`.
     """
-    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
-    silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
-    idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
-    cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
-    each, silent = cut(each), cut(silent).astype(jnp.int32)
-    t = np.arange(CHUNK)
-    count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
-    heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
-    within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
-    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
-    for c in reversed(range(GROUP)):
-        chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
-        following = chunks[-1][..., 0]
-    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
-    silences = count[..., -1:]
-    heard = (count + jnp.cumsum(silences, axis=3) - silences == 0).reshape(*silent.shape[:2], *each.shape[2:])
-    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
-    return each.reshape(B, N, -1)[..., :T]
-
-
-def gradient(each, anchors, step, *, interpret=False):
-    """`decay_gradient`, a warpgroup a group of chunks: a sum over tokens is a row of a masked tile of 64 x 64."""
     (B, N, T), groups, size = each.shape, anchors.shape[2] - 1, GROUP * CHUNK
     step = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T))
     each, step = (jnp.pad(x, [(0, 0), (0, 0), (0, groups * size - T)]) for x in (each, step))
 
-    def decay_gradient(each_ref, anchors_ref, step_ref, out_ref):
+    def kernel(each_ref, anchors_ref, step_ref, out_ref):
         b, h, g = (lax.axis_index(name) for name in 'bhg')
         i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=TILE).astype(jnp.float32) for axis in (0, 1))
         of = lambda ref: ref.at[b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0]
@@ -122,8 +102,9 @@ def gradient(each, anchors, step, *, interpret=False):
         for c, x in enumerate(reversed(chunks)):
             of(out_ref).at[rows(c)][...] = x + jnp.maximum(heard - place - 1.0 * c * CHUNK, 0.0) * slope
 
+    kernel.__name__ = 'decay_gradient'  # what profilers show
     out = plgpu.kernel(
-        decay_gradient,
+        kernel,
         out_type=jax.ShapeDtypeStruct(each.shape, jnp.float32),
         grid=(B, N, groups),
         grid_names=('b', 'h', 'g'),

@@ -1,4 +1,4 @@
-"""Gated linear recurrence on Hopper: forward and backward from one kernel, `sweep`.
+"""Gated linear recurrence on Hopper: forward and backward from `twin`, or `sweep` where widths differ or exceed 128.
 
     S_t = exp(g_t) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
 
@@ -84,7 +84,6 @@ def gated_linear(
     segment_ids=None,
     scale=None,
     chunk=None,
-    version='proven',
     interpret=False,
 ):
     """Linear attention with decay.
@@ -96,8 +95,6 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: all by `twin`, but log_decay's gradient by
-        `decays.gradient`.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -110,18 +107,13 @@ def gated_linear(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
-    run, static = _gated_linear, (scale, version, interpret)
+    run, static = _gated_linear, (scale, interpret)
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
-
-        static = scale, interpret
     if segment_ids is None or interpret:
         return run(static, query, key, value, log_decay, initial_state, segment_ids)
     run = functools.partial(_without_beta, run, static)
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
-
-
-candidate = functools.partial(gated_linear, version='candidate')  # what checks and benchmarks name
 
 
 def _without_beta(run, static, query, key, value, beta, *rest):
@@ -130,12 +122,12 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, version, interpret = static
+    scale, interpret = static
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
     q8, k8, v8 = map(pad, (q, k, v))
-    if version == 'candidate' and takes(k8.shape[3], v8.shape[3]):
-        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, ahead=True, scale=scale, interpret=interpret)
+    if takes(k8.shape[3], v8.shape[3]):
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, scale=scale, interpret=interpret)
     else:
         out, states, _ = run(q8, k8, v8, decay, state, scale=scale, interpret=interpret)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
@@ -156,7 +148,7 @@ def is_primal(x) -> bool:
 
 def _backward(static, saved, cotangents):
     q, k, v, log_decay, initial_state, segment_ids, wanted = saved
-    scale, version, interpret = static
+    scale, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
@@ -167,13 +159,9 @@ def _backward(static, saved, cotangents):
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
     if takes(k8.shape[3], v8.shape[3]):
-        of = functools.partial(run_twin, grouped=grouped, ahead=version == 'candidate', scale=scale, interpret=interpret)
-        if version == 'candidate':
-            dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False)
-        else:
-            dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
+        of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
+        dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False)
         against = states if grouped else None
         dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True)
         if grouped:
@@ -181,6 +169,7 @@ def _backward(static, saved, cotangents):
             felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
         dstates = dstates.swapaxes(3, 4)
     else:
+        sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
         dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
         of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
         of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
@@ -195,8 +184,7 @@ def _backward(static, saved, cotangents):
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
         each = (reads.sum(2) - writes.sum(2)) * scale
-        gradient = functools.partial(decays.gradient, interpret=interpret) if version == 'candidate' else decays.decay_gradient
-        each = gradient(each[..., :T], felt * scale, step)
+        each = decays.decay_gradient(each[..., :T], felt * scale, step, interpret=interpret)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -322,9 +310,7 @@ def run(
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
-def run_twin(
-    q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, ahead=False, interpret=False, **options
-):
+def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, interpret=False, **options):
     """`twin` by the schedule that the shape asks for."""
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(x.shape[2] for x in (q, k, v))
@@ -335,7 +321,7 @@ def run_twin(
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, (q, k, v, partner))
         against = cut.cut(against, 2, decays.GROUP * CHUNK)
-        state = _first_states(cut, N, (k,), (v,), decay, state, ahead=ahead, **shared)
+        state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
@@ -346,11 +332,11 @@ def run_twin(
     return out, other, states, met, dots
 
 
-def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False, ahead=False):
+def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):
     """The state that each piece starts with, of arrays that are cut: [pieces of the batch, N, K, V]."""
     K, V = k[0].shape[3], v[0].shape[3]
     shared = {'reverse': reverse, 'interpret': interpret, 'by_columns': by_columns}
-    if ahead and decay is not None and of_pieces.takes(K, V):
+    if decay is not None and scales is None and len(k + v) == 2 and of_pieces.takes(K, V):
         local = of_pieces.states(*k, *v, decay, reverse=reverse, heads=N, interpret=interpret)
     else:
         _, local, _ = sweep(None, k, v, decay, None, None, scales, heads=N, **shared)

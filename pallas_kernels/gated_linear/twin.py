@@ -1,10 +1,11 @@
-"""Two sweeps in one: that of (q, k, v), and that of (p, v, k), whose state is the same one transposed.
+"""The sweep of (q, k, v), and in the same one that of (p, v, k), whose state is the same transposed.
 
     S_t = a_t S_{t-1} + k_t^T v_t    o_t = q_t S_t    r_t = p_t S_t^T
 
 Backward in time, with q = v, k = do, v = q and p = k, these are dk and dv. As in `sweep` a block computes a head and each
 consumer warpgroup owns 64 columns of the state. For r it also reads what the other one keeps, so they meet twice a chunk:
-before they read the state's copies, and before decayed values and results take their place.
+before they read the state's copies, and before decayed values and results take their place. Copies are made while pairs are
+compared, decayed values while the state is read.
 """
 
 import functools
@@ -46,16 +47,17 @@ def twin(
     scale=1.0,
     interpret=False,
 ):
-    """Runs both recurrences over all tokens.
+    """Runs one or both recurrences over all tokens.
 
     Args:
       q, k, v, decay, state, against, reverse, every, scale: as `sweep` takes them, one array each, of widths that `takes`.
-      partner: p, [B, T', Np, V].
+      partner: p, [B, T', Np, V], or None where neither r nor dots are wanted.
+      both: r is wanted.
       precise: the state is multiplied by q as three 16-bit terms, and dots are wanted.
 
     Returns:
-      out, r: [B, T', N, V], [B, T', N, K], bfloat16.
-      states: the last, float32 [B, N, 1, K, V].
+      out, r: [B, T', N, V], [B, T', N, K], bfloat16; r is None without `both`.
+      states: as of `sweep`; with `against` the last, float32 [B, N, 1, K, V].
       met: with `against`, float32 [B, N, groups, V / 64, 64], as of `sweep`; else None.
       dots: if precise, as of `sweep`; else None.
     """
