@@ -183,7 +183,7 @@ def _backward(static, saved, cotangents):
         anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
         each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
         step = decays.steps(log_decay, segment_ids)
-        each = decays.decay_gradient(each, anchors, step, interpret=interpret)
+        each = decays.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)

@@ -1,15 +1,11 @@
 """Decays of tokens and heads as the sweeps take them, and the gradient of their logarithms."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, ROW, TILE
-from pallas_kernels.gated_linear.sweep import CHUNK, SQUARE
+from pallas_kernels.gated_linear.sweep import CHUNK
 
 ERASE = -128.0  # base-2 decay of a step that erases: exp2 of it is 0 in float32 without denormals
 NEGLIGIBLE = -64.0  # base-2 decay through which no gradient is felt
@@ -59,7 +55,7 @@ def cumulative(step, T: int, log_decay=None):
     return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
 
 
-def decay_gradient(each, anchors, step, *, interpret=False):
+def decay_gradient(each, anchors, step):
     """Gradient of the log-decay of every step.
 
     With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
@@ -67,54 +63,29 @@ def decay_gradient(each, anchors, step, *, interpret=False):
     that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
     such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
 
-    A warpgroup does a group of chunks: a sum over tokens is that of a row of a masked tile of 64 x 64.
-
     Args:
       each: a_t - b_t, float32 [B, N, T].
       anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
       step: `steps`.
     """
-    (B, N, T), groups, size = each.shape, anchors.shape[2] - 1, GROUP * CHUNK
-    step = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T))
-    each, step = (jnp.pad(x, [(0, 0), (0, 0), (0, groups * size - T)]) for x in (each, step))
-
-    def kernel(each_ref, anchors_ref, step_ref, out_ref):
-        b, h, g = (lax.axis_index(name) for name in 'bhg')
-        i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, axis, layout=TILE).astype(jnp.float32) for axis in (0, 1))
-        of = lambda ref: ref.at[b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0]
-        rows = lambda c: pl.ds(g * size + c * CHUNK, CHUNK)
-        spread = lambda ref, c: common.col(plgpu.load(of(ref).at[rows(c)], layout=COL, optimized=False), SQUARE)
-        least = lambda x: -(-x).max(axis=1)
-        # Vectors have a number for each token, some of them the same.
-        following, chunks = common.filled(CHUNK, 0.0) + anchors_ref[b, h, g + 1], []
-        heard = common.filled(CHUNK, 0.0) + jnp.minimum(T - g * size, size).astype(jnp.float32)  # tokens before a silent one
-        for c in reversed(range(GROUP)):
-            silent = jnp.where(spread(step_ref, c) <= NEGLIGIBLE, j, 1.0 * CHUNK)
-            values, first = spread(each_ref, c), least(silent)
-            end = least(jnp.where(j >= i, silent, 1.0 * CHUNK))  # the next that is silent, from each token on
-            within = jnp.where(j >= i, jnp.where(j < common.row(end, SQUARE), values, 0.0), 0.0).sum(axis=1)
-            whole = jnp.where(j < common.row(first, SQUARE), values, 0.0).sum(axis=1)
-            chunks.append(within + jnp.where(end < CHUNK, 0.0, following))
-            following = whole + jnp.where(first < CHUNK, 0.0, following)
-            heard = jnp.where(first < CHUNK, first + 1.0 * c * CHUNK, heard)
-        slope = (anchors_ref[b, h, g] - following) / jnp.maximum(heard, 1.0)
-        place = plgpu.broadcasted_iota(jnp.int32, (CHUNK,), 0, layout=ROW).astype(jnp.float32)
-        for c, x in enumerate(reversed(chunks)):
-            of(out_ref).at[rows(c)][...] = x + jnp.maximum(heard - place - 1.0 * c * CHUNK, 0.0) * slope
-
-    kernel.__name__ = 'decay_gradient'  # what profilers show
-    out = plgpu.kernel(
-        kernel,
-        out_type=jax.ShapeDtypeStruct(each.shape, jnp.float32),
-        grid=(B, N, groups),
-        grid_names=('b', 'h', 'g'),
-        compiler_params=plgpu.CompilerParams(
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # no memory is shared
-        ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(each, anchors, step)
-    return out[..., :T]
+    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
+    silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
+    idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
+    cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
+    each, silent = cut(each), cut(silent).astype(jnp.int32)
+    t = np.arange(CHUNK)
+    count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
+    heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
+    within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
+    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
+    for c in reversed(range(GROUP)):
+        chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
+        following = chunks[-1][..., 0]
+    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
+    silences = count[..., -1:]
+    heard = (count + jnp.cumsum(silences, axis=3) - silences == 0).reshape(*silent.shape[:2], *each.shape[2:])
+    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
+    return each.reshape(B, N, -1)[..., :T]
 
 
 def bridge(heard, T: int):

@@ -184,7 +184,7 @@ def _backward(static, saved, cotangents):
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
         each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decays.decay_gradient(each[..., :T], felt * scale, step, interpret=interpret)
+        each = decays.decay_gradient(each[..., :T], felt * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)

@@ -102,7 +102,7 @@ def test_derivatives(monkeypatch, case):
     arrays, ids, cotangents = case.arrays()
     arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     run = lambda f: linear_check.gradients(f, arrays, ids, cotangents, case.scale, names=check.NAMES)
-    with emulated(monkeypatch, common, scaling, decays):
+    with emulated(monkeypatch, common, scaling):
         got = run(mosaic_gpu.delta_rule)
     with jax.enable_x64(True):
         want = run(functools.partial(check.oracle, dtype=jnp.float64))
