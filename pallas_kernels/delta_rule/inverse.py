@@ -75,6 +75,8 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             return ((tile(0) + zero()) ^ tile(1)) >> level == 1
 
         def store(x):
+            if not interpret:
+                common.together()  # products have read what was there
             t_smem.at[0][...] = x.astype(f16)
             plgpu.commit_smem()
 
@@ -96,17 +98,17 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
         high = A.astype(f16)
         a_smem[...] = (A - high.astype(f32)).astype(f16)
 
-        rough = jnp.where(corner(0), A, identity()).astype(f16)
+        rough = jnp.where(corner(0), A, identity())  # rounded whole: choices among float16 take a step each
         for level in range(1, 6):
             store(rough)
             store(product(None, high))
-            rough = jnp.where(corner(level), product(None, rough).astype(f16), rough)
+            rough = jnp.where(corner(level), product(None, rough.astype(f16)), rough)
+        rough = rough.astype(f16)
         store(rough)
         store(product(identity() - rough.astype(f32), high, a_smem))
         inverse = product(rough.astype(f32), rough)
-        high = inverse.astype(dtype)
-        o_smem.at[0][...] = high
-        o_smem.at[1][...] = (inverse - high.astype(f32)).astype(dtype)
+        for term, part in enumerate(accumulate.split(inverse, 2, dtype)):
+            o_smem.at[term][...] = part
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(o_smem, out_ref.at[b, h, c])
         plgpu.wait_smem_to_gmem(0)
@@ -128,6 +130,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(*keys, strength, decay)

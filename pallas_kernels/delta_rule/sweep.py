@@ -110,7 +110,13 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
             split = functools.partial(accumulate.split, terms=2, dtype=dtype)
 
+            def read_by_all():
+                """Before memory is written that products have read."""
+                if not interpret:
+                    common.together()
+
             def keep_copy(S):
+                read_by_all()
                 for i in range(depth):
                     for term, part in enumerate(split(S[i])):
                         s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
@@ -183,6 +189,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
                 def keep(terms):
+                    read_by_all()
                     for term, part in enumerate(terms):
                         r_smem.at[wg, term][...] = part
                     plgpu.commit_smem()
@@ -235,6 +242,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 S = rescale(accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret), slot)
                 plgpu.barrier_arrive(free.at[slot])
                 if o is not None:
+                    read_by_all()
                     r_smem.at[wg, 0][...] = o
                 if c_smem is None:
                     keep_copy(S)
@@ -330,6 +338,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)

@@ -5,6 +5,7 @@ take their accumulators from here run in both.
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -49,13 +50,22 @@ def scoped(body, *shapes, interpret):
     return pl.run_scoped(lambda *refs: body(*map(_Registers, refs)), *accumulators)
 
 
-def split(x, terms: int, dtype) -> list:
-    """A float32 value as a sum of 16-bit ones, largest first: one bfloat16 has 8 bits, two have 16, three are x."""
+def split(x, terms: int, dtype, nearest=True) -> list:
+    """A float32 value as a sum of 16-bit ones, largest first: one bfloat16 has 8 bits, two have 16, three are x.
+
+    All but the last bfloat16 are made by integer arithmetic, the first rounded if `nearest`, what follows cut: to convert there
+    and back is an instruction an element, at an eighth of the speed.
+    """
     found = []
-    for _ in range(terms):
-        found.append(x.astype(dtype))
-        x = x - found[-1].astype(jnp.float32)
-    return found
+    for _ in range(terms - 1):
+        if dtype == jnp.bfloat16:
+            bits = lax.bitcast_convert_type(x, jnp.int32)
+            high = lax.bitcast_convert_type((bits + 0x8000 if nearest and not found else bits) & -0x10000, jnp.float32)
+        else:
+            high = x.astype(dtype).astype(jnp.float32)
+        found.append(high.astype(dtype))
+        x = x - high
+    return [*found, x.astype(dtype)] if terms else []
 
 
 class Decay:
@@ -71,7 +81,9 @@ class Decay:
         return [plgpu.load(self.ref.at[part], layout=layout, optimized=False) for part in range(2)]
 
     def _exp2(self, x, less=(0.0, 0.0)):
-        return jnp.exp2((x[0] - less[0]) + (x[1] - less[1]))
+        """Factor by factor: a sum of large and small would be rounded. What is fine is at most 2 ** -6."""
+        fine = (x[1] - less[1]) * common.LN2
+        return jnp.exp2(x[0] - less[0]) * (1.0 + fine * (1.0 + fine * (0.5 + fine * (1 / 6))))
 
     def _to_end(self, x):
         return self._exp2([self.ref[part, self.chunk - 1] for part in range(2)], x)
@@ -81,7 +93,8 @@ class Decay:
         square = (self.chunk, self.chunk)
         i = [common.row(x, square) for x in self._vectors(ROW)]
         j = [common.col(x, square) for x in self._vectors(COL)]
-        return self._exp2(j, i) if self.reverse else self._exp2(i, j)
+        i, j = (j, i) if self.reverse else (i, j)
+        return jnp.exp2((i[0] - j[0]) + (i[1] - j[1]))
 
     def read(self):
         """Of the state as each token finds it, a row."""

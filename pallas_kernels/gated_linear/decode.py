@@ -2,8 +2,9 @@
 
     S' = exp(g) S        u = v, or beta (v - k S')        S <- S' + k^T u        o = scale q S
 
-One warpgroup a head and some columns of v. The copy engine brings the state to shared memory and takes it back, 64 rows at a
-time; the arithmetic is float32 throughout, so that nothing here is less exact than the XLA form.
+The copy engine brings tiles of the state, a head and some columns of v each, to shared memory and takes them back. As many
+warpgroups as fit share the tiles, each with a ring of them: some come and one leaves while one is computed. Arithmetic is
+float32 throughout, so that nothing here is less exact than the XLA form.
 """
 
 import functools
@@ -17,7 +18,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
 
-COLUMNS = 32  # of v that a block computes
+COLUMNS = 32  # of v in a tile
+RING = 3  # tiles of a warpgroup in shared memory
 LN2 = 0.693145751953125, 1.42860677e-6  # their sum; of the first, multiples to 2^8 are exact
 block = lambda i, size=64: pl.ds(i * size, size)
 f32 = lambda x: None if x is None else x.astype(jnp.float32)
@@ -51,69 +53,91 @@ def step(static, query, key, value, beta, log_decay, state):
       state: float32 [B, N, K, V], K and V multiples of 64.
     """
     scale, interpret = static
+    if log_decay is not None and log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, value.shape[:2])
     (B, N, V), K = value.shape, key.shape[2]
     groups, depth, tile = N // key.shape[1], K // 64, (64, COLUMNS)
-    if log_decay is not None and log_decay.ndim == 1:
-        log_decay = jnp.broadcast_to(log_decay, (B, N))
-
-    def load(ref, head, at, layout):
-        return f32(plgpu.load(ref.at[lax.axis_index('b'), head, at], layout=layout, optimized=False))
-
-    def rows(ref, i, head):
-        return common.row(load(ref, head, block(i), ROW), tile)
+    parts = V // COLUMNS
+    tiles = B * N * parts
+    blocks = min(tiles, common.PROCESSORS * (4 if K <= 128 else 2))
+    wide = lambda x: common.row(f32(x), tile)
 
     def one_token(q_ref, k_ref, v_ref, beta_ref, decay_ref, state_ref, out_ref, new_ref, s_smem, bars):
-        b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
-        cols, shared = block(part, COLUMNS), h // groups
-        for i in range(depth):
-            plgpu.copy_gmem_to_smem(state_ref.at[b, h, block(i), cols], s_smem.at[i], bars.at[i])
-        u, nothing = load(v_ref, h, cols, COL), plgpu.layout_cast(jnp.zeros(tile, jnp.float32), TILE)
-        whole = None if decay_ref is None or len(decay_ref.shape) == 3 else _exp(decay_ref[b, h])
+        me = lax.axis_index('block')
+        count = (tiles - me + blocks - 1) // blocks
 
-        def before(i, arriving):
-            decay = _exp(rows(decay_ref, i, h)) if whole is None and decay_ref is not None else whole
-            key = rows(k_ref, i, shared)
-            if arriving:  # what is loaded above comes meanwhile
-                plgpu.barrier_wait(bars.at[i])
-            x = plgpu.load(s_smem.at[i], layout=TILE)
-            return x if decay is None else x * decay, key
+        def place(i):
+            """Batch, head, and columns of the block's i-th tile, or of the last there is."""
+            n = jnp.minimum(me + i * blocks, tiles - 1)
+            head = n // parts
+            return head // N, lax.rem(head, N), block(lax.rem(n, parts), COLUMNS)
 
-        if beta_ref is not None:
+        def fetch(i):
+            (b, h, cols), slot = place(i), lax.rem(i, RING)
+            for j in range(depth):
+                plgpu.copy_gmem_to_smem(state_ref.at[b, h, block(j), cols], s_smem.at[slot, j], bars.at[slot])
 
-            def predict(i, total):
-                x, key = before(i, True)
-                return total + x * key
+        def vectors(i):
+            b, h, cols = place(i)
+            load = lambda ref, head, at, layout: plgpu.load(ref.at[b, head, at], layout=layout, optimized=False)
+            rows = lambda ref, head: tuple(load(ref, head, block(j), ROW) for j in range(depth))
+            decay = None if decay_ref is None else decay_ref[b, h] if len(decay_ref.shape) == 2 else rows(decay_ref, h)
+            beta = None if beta_ref is None else beta_ref[b, h]
+            return rows(q_ref, h // groups), rows(k_ref, h // groups), load(v_ref, h, cols, COL), beta, decay
 
-            u = (u - lax.fori_loop(0, depth, predict, nothing).sum(axis=0)) * beta_ref[b, h]
+        def compute(i, now):
+            queries, keys, value, beta, decay = now
+            (b, h, cols), slot = place(i), lax.rem(i, RING)
+            following = vectors(i + 1)  # asked for before they are needed
+            factor = decay if decay is None or isinstance(decay, tuple) else _exp(decay)
+            plgpu.barrier_wait(bars.at[slot])
 
-        def write(i, out):
-            query = rows(q_ref, i, shared)
-            x, key = before(i, beta_ref is None)
-            new = x + key * common.col(u, tile)
-            s_smem.at[i][...] = new
+            def before(j):
+                x = plgpu.load(s_smem.at[slot, j], layout=TILE)
+                return x if factor is None else x * (common.row(_exp(factor[j]), tile) if isinstance(factor, tuple) else factor)
+
+            state, u = [before(j) for j in range(depth)], f32(value)
+            if beta is not None:
+                u = (u - sum(x * wide(key) for x, key in zip(state, keys)).sum(axis=0)) * beta
+            new = [x + wide(key) * common.col(u, tile) for x, key in zip(state, keys)]
+            for j in range(depth):
+                s_smem.at[slot, j][...] = new[j]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(s_smem.at[i], new_ref.at[b, h, block(i), cols])
-            return out + new * query
+            for j in range(depth):
+                plgpu.copy_smem_to_gmem(s_smem.at[slot, j], new_ref.at[b, h, block(j), cols])
+            out = sum(x * wide(query) for x, query in zip(new, queries)).sum(axis=0)
+            out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
+            plgpu.wait_smem_to_gmem(depth, wait_read_only=True)  # what the tile before left: its place is free
+            pl.when(i + RING - 1 < count)(lambda: fetch(i + RING - 1))
+            return following
 
-        out = lax.fori_loop(0, depth, write, nothing).sum(axis=0)
-        out_ref.at[b, h, cols][...] = (out * scale).astype(value.dtype)
+        for i in range(RING - 1):
+            pl.when(i < count)(functools.partial(fetch, i))
+        lax.fori_loop(0, count, compute, vectors(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
     return plgpu.kernel(
         one_token,
         out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
-        scratch_types=(common.swizzled((depth, *tile), jnp.float32), plgpu.Barrier(num_barriers=depth)),
-        grid=(B, N, V // COLUMNS),
-        grid_names=('b', 'h', 'v'),
+        scratch_types=(
+            common.swizzled((RING, depth, *tile), jnp.float32),
+            plgpu.Barrier(num_arrivals=depth, num_barriers=RING),
+        ),
+        grid=(blocks,),
+        grid_names=('block',),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **interpreted(interpret),
     )(query, key, value, f32(beta), f32(log_decay), state)
+
+
+def interpreted(interpret) -> dict:
+    return {'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
 
 
 def _exp(x):
     """exp to float32: its approximation is given what is left of whole powers of two."""
     x = jnp.maximum(x, -104.0)  # below, it is 0 in float32
-    whole = jnp.round(x * common.LOG2E)
+    whole = common.whole(x * common.LOG2E)
     return common.power_of_two(whole) * jnp.exp2(((x - whole * LN2[0]) - whole * LN2[1]) * common.LOG2E)
 
 

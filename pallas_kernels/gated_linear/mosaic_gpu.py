@@ -1,4 +1,4 @@
-"""Gated linear recurrence on Hopper: forward and backward from one kernel, `sweep`.
+"""Gated linear recurrence on Hopper: forward and backward from `twin`, or `sweep` where widths differ or exceed 128.
 
     S_t = exp(g_t) S_{t-1} + k_t^T v_t        o_t = scale q_t S_t
 
@@ -15,10 +15,11 @@ from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decays, decode
+from pallas_kernels.gated_linear import states as of_pieces
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
+from pallas_kernels.gated_linear.twin import takes, twin
 
 WIDEST = 256
-PROCESSORS = 132
 
 
 def unsupported(
@@ -106,12 +107,12 @@ def gated_linear(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
-    run = _gated_linear
+    run, static = _gated_linear, (scale, interpret)
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
     if segment_ids is None or interpret:
-        return run((scale, interpret), query, key, value, log_decay, initial_state, segment_ids)
-    run = functools.partial(_without_beta, run, (scale, interpret))
+        return run(static, query, key, value, log_decay, initial_state, segment_ids)
+    run = functools.partial(_without_beta, run, static)
     return apart.where_needed(run, query, key, value, None, log_decay, initial_state, segment_ids)
 
 
@@ -122,9 +123,13 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
-    decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
-    out, states, _ = run(*map(pad, (q, k, v)), decay, state, scale=scale, interpret=interpret)
+    q8, k8, v8 = map(pad, (q, k, v))
+    if takes(k8.shape[3], v8.shape[3]):
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, scale=scale, interpret=interpret)
+    else:
+        out, states, _ = run(q8, k8, v8, decay, state, scale=scale, interpret=interpret)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
     return out, last
 
@@ -148,18 +153,28 @@ def _backward(static, saved, cotangents):
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
     step = decays.steps(log_decay, segment_ids)
-    decay = decays.cumulative(step, T)
+    decay = decays.cumulative(step, T, log_decay)
     state = None if initial_state is None else pad_state(initial_state).swapaxes(2, 3)
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
-    dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
-    of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
-    back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
-    dv, dstates, writes, dk, felt = back('bng' if grouped else None)
+    if takes(k8.shape[3], v8.shape[3]):
+        of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
+        dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False)
+        against = states if grouped else None
+        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True)
+        if grouped:
+            first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
+            felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
+        dstates = dstates.swapaxes(3, 4)
+    else:
+        sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
+        dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
+        of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
+        of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
+        back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
+        dv, dstates, writes, dk, felt = back('bng' if grouped else None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
     dstate0 = None
     if initial_state is not None:
@@ -218,7 +233,7 @@ def backward_in_time(of_values, of_keys, state, states, dstate, felt):
 def pieces(B: int, T: int, N: int, K: int, V: int) -> int:
     """Parts of the sequence that are swept at the same time; 1 where batch and heads fill the chip."""
     blocks = B * N * (V // columns(K, V))
-    return max(1, min(PROCESSORS // blocks, T // (decays.GROUP * CHUNK)))
+    return max(1, min(common.PROCESSORS // blocks, T // (decays.GROUP * CHUNK)))
 
 
 class Pieces:
@@ -287,25 +302,57 @@ def run(
     scales = cut.cut(scales, 2, CHUNK, fill=1)
     against = cut.cut(against, 2, decays.GROUP * CHUNK)
     shared['by_columns'] = options['by_columns'] = by_columns
-    _, local, _ = sweep(None, k, v, local_decay, None, None, scales, heads=N, **shared)
-    total = None  # [B or 1, N or 1, channels or 1, parts]
-    if decay is not None:
-        total = local_decay[..., -1].sum(-1)
-        total = jnp.broadcast_to(total, (*total.shape[:2], cut.size // CHUNK)).sum(-1)
-        total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
-        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))[:, :, None]
-    if scales is not None:
-        by_channel = 2 * jnp.log2(scales).sum(2)
-        by_channel = jnp.moveaxis(by_channel.reshape(B, cut.count, N, -1), 1, 3)
-        total = by_channel if total is None else by_channel + total
-    turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
-    starts = _starts(turn(local.reshape(B, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
-    starts = turn(starts).reshape(-1, N, K, V)
+    starts = _first_states(cut, N, k, v, local_decay, state, scales, **shared)
     out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, against=against, **options)
     states = cut.join(states, 2)
     if not grouped:
         states = states[:, :, :1] if reverse else states[:, :, -1:]
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
+
+
+def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, interpret=False, **options):
+    """`twin` by the schedule that the shape asks for."""
+    (B, T, _, K), V = k.shape, v.shape[3]
+    N = max(x.shape[2] for x in (q, k, v))
+    cut = Pieces(T, pieces(B, T, N, K, V))
+    shared = {'reverse': reverse, 'interpret': interpret}
+    options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped}
+    if cut.count > 1:
+        decay = cut.cut_decay(decay, B)
+        q, k, v, partner = map(cut.cut, (q, k, v, partner))
+        against = cut.cut(against, 2, decays.GROUP * CHUNK)
+        state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
+    out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
+    if cut.count > 1:
+        join = lambda x, axis: None if x is None else cut.join(x, axis)
+        out, other = (x if x is None else x[:, :T] for x in (join(out, 1), join(other, 1)))
+        states, met, dots = join(states, 2), join(met, 2), join(dots, 3)
+    if against is not None or not grouped:
+        states = states[:, :, :1] if reverse else states[:, :, -1:]
+    return out, other, states, met, dots
+
+
+def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):
+    """The state that each piece starts with, of arrays that are cut: [pieces of the batch, N, K, V]."""
+    K, V = k[0].shape[3], v[0].shape[3]
+    shared = {'reverse': reverse, 'interpret': interpret, 'by_columns': by_columns}
+    if decay is not None and scales is None and len(k + v) == 2 and of_pieces.takes(K, V):
+        local = of_pieces.states(*k, *v, decay, reverse=reverse, heads=N, interpret=interpret)
+    else:
+        _, local, _ = sweep(None, k, v, decay, None, None, scales, heads=N, **shared)
+    total = None  # [B or 1, N or 1, channels or 1, parts]
+    if decay is not None:
+        total = decay[..., -1].sum(-1)
+        total = jnp.broadcast_to(total, (*total.shape[:2], cut.size // CHUNK)).sum(-1)
+        total = total.reshape(-1, cut.count if len(total) > 1 else 1, total.shape[1])
+        total = jnp.broadcast_to(total.swapaxes(1, 2), (total.shape[0], total.shape[2], cut.count))[:, :, None]
+    if scales is not None:
+        by_channel = 2 * jnp.log2(scales).sum(2)
+        by_channel = jnp.moveaxis(by_channel.reshape(-1, cut.count, N, by_channel.shape[2]), 1, 3)
+        total = by_channel if total is None else by_channel + total
+    turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
+    starts = _starts(turn(local.reshape(-1, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
+    return turn(starts).reshape(-1, N, K, V)
 
 
 def _starts(local, total, state, reverse):

@@ -14,16 +14,15 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels import common
 from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as shared
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 SPAN = 192.0
 choose = jax.lax.cond  # on the device
+ERASE = -104.0  # its exp is 0 in float32
 PAIRS, KEPT = 16, 16  # tokens whose pairs are compared at once; how many times as many lie between two states that are kept
 
 
@@ -64,72 +63,18 @@ def either(ready, by_chunks, by_pairs, gradients):
     return run
 
 
-def on_its_own(static, backward, *args):
-    """`ready` for forms that make what they need where they run."""
-    return fits(args[-3]), None
-
-
-def _steps(log_decay):
-    return jnp.maximum(log_decay.astype(jnp.float32) * common.LOG2E, decays.ERASE)
-
-
-def _chunked(x):
-    """[B, T, N, H] -> [B, chunks, 64, N, H]."""
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % CHUNK), (0, 0), (0, 0)])
-    return x.reshape(x.shape[0], -1, CHUNK, *x.shape[2:])
-
-
-def _sums(x, mask):
-    """The sum over j of mask_ij x_j in every chunk: x [B, chunks, 64, N, H], mask [64, 64] or [B, chunks, 64, 64]."""
-    spec = 'ij,bcjnh->bcinh' if mask.ndim == 2 else 'bcij,bcjnh->bcinh'
-    return jnp.einsum(spec, mask.astype(jnp.float32), x, precision='highest')
-
-
-def fits(log_decay):
-    step = _steps(log_decay)
-    return (_chunked(step).sum(2).min() >= -SPAN) & (step.min() > decays.NEGLIGIBLE)
-
-
-def factors(log_decay):
-    """exp(G - E/2), float32 [B, T, N, H], and exp(E/2), [B, N, chunks, H padded to 64]."""
-    step = _chunked(_steps(log_decay))
-    coarse = decays.coarse(step)
-    sums = [_sums(x, np.tri(CHUNK)) for x in (coarse, step - coarse)]
-    half = [x[:, :, -1:] / 2 for x in sums]
-    factor = _exp2(*(x - y for x, y in zip(sums, half))).reshape(step.shape[0], -1, *step.shape[3:])[:, : log_decay.shape[1]]
-    between = jnp.moveaxis(_exp2(*half)[:, :, 0], 1, 2)
-    return factor, jnp.pad(between, [(0, 0), (0, 0), (0, 0), (0, -between.shape[3] % 64)], constant_values=1.0)
-
-
-def _exp2(coarse, fine):
-    """2 ** (coarse + fine), the sum not rounded."""
-    whole = jnp.round(coarse)
-    return jnp.exp2(whole) * jnp.exp2((coarse - whole) + fine)
-
-
-def decay_gradient(each, anchors, segment_ids):
-    """As `decays.decay_gradient`, for each [B, T, N, H] and anchors [B, groups + 1, N, H], where only resets are silent."""
-    return chained(_within(each, segment_ids), anchors, segment_ids, each.shape[1])
-
-
-def _within(each, segment_ids):
-    """The sum of each token and of those after it in its chunk, up to a reset: [B, whole chunks, N, H]."""
-    later = np.triu(np.ones((CHUNK, CHUNK)))
-    if segment_ids is not None:
-        reset = jnp.pad(_resets(segment_ids), [(0, 0), (0, -each.shape[1] % CHUNK)]).reshape(len(each), -1, CHUNK)
-        count = jnp.cumsum(reset, 2)
-        later = (later > 0) & ((count - reset)[..., :, None] == count[..., None, :])
-    sums = _sums(_chunked(each), later)
-    return sums.reshape(len(each), -1, *each.shape[2:])
-
-
 def _resets(segment_ids):
     """1 where a document begins: int32 [B, T]."""
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)]).astype(jnp.int32)
 
 
 def chained(within, anchors, segment_ids, T: int):
-    """`decay_gradient` of T tokens from their sums `_within` chunks."""
+    """As `decays.decay_gradient`, of T tokens whose sums within chunks are given, where only resets are silent.
+
+    Args:
+      within: a_t - b_t summed over t and what follows it in its chunk and document, float32 [B, whole chunks, N, H].
+      anchors: [B, groups + 1, N, H].
+    """
     (B, _, N, H), groups = within.shape, anchors.shape[1] - 1
     size = groups * decays.GROUP * CHUNK
     within = jnp.pad(within, [(0, 0), (0, size - within.shape[1]), (0, 0), (0, 0)])
@@ -151,16 +96,6 @@ def chained(within, anchors, segment_ids, T: int):
     return each if segment_ids is None else jnp.where(_resets(segment_ids)[..., None, None] > 0, 0.0, each)
 
 
-def split(x, dtype, terms=2) -> tuple:
-    """16-bit terms, largest first, padded for the sweeps: three are a float32."""
-    info, found = jnp.finfo(dtype), []
-    for _ in range(terms):
-        high = jax.lax.reduce_precision(x, info.nexp, info.nmant)  # a cast there and back is what XLA may leave out
-        found.append(shared.pad(high.astype(dtype)))
-        x = x - high
-    return tuple(found)
-
-
 def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
     """made: terms of q' and of k', exp(E/2)."""
     (scale, interpret), (qd, kd, between) = static, made
@@ -179,13 +114,12 @@ def _gradients(static, made, q, k, v, log_decay, initial_state, segment_ids, do,
     dstate, do8, v8 = shared.pad_state(dlast) / scale, shared.pad(do), shared.pad(v)
     run = functools.partial(shared.run, scales=between, scale=scale, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
-    dqd, states, _ = of_keys(do8, v8, kd, resets, turn(state), grouped=True)
+    dqd, states, own = of_keys(do8, v8, kd, resets, turn(state), grouped=True, own=True)
     of_values = functools.partial(run, kd[0], qd, do8, resets, dstate, reverse=True)
     of_keys = functools.partial(of_keys, v8, do8, qd, resets, turn(dstate), reverse=True)
     dv, dstates, _, dkd, anchors = shared.backward_in_time(of_values, of_keys, turn(state), states, dstate, 'bgnk')
     # What a token has from itself knows no decay: it is left out above, where it would cancel, and added here.
-    own = scale * (v8.astype(jnp.float32) * do8.astype(jnp.float32)).sum(-1)
-    dq, dk, within = _unscaled(static, q, k, log_decay, segment_ids, dqd, dkd, own)
+    dq, dk, within = unscaled(static, q, k, log_decay, segment_ids, dqd, dkd, scale * own[:, :, 0])
     dq, dk = (shared.over_groups(x, heads).astype(like.dtype) for x, like in ((dq, q), (dk, k)))
     dstate0 = None
     if initial_state is not None:
@@ -201,11 +135,12 @@ def _scaled(static, backward, q, k, v, log_decay, initial_state, segment_ids):
     return bound.min() >= -SPAN, (qd, kd, between)
 
 
-def _unscaled(static, q, k, log_decay, segment_ids, dq, dk, own):
+def unscaled(static, q, k, log_decay, segment_ids, dq, dk, own, dr=None):
+    """`scaling.unscaled` of arrays that are not whole chunks, where q is not."""
     T = q.shape[1]
     resets = None if segment_ids is None else jnp.pad(_resets(segment_ids), [(0, 0), (0, -T % CHUNK)])
     q, k, log_decay = map(shared.pad, (q, k, log_decay))
-    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, interpret=static[1])
+    dq, dk, within = scaling.unscaled(log_decay, q, k, dq, dk, own, resets, dr, interpret=static[1])
     return dq[:, :T], dk[:, :T], within
 
 
@@ -213,9 +148,9 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     """The same, with `beta` the delta rule's, for any decay: chunks of 16 tokens in XLA, with every pair's own exponent."""
     (B, T, N, V), K = v.shape, k.shape[3]
     wide = lambda x: jnp.repeat(x, N // x.shape[2], 2).astype(jnp.float32)
-    step = _steps(log_decay)
+    step = jnp.maximum(log_decay.astype(jnp.float32), ERASE)
     if segment_ids is not None:
-        step = jnp.where(decays.steps(None, segment_ids)[..., None] < 0, decays.ERASE, step)
+        step = jnp.where(_resets(segment_ids)[..., None, None] > 0, ERASE, step)
 
     def cut(x):  # [kept states, chunks, B, N, 16, H]
         x = jnp.pad(x, [(0, 0), (0, -T % (PAIRS * KEPT)), (0, 0), (0, 0)])
@@ -228,16 +163,17 @@ def by_pairs(scale, q, k, v, log_decay, initial_state, segment_ids, beta=None):
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state, xs):
         q, k, v, step, *strength = xs
+        # Every sum starts where its decay does: the difference of two would lose weak steps beside strong ones.
         G = jnp.cumsum(step, axis=2)
-        pairs = jnp.exp2(jnp.where(lower, G[:, :, :, None] - G[:, :, None], 0.0)) * lower
+        pairs = jnp.exp(jnp.cumsum(strict * step[:, :, :, None], axis=2)) * lower
+        rest = jnp.cumsum(jnp.pad(step[:, :, :0:-1], [(0, 0), (0, 0), (1, 0), (0, 0)]), axis=2)[:, :, ::-1]
         for beta in strength:
             coupling = beta * einsum('bnik,bnjk,bnijk->bnij', k, k, pairs * strict)
-            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp2(G), state))
+            v = beta * (v - einsum('bnik,bnkv->bniv', k * jnp.exp(G), state))
             v = jax.lax.linalg.triangular_solve(coupling, v, left_side=True, lower=True, unit_diagonal=True)
         weights = einsum('bnik,bnjk,bnijk->bnij', q, k, pairs)
-        out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp2(G), state)
-        end = G[:, :, -1:]
-        state = jnp.exp2(end[:, :, 0])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp2(end - G), v)
+        out = einsum('bnij,bnjv->bniv', weights, v) + einsum('bnik,bnkv->bniv', q * jnp.exp(G), state)
+        state = jnp.exp(G[:, :, -1])[..., None] * state + einsum('bnjk,bnjv->bnkv', k * jnp.exp(rest), v)
         return state, scale * out
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
@@ -258,10 +194,13 @@ def _slow(static, *args):
 _per_channel = either(_scaled, _by_chunks, _slow, _gradients)
 
 
+def widen(x, axis):
+    """Whole parts of channels, which `scaling` takes."""
+    return x if x is None else jnp.pad(x, [(0, -x.shape[axis] % scaling.PART * (axis == i)) for i in range(4)])
+
+
 def per_channel(static, q, k, v, log_decay, initial_state, segment_ids):
-    """`_per_channel`, which takes whole parts of channels."""
-    K = q.shape[3]
-    widen = lambda x, axis: x if x is None else jnp.pad(x, [(0, -K % scaling.PART * (axis == i)) for i in range(4)])
-    q, k, log_decay, initial_state = widen(q, 3), widen(k, 3), widen(log_decay, 3), widen(initial_state, 2)
-    out, state = _per_channel(static, q, k, v, log_decay, initial_state, segment_ids)
-    return out, state[:, :, :K]
+    """Decay per token and channel, in whole parts of channels."""
+    q_, k_, log_decay, start = widen(q, 3), widen(k, 3), widen(log_decay, 3), widen(initial_state, 2)
+    out, state = _per_channel(static, q_, k_, v, log_decay, start, segment_ids)
+    return out, state[:, :, : q.shape[3]]

@@ -23,13 +23,13 @@ AHEAD = 8  # tokens whose loads are in flight at once
 def step(log_decay):
     """A step's base-2 logarithm, coarse and fine: multiples of 2^-11, whose sums are exact, and the rest."""
     x = jnp.maximum(log_decay * common.LOG2E, decays.ERASE)
-    coarse = jnp.round(x * 2.0**11) * 2.0**-11
+    coarse = common.whole(x * 2.0**11) * 2.0**-11
     return coarse, x - coarse
 
 
 def factor(coarse, fine):
     """2^(coarse + fine), the sum not rounded, and its inverse."""
-    whole = jnp.round(coarse)
+    whole = common.whole(coarse)
     rest = (coarse - whole) + fine
     return common.power_of_two(whole) * jnp.exp2(rest), common.power_of_two(-whole) * jnp.exp2(-rest)
 
@@ -96,15 +96,17 @@ def scaled(log_decay, wanted, *, interpret=False):
 
     Args:
       log_decay: float32 [B, T, N, K], natural, T and K whole chunks and multiples of `PART`.
-      wanted: (x, power, terms) for each: x [B, T, heads, K], heads divide N; power of exp(G - E/2), 1 or -1; how many 16-bit
-        terms of the result are kept, of which three are a float32.
+      wanted: (x, power, terms) for each: x [B, T, heads, K], heads divide N, read once where it stands twice; power of
+        exp(G - E/2), 1 or -1; how many 16-bit terms of the result are kept, of which three are a float32.
 
     Returns:
       The terms of each, [B, T, N, K] in x's dtype, largest first; exp(E/2), float32 [B, N, chunks, K]; a bound on what the
       factors span, likewise: `fits` of it says whether they are to be used.
     """
     (B, T, N, K), chunks = log_decay.shape, log_decay.shape[1] // CHUNK
-    arrays, powers, _ = zip(*wanted)
+    arrays = list({id(x): x for x, *_ in wanted}.values())
+    sources = [next(i for i, y in enumerate(arrays) if y is x) for x, *_ in wanted]
+    powers = [power for _, power, _ in wanted]
 
     def body(decay_ref, x_refs, out_refs, between_ref, bound_ref):
         chunk = _Chunk(N)
@@ -118,8 +120,8 @@ def scaled(log_decay, wanted, *, interpret=False):
             for t, x, *here in zip(tokens, steps, *values):
                 sums = sums[0] + x[0], sums[1] + x[1]
                 factors = factor(*sums)
-                for value, power, outs in zip(here, powers, out_refs):
-                    parts = accumulate.split(value * factors[power < 0], len(outs), outs[0].dtype)
+                for source, power, outs in zip(sources, powers, out_refs):
+                    parts = accumulate.split(here[source] * factors[power < 0], len(outs), outs[0].dtype)
                     for out_ref, part in zip(outs, parts):
                         chunk.at(out_ref, t)[...] = part
             return sums
@@ -131,15 +133,16 @@ def scaled(log_decay, wanted, *, interpret=False):
     return _call(body, 'scaled', out_type, B, chunks, N, K, interpret)(log_decay, arrays)
 
 
-def unscaled(log_decay, q, k, dq, dk, own, resets, *, interpret=False):
+def unscaled(log_decay, q, k, dq, dk, own, resets, dr=None, *, interpret=False):
     """Gradients of q and k from those of scaled ones, and the sums of log_decay's gradient.
 
     Args:
       log_decay: as in `scaled`.
       q, k: [B, T, heads, K].
       dq, dk: float32 [B, T, N, K], of q exp(G - E/2) and k exp(E/2 - G), without what a token has from itself.
-      own: float32 [B, T, N], which of these times k (q) is what it has.
+      own: float32 [B, N, T], which of these times k (q) is what it has.
       resets: int32 [B, T], 1 where a document begins, or None.
+      dr: None, or as dk, of k exp(G - E/2), which is read and not written: with the opposite sign.
 
     Returns:
       dq and dk by the N heads, float32 where these share the heads of q and k; the sum of a_t - b_t, which
@@ -148,20 +151,21 @@ def unscaled(log_decay, q, k, dq, dk, own, resets, *, interpret=False):
     """
     (B, T, N, K), chunks = log_decay.shape, log_decay.shape[1] // CHUNK
 
-    def body(decay_ref, q_ref, k_ref, dq_ref, dk_ref, own_ref, resets_ref, q_out, k_out, sums_out):
+    def body(decay_ref, q_ref, k_ref, dq_ref, dk_ref, own_ref, resets_ref, dr_ref, q_out, k_out, sums_out):
         chunk = _Chunk(N)
         coarse, fine, _ = _halves(chunk, decay_ref)
 
         def back(tokens, carry):
             coarse, fine, total = carry
             steps = map(step, chunk.load(decay_ref, tokens))
-            for t, x, q, k, dq, dk in zip(tokens, steps, *(chunk.load(ref, tokens) for ref in (q_ref, k_ref, dq_ref, dk_ref))):
+            refs = [ref for ref in (q_ref, k_ref, dq_ref, dk_ref, dr_ref) if ref is not None]
+            for t, x, q, k, dq, dk, *dr in zip(tokens, steps, *(chunk.load(ref, tokens) for ref in refs)):
                 grow, shrink = factor(coarse, fine)
                 dq, dk, row = dq * grow, dk * shrink, chunk.c * CHUNK + t
-                own = own_ref[chunk.b, row, chunk.h]
+                own, dr = own_ref[chunk.b, chunk.h, row], sum(x * grow for x in dr)
                 chunk.at(q_out, t)[...] = (dq + own * k).astype(q_out.dtype)
-                chunk.at(k_out, t)[...] = (dk + own * q).astype(k_out.dtype)
-                total += q * dq - k * dk
+                chunk.at(k_out, t)[...] = (dk - dr + own * q).astype(k_out.dtype)
+                total += q * dq - k * (dk + dr)
                 if resets_ref is not None:
                     total = jnp.where(resets_ref[chunk.b, row] > 0, 0.0, total)
                 chunk.at(sums_out, t)[...] = total
@@ -173,4 +177,4 @@ def unscaled(log_decay, q, k, dq, dk, own, resets, *, interpret=False):
     wide = jax.ShapeDtypeStruct((B, T, N, K), jnp.float32)
     like = lambda x: wide if x.shape[2] < N else jax.ShapeDtypeStruct(x.shape, x.dtype)
     run = _call(body, 'unscaled', (like(q), like(k), wide), B, chunks, N, K, interpret)
-    return run(log_decay, q, k, dq, dk, own, resets)
+    return run(log_decay, q, k, dq, dk, own, resets, dr)

@@ -8,8 +8,6 @@ memory; each consumer warpgroup owns 64 columns of v, so that warpgroups exchang
 float32 registers; a 16-bit copy in shared memory is the right operand of q S.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -41,7 +39,7 @@ def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) ->
     return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
-@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'wide', 'every', 'scale', 'heads', 'interpret')
+@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'interpret')
 def sweep(
     q,
     k,
@@ -58,6 +56,7 @@ def sweep(
     strict=False,
     precise=False,
     wide=False,
+    own=False,
     every=None,
     scale=1.0,
     heads=0,
@@ -77,19 +76,21 @@ def sweep(
       scales: float32 [B, N, chunks, K], or [.., V] where `by_columns`: the state's rows (columns) are multiplied by it before
         and again after each chunk. None: not.
       base: float32 [B, T', N, V] that is added to out, after the scale, or None.
-      against: float32 [B, N, groups, K, V], or None. With it the sweep emits, in place of states, products of these and of the
-        state with which it comes to the group, rows 64 apart added up.
+      against: float32 [B, N, groups, K, V], or None. With it the sweep emits, in place of states, sums of products of these and
+        of the state with which it comes to the group: of rows 64 apart where `by_columns`, else of 64 columns too.
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
       precise: the state and the weights of pairs are multiplied as two 16-bit terms or more, for what is known so well.
       wide: out is float32.
+      own: without partner, dots are the products q_t . k_t, once for every 64 columns.
       scale: multiplies out (not the states).
 
     Returns:
       out: [B, T', N, V], bfloat16 (float32 if wide); None without q.
-      states: float32 [B, N, groups of `every` chunks, K (64 with `against`), V], after the sweep passed the group.
+      states: float32 [B, N, groups of `every` chunks, K, V], after the sweep passed the group; with `against` [.., 64, V] where
+        `by_columns`, else [.., V / 64, 64].
       dots: float32 [B, N, V / 64, chunks * 64]: sums over 64 columns of partner_t o_t, less the part q_t k_t^T v_t of o_t
-        that token t has from itself, not scaled; None without partner.
+        that token t has from itself, not scaled; None without partner and `own`.
     """
     q, k, v = map(terms_of, (q, k, v))
     (B, T, _, K), V, dtype = k[0].shape, v[0].shape[3], k[0].dtype
@@ -139,7 +140,7 @@ def sweep(
                 j = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE)
                 return i == j
 
-            split = functools.partial(accumulate.split, dtype=dtype)
+            split = lambda x, terms: accumulate.split(x, terms, dtype, nearest=terms < 3)  # three are x however they are made
 
             def rescale(S, slot):
                 if by_columns:
@@ -148,25 +149,41 @@ def sweep(
                 factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
                 return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
 
+            def read_by_all():
+                """Before memory is written that products have read."""
+                if not interpret:
+                    common.together()
+
             def keep_copy(S):
                 if q_smem:
+                    read_by_all()
                     for i in range(depth):
                         for term, part in enumerate(split(S[i], copies)):
                             s_smem.at[wg, term, pl.ds(64 * i, 64)][...] = part
                     plgpu.commit_smem()
 
             of_group = lambda ref, c, i: ref.at[b, h, c // every, pl.ds(64 * i, 64), cols]
+            dots_of = lambda rows: dots_ref.at[b, h, part * W + wg, rows]
 
-            def step(s, S):
-                slot, c = lax.rem(s, ring), place(s)
-                if against_ref is not None:
-                    met = (lax.rem(c + 1, every) == 0) | (c == chunks - 1) if reverse else lax.rem(c, every) == 0
+            def partner_of(s):
+                """16 bits a number, asked for a chunk ahead."""
+                if partner_ref is None:
+                    return None
+                rows = pl.ds(place(jnp.minimum(s, chunks - 1)) * CHUNK, CHUNK)
+                source = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
+                return plgpu.load(source, layout=TILE, optimized=False)
 
-                    @pl.when(met)
-                    def _meet():
-                        other = lambda i: plgpu.load(of_group(against_ref, c, i), layout=TILE, optimized=False)
-                        of_group(states_ref, c, 0)[...] = sum((S[i] * other(i) for i in range(1, depth)), S[0] * other(0))
+            def meet(S, c):
+                """<S, against> where the sweep comes to a group."""
+                other = lambda i: plgpu.load(of_group(against_ref, c, i), layout=TILE, optimized=False)
+                total = sum((S[i] * other(i) for i in range(1, depth)), S[0] * other(0))
+                if by_columns:
+                    of_group(states_ref, c, 0)[...] = total
+                else:
+                    states_ref.at[b, h, c // every, part * W + wg][...] = total.sum(axis=1)
 
+            def step(s, carry):
+                (S, other), slot, c = carry, lax.rem(s, ring), place(s)
                 rows = pl.ds(c * CHUNK, CHUNK)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
@@ -183,6 +200,10 @@ def sweep(
                     places = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < terms]
                     for i, j in sorted(places, key=sum, reverse=True):
                         acc.add(left[i], right[j])
+                    return len(places)
+
+                def read(out):
+                    return multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
 
                 def decayed_values():
                     """What the keys write, decayed to the chunk's end: float32, hence as terms."""
@@ -192,7 +213,10 @@ def sweep(
                     place = (
                         (lambda at, term: w_smem.at[at, term]) if apart else lambda at, term: s_smem.at[at, term, pl.ds(0, 64)]
                     )
-                    for term, part in enumerate(split(value * common.row(decays.write(ROW), SQUARE), best)):
+                    found = split(value * common.row(decays.write(ROW), SQUARE), best)
+                    if not (apart and q_smem):  # else they met when they kept the copy
+                        read_by_all()
+                    for term, part in enumerate(found):
                         place(wg, term)[...] = part
                     plgpu.commit_smem()
                     return [place(here, term) for term in range(best)]
@@ -215,46 +239,39 @@ def sweep(
 
                     return sum(map(of_rows, range(0, depth, pair)), ())
 
-                def weigh():
-                    def run(acc):
+                def compare(out=None):
+                    """The weights of pairs, as terms; the partner's dots with what tokens have from others of the chunk.
+
+                    With `out`, the state is read meanwhile.
+                    """
+
+                    def run(acc, *met):
                         multiply(acc, queries, [x.at[slot].T for x in k_smem], best if precise else 2)
-                        weights = acc.load(0)
+                        for product in met:  # other_i . v_j, of 64 columns
+                            multiply(product, [other], [x.T for x in values], best)
+                        weights = acc.load(read(out) if out is not None else len(met) and len(values))
+                        if own:
+                            dots_of(rows)[...] = jnp.where(diagonal(), weights, 0.0).sum(axis=1)
                         weights = weights if decays is None else weights * decays.pairs()
-                        return jnp.where(visible(), weights, 0.0)
+                        pairs, dots = jnp.where(visible(), weights, 0.0), None
+                        for product in met:  # from pairs alone, all of them float32
+                            earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
+                            dots = (earlier * product.load(0)).sum(axis=1)
+                        return split(pairs, kept), dots
 
-                    return accumulate.scoped(run, SQUARE, interpret=interpret)
+                    return accumulate.scoped(run, SQUARE, *[SQUARE] * (other is not None), interpret=interpret)
 
-                def meet(other):
-                    """other_i . v_j, of 64 columns."""
-
-                    def run(acc):
-                        multiply(acc, [other], [x.T for x in values], best)
-                        return acc.load(0)
-
-                    return accumulate.scoped(run, SQUARE, interpret=interpret)
-
-                def compare():
-                    """The weights of pairs, as terms; the partner; its dots with what tokens have from others of the chunk."""
-                    other = dots = None
-                    if partner_ref is not None:
-                        place = partner_ref.at[b, rows, h // (N // partner_ref.shape[2]), cols]
-                        other = plgpu.load(place, layout=TILE, optimized=False)
-                    pairs = weigh()
-                    if other is not None:  # from pairs alone, all of them float32
-                        earlier = pairs if strict else jnp.where(diagonal(), 0.0, pairs)
-                        dots = (earlier * meet(other)).sum(axis=1)
-                    return split(pairs, kept), other, dots
-
-                # With c, q and k were rounded once more already, by their decays.
-                kept = best if precise else 1 if c_smem is None else 2
+                # With c, q and k were rounded once more already, by their decays; values of two terms go into sums of sweeps.
+                kept = best if precise and wide else 2 if c_smem is not None or best == 2 else 1
                 compared = None if partner_ref is None else compare()  # before the state's product, for registers
 
                 def read_state(out):
-                    multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
-                    weights, other, dots = compared or compare()
-                    if decays is not None or dots is not None:
+                    if compared:
+                        read(out)
+                    weights, dots = compared or compare(out)
+                    if decays is not None or other is not None:
                         before = out.load(0) if decays is None else out.load(0) * common.row(decays.read(), SQUARE)
-                        if dots is not None:
+                        if other is not None:
                             dots += (before * other.astype(jnp.float32)).sum(axis=1)
                         out.set(before)
                     multiply(out, weights, values, kept)
@@ -279,6 +296,7 @@ def sweep(
                 if c_smem is not None:
                     S = rescale(S, slot)
                 plgpu.barrier_arrive(free.at[slot])
+                following = partner_of(s + 1)
                 if c_smem is None:
                     keep_copy(S)
                 elif o_smem is not None:
@@ -286,17 +304,20 @@ def sweep(
                 if o_smem is not None:
                     plgpu.copy_smem_to_gmem(o_smem.at[wg], out_ref.at[b, rows, h, cols])
                 if dots is not None:
-                    dots_ref.at[b, h, part * W + wg, rows][...] = dots
+                    dots_of(rows)[...] = dots
 
-                if against_ref is None:
-                    passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+                passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
+
+                if against_ref is not None:
+                    pl.when(passed & (s < chunks - 1))(lambda: meet(S, place(s + 1)))
+                else:
 
                     @pl.when(passed)
                     def _emit():
                         for i in range(depth):
                             of_group(states_ref, c, i)[...] = S[i]
 
-                return S
+                return S, following
 
             if state_ref is None:
                 S = tuple(plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILE) for _ in range(depth))
@@ -305,7 +326,9 @@ def sweep(
                 S = tuple(plgpu.load(part_of(i), layout=TILE, optimized=False) for i in range(depth))
             if c_smem is None:
                 keep_copy(S)
-            lax.fori_loop(0, chunks, step, S)
+            if against_ref is not None:
+                meet(S, place(0))
+            lax.fori_loop(0, chunks, step, (S, partner_of(0)))
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(wg == W)
@@ -343,6 +366,8 @@ def sweep(
                     def _drain(s):
                         plgpu.barrier_wait(free.at[lax.rem(s, ring)])
 
+    emitted = (K, V) if against is None else (64, V) if by_columns else (V // 64, 64)
+
     def entry_point(*refs):
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch),
@@ -364,8 +389,8 @@ def sweep(
         entry_point,
         out_type=(
             jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype) if q else None,
-            jax.ShapeDtypeStruct((B, N, groups, K if against is None else 64, V), jnp.float32),
-            None if partner is None else jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, groups, *emitted), jnp.float32),
+            jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32) if own or partner is not None else None,
         ),
         grid=(B, N, parts),
         grid_names=('b', 'h', 'v'),
@@ -375,6 +400,7 @@ def sweep(
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(q, k, v, decay, state, partner, scales, base, against)

@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import apart
+from pallas_kernels import apart, common
 from pallas_kernels.delta_rule import chain, check, inverse, mosaic_gpu, sweep
 from pallas_kernels.gated_linear import check as linear_check
-from pallas_kernels.gated_linear import decays
+from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
+from tests.pallas_kernels.emulation import emulated
 from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
 
 
@@ -114,7 +115,8 @@ def test_derivatives(monkeypatch, case):
     arrays, ids, cotangents = case.arrays()
     arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     run = lambda f: linear_check.gradients(f, arrays, ids, cotangents, case.scale, names=check.NAMES)
-    got = run(mosaic_gpu.delta_rule)
+    with emulated(monkeypatch, common, scaling):
+        got = run(mosaic_gpu.delta_rule)
     with jax.enable_x64(True):
         want = run(functools.partial(check.oracle, dtype=jnp.float64))
     assert got.keys() == want.keys()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart, common
-from pallas_kernels.gated_linear import check, decays, decode, mosaic_gpu, per_channel, scaling
+from pallas_kernels.gated_linear import accumulate, check, decays, decode, mosaic_gpu, per_channel, scaling, states, sweep
 from tests.pallas_kernels.emulation import emulated
 
 
@@ -28,6 +28,7 @@ def plain_sweep(
     strict=False,
     precise=False,
     wide=False,
+    own=False,
     every=None,
     scale=1.0,
     heads=0,
@@ -62,12 +63,13 @@ def plain_sweep(
             entered[:, :, t // 64 // every] = S
         S = rescale(S, t) if begins(t) else S
         a = np.exp2(step[:, :, t])[..., None, None]
-        own = k[:, t][..., None] * v[:, t][..., None, :]
         before = S if reverse else a * S
-        S = before + own
+        S = before + k[:, t][..., None] * v[:, t][..., None, :]
         if q is not None:
             read = lambda S, t=t: np.einsum('bnk,bnkv->bnv', q[:, t], S)
             out[:, t] = scale * read(before if strict else S)
+            if own:
+                dots[..., t] = (q[:, t] * k[:, t]).sum(-1)[..., None]
             if partner is not None:
                 dots[:, :, 0, t] = (read(before) * repeat(partner)[:, t]).sum(-1)
         if reverse:
@@ -78,7 +80,21 @@ def plain_sweep(
     out = out if base is None else out + base
     if against is not None:
         states = (entered * np.asarray(against, np.float64)).reshape(*states.shape[:3], -1, 64, V).sum(3)
-    return None if q is None else as_input(out), as_input(states), None if partner is None else as_input(dots)
+        states = states if by_columns else states.reshape(*states.shape[:4], -1, 64).sum(-1).swapaxes(3, 4)
+    return None if q is None else as_input(out), as_input(states), as_input(dots) if own or partner is not None else None
+
+
+def plain_twin(q, k, v, decay, state, partner=None, against=None, *, both=True, precise=False, every=None, **options):
+    """What `twin` promises."""
+    other = met = None
+    if both:
+        turned = None if state is None else state.swapaxes(2, 3)
+        other, _, _ = plain_sweep(partner, v, k, decay, turned, **options)
+    groups = every if against is None else None
+    out, states, dots = plain_sweep(q, k, v, decay, state, partner if precise else None, every=groups, **options)
+    if against is not None:
+        met = plain_sweep(q, k, v, decay, state, against=against, every=every, **options)[1]
+    return out, other, states, met, dots
 
 
 @pytest.fixture
@@ -86,6 +102,9 @@ def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
+    monkeypatch.setattr(mosaic_gpu, 'twin', plain_twin)
+    last = lambda k, v, decay, **options: plain_sweep(None, k, v, decay, None, **options)[1]
+    monkeypatch.setattr(mosaic_gpu.of_pieces, 'states', last)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
@@ -136,6 +155,18 @@ def test_scaled_terms_hold_what_float32_does(plain, monkeypatch):
         assert error < 1e-6, (name, error)  # 7e-8, 6e-8, 2e-7; with two terms in place of three the state's is 2.6e-6
 
 
+@pytest.mark.parametrize('terms, bits', [(1, 8), (2, 17), (3, 24)])
+def test_terms_add_up(terms, bits):
+    """The first is the nearest, and what is not finite stays so."""
+    x = np.float32(np.random.default_rng(0).normal(size=1000) * 2.0 ** np.arange(-60, 40, 0.1))
+    parts = accumulate.split(jnp.asarray(x), terms, jnp.bfloat16)
+    error = np.abs(sum(np.float64(part) for part in parts) / x - 1).max()
+    assert 0.4 < error * 2**bits <= 1 if terms < 3 else error == 0
+    assert (np.abs(np.float64(parts[0]) / x - 1) <= 2.0**-8).all()
+    lost = sum(accumulate.split(jnp.asarray([jnp.nan, jnp.inf, -jnp.inf]), terms, jnp.bfloat16))
+    assert not np.isfinite(np.float32(lost)).any()
+
+
 def test_pieces_fill_the_chip_only_where_it_is_empty():
     assert mosaic_gpu.pieces(8, 2048, 16, 128, 128) == 1
     assert mosaic_gpu.pieces(1, 65536, 16, 128, 128) == 8
@@ -145,7 +176,9 @@ def test_pieces_fill_the_chip_only_where_it_is_empty():
 @pytest.mark.quick('True-head', 'False-channel', 'True-none', 'True-channel', 'False-token')
 @pytest.mark.parametrize('decay', ['none', 'head', 'token', 'channel'])
 @pytest.mark.parametrize('beta', [False, True])
-def test_one_token(decay, beta):
+def test_one_token(monkeypatch, decay, beta):
+    """Of 16 tiles, four a warpgroup."""
+    monkeypatch.setattr(common, 'PROCESSORS', 1)
     (q, k, v, g, state), _, _ = check.Case('step', T=1, B=2, N=2, heads=1, K=40, V=80, decay=decay).arrays()
     strength = jnp.asarray([[[0.3, 1.0]], [[0.0, 2.0]]]) if beta else None
     got = decode.one_token((0.5, True), q, k, v, strength, g, state)
@@ -155,9 +188,20 @@ def test_one_token(decay, beta):
     np.testing.assert_allclose(got[1], want[1], rtol=1e-5, atol=1e-6)
 
 
-def test_interpreted_with_race_detection():
-    good, errors = check.check(check.Case('small', T=70, N=1, K=64, V=64, resets=0.05), interpret=True)
+@pytest.mark.parametrize('width', [64, pytest.param(128, marks=pytest.mark.slow)])
+def test_interpreted_with_race_detection(width):
+    good, errors = check.check(check.Case('small', T=70, N=1, K=width, V=width, resets=0.05), interpret=True)
     assert good, errors
+
+
+@pytest.mark.parametrize('reverse', [False, True])
+def test_states_of_pieces(reverse):
+    """As a sweep finds them, bit by bit."""
+    (_, k, v, log_decay, _), ids, _ = check.Case('pieces', T=128, N=2, heads=1, K=64, V=128, resets=0.05).arrays()
+    decay = decays.cumulative(decays.steps(log_decay, ids), 128)
+    got = states.states(k, v, decay, reverse=reverse, interpret=True)
+    want = sweep.sweep(None, k, v, decay, None, reverse=reverse, interpret=True)[1]
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.slow
@@ -246,7 +290,8 @@ def test_what_is_not_finite_stays_in_its_document(plain):
         return out, *pull((do, cotangents[1])), last
 
     spoilt = run(v.at[0, 40, 0, 3].set(jnp.nan), k.at[0, 50, 1, 0].set(jnp.inf))
+    clean = run(v, k)
     assert np.isnan(spoilt[0][0, 40:55, 0]).all() and np.isnan(spoilt[0][0, 50:55, 1]).all()
-    for got, want in zip(spoilt[:-1], run(v, k)):
+    for got, want in zip(spoilt[:-1], clean):
         np.testing.assert_allclose(got[:, other], want[:, other], atol=1e-5)
-    np.testing.assert_allclose(spoilt[-1], run(v, k)[-1], atol=1e-5)
+    np.testing.assert_allclose(spoilt[-1], clean[-1], atol=1e-5)
