@@ -102,7 +102,7 @@ def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids):
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
     """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
-    decay = decays.cumulative(decays.steps(log_decay, segment_ids), beta.shape[1], log_decay)
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), beta.shape[1])
     arrays = [linear.pad(x) for x in arrays]
     cut, strength, decay = schedule(beta, decay, arrays[1].shape[3], arrays[2].shape[3])
     q, k, *rest = map(cut.cut, arrays)
