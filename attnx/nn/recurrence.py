@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from attnx import ops
-from attnx.nn.layers import Linear, RMSNorm, ShortConv, l2_normalize, merge_heads, split_heads
+from attnx.nn.layers import Linear, RMSNorm, ShortConv, l2_normalize, merge_heads, split_heads, together
 from attnx.nn.params import param
 from attnx.nn.state import Recurrent
 from attnx.spec import Context, Dims, Mixer, Output
@@ -88,9 +88,11 @@ def document_positions(ctx: Context, ids: jax.Array | None, length: int, start: 
 class DeltaMixer(Mixer):
     """q, k and v by short convolutions, q and k of unit length, the delta rule, a norm per head, a gate if asked for.
 
-    config: num_heads, key_expansion, value_expansion, conv_taps, negative_eigenvalues, gate. `log_decay` is for a mechanism
-    to define: None here.
+    config: num_heads, key_expansion, value_expansion, conv_taps, negative_eigenvalues, gate. `decay` and `log_decay` are for
+    a mechanism to define: None here.
     """
+
+    decay: Linear | None = None  # a number a head
 
     def __init__(self, config, dims: Dims, *, rngs):
         self.config, self.dtype = config, dims.dtype
@@ -112,9 +114,9 @@ class DeltaMixer(Mixer):
         windows = {k: getattr(self, k).init_state(batch, dtype or self.dtype) for k in ('query', 'key', 'value')}
         return Recurrent.init({'matrix': jnp.zeros((batch, *self.shape), jnp.float32), **windows})
 
-    def log_decay(self, x: jax.Array) -> jax.Array | None:
-        """x [B, T, M] -> what `ops.delta_rule` takes as log_decay."""
-        return None
+    def log_decay(self, rate: jax.Array) -> jax.Array:
+        """`decay(x)` [B, T, N] -> what `ops.delta_rule` takes as log_decay."""
+        raise NotImplementedError
 
     def __call__(self, x, ctx: Context, state=None) -> Output:
         n, head_dim, _ = self.shape
@@ -123,13 +125,14 @@ class DeltaMixer(Mixer):
         query, new['query'] = self.query(x, memory.get('query'), ids, ctx.impl)
         key, new['key'] = self.key(x, memory.get('key'), ids, ctx.impl)
         value, new['value'] = self.value(x, memory.get('value'), ids, ctx.impl)
-        beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+        beta, *rate = together(x, self.beta, *([] if self.decay is None else [self.decay]))
+        beta = jax.nn.sigmoid(beta.astype(jnp.float32))
         out, new['matrix'] = ops.delta_rule(
             split_heads(query, n),
             split_heads(key, n),
             split_heads(value, n),
             2 * beta if self.config.negative_eigenvalues else beta,
-            self.log_decay(x),
+            self.log_decay(*rate) if rate else None,
             initial_state=memory.get('matrix'),
             segment_ids=ids,
             scale=head_dim**-0.5,

@@ -38,8 +38,8 @@ class GatedDeltaNet(DeltaMixer):
         self.log_rate = log_rate(rngs, n, 0, 16, dims)
         self.dt_bias = dt_bias(rngs, n, dims)
 
-    def log_decay(self, x):
-        step = jax.nn.softplus(self.decay(x).astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
+    def log_decay(self, rate):
+        step = jax.nn.softplus(rate.astype(jnp.float32) + self.dt_bias[...].astype(jnp.float32))
         return -jnp.exp(self.log_rate[...].astype(jnp.float32)) * step
 
 
