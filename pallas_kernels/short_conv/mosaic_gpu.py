@@ -18,9 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear.mosaic_gpu import hardware, is_primal
+from pallas_kernels.kept import kept_once
 
 SPAN = 64  # tokens of a warpgroup
-AHEAD = {'forward': 8, 'backward': 4}  # tokens whose loads are in flight at once
+AHEAD = 8  # tokens whose loads are in flight at once
+AHEAD_OF_UNIT = 2  # backward with heads of unit length: more would cost registers, of which blocks on a processor share 65,536
 MOST_TAPS = 8
 LANES, WARPS = 32, 4
 LEAST = 2 * WARPS * LANES  # channels of a block: jax 0.12 moves no less than two 16-bit numbers a thread
@@ -74,7 +76,7 @@ def _age(segment_ids, taps: int):
 def _short_conv(static, x, kernel, first, age):
     silu, unit, interpret = static
     state = jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype) if first is None else first
-    return outputs(x, kernel, first, age, silu=silu, unit=unit, interpret=interpret), last(x, state, age)
+    return kept_once(outputs(x, kernel, first, age, silu=silu, unit=unit, interpret=interpret)), last(x, state, age)
 
 
 def plain(silu, unit, x, kernel, first, age, dtype=jnp.float32):
@@ -227,8 +229,8 @@ def _values(part, taps, felt, silu, unit):
     return value, share, lax.rsqrt(part.over_heads(value * value) + EPS) if unit else None
 
 
-@common.lowered_once('silu', 'unit', 'ahead', 'interpret')
-def outputs(x, kernel, first, age, *, silu, unit=None, ahead=AHEAD['forward'], interpret=False):
+@common.lowered_once('silu', 'unit', 'interpret')
+def outputs(x, kernel, first, age, *, silu, unit=None, interpret=False):
     """y as x.
 
     Args:
@@ -244,7 +246,7 @@ def outputs(x, kernel, first, age, *, silu, unit=None, ahead=AHEAD['forward'], i
         taps = [part.load(kernel_ref, tap).astype(jnp.float32) for tap in range(part.W)]
 
         def some(i, window):
-            tokens = [part.start + i * ahead + j for j in range(ahead)]
+            tokens = [part.start + i * AHEAD + j for j in range(AHEAD)]
             for t, x in zip(tokens, [part.token(x_ref, t) for t in tokens]):
                 visible = part.visible(age_ref, t)
                 window = (*window, x.astype(jnp.float32))
@@ -254,17 +256,17 @@ def outputs(x, kernel, first, age, *, silu, unit=None, ahead=AHEAD['forward'], i
                 window = window[1:]
             return window
 
-        lax.fori_loop(0, SPAN // ahead, some, part.before(x_ref, first_ref))
+        lax.fori_loop(0, SPAN // AHEAD, some, part.before(x_ref, first_ref))
 
     out_type = jax.ShapeDtypeStruct(part.split(x).shape, x.dtype)
     run = part.call(body, 'short_conv_forward', out_type, interpret)
     return run(part.split(x), part.split(kernel), part.split(first) if part.W > 1 else None, age).reshape(x.shape)
 
 
-@common.lowered_once('silu', 'unit', 'ahead', 'interpret')
-def gradients(x, kernel, dy, first, age, *, silu, unit=None, ahead=AHEAD['backward'], interpret=False):
+@common.lowered_once('silu', 'unit', 'interpret')
+def gradients(x, kernel, dy, first, age, *, silu, unit=None, interpret=False):
     """dx as x; and dkernel in parts, float32 [B, spans, W, D]. Arguments as of `outputs`, dy as x."""
-    part = _Part(x, kernel, unit)
+    part, ahead = _Part(x, kernel, unit), AHEAD_OF_UNIT if unit else AHEAD
     W, kept = part.W, part.W - 1
 
     def body(x_ref, kernel_ref, dy_ref, first_ref, age_ref, dx_ref, parts_ref):
