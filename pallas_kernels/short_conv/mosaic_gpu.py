@@ -76,7 +76,7 @@ def _age(segment_ids, taps: int):
 def _short_conv(static, x, kernel, first, age):
     silu, unit, interpret = static
     state = jnp.zeros((x.shape[0], kernel.shape[0] - 1, x.shape[2]), x.dtype) if first is None else first
-    return kept_once(outputs(x, kernel, first, age, silu=silu, unit=unit, interpret=interpret)), last(x, state, age)
+    return outputs(x, kernel, first, age, silu=silu, unit=unit, interpret=interpret), last(x, state, age)
 
 
 def plain(silu, unit, x, kernel, first, age, dtype=jnp.float32):
@@ -106,7 +106,8 @@ def last(x, first, age):
 
 def _forward(static, *args):
     args = jax.tree.map(lambda x: x.value, args, is_leaf=is_primal)
-    return _short_conv(static, *args), args
+    y, window = _short_conv(static, *args)
+    return (kept_once(y), window), args
 
 
 def _backward(static, saved, cotangents):
