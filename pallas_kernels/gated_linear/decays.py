@@ -2,7 +2,6 @@
 
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear.sweep import CHUNK
