@@ -2,8 +2,7 @@
 
 A tile holds 64 rows and a block of columns: [q, k] in the forward kernel, [k, q] ("transposed") in the backward one.
 An operand by query or key alone is a vector over rows or columns, one by head or batch a scalar, one by (q, k) a tile,
-and a strip by difference `d` becomes a table skewed once outside, E[i, x] = strip[x - i], of which each tile is a
-rectangle.
+and of a strip by difference `d` a tile is a Toeplitz matrix of M + N - 1 numbers.
 """
 
 import dataclasses
@@ -130,7 +129,7 @@ def kind(index: str, transposed: bool) -> str:
 
 
 def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: bool):
-    """The array that a kernel loads: booleans as int8, positions padded to whole tiles, strips skewed.
+    """The array that a kernel loads: booleans as int8, positions padded to whole tiles.
 
     Dimensions come out as b, h (where present), then the tile's.
     """
@@ -142,12 +141,9 @@ def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: b
     pads = [(0, {'q': Tp - T, 'k': Sp - S}.get(c, 0)) for c in order]
     if any(p for _, p in pads):
         x = jnp.pad(x, pads)
-    if 'd' in index:  # entry (i, x): the difference of row i and column x, shifted so that columns are never negative
-        x, (R, Rp, C, Cp) = (x[..., ::-1], (S, Sp, T, Tp)) if transposed else (x, (T, Tp, S, Sp))
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(64 + Rp - R, Cp - C + 1)])
-        L = x.shape[-1] - 1  # row i is the strip from 63 - i on: rows of a flat copy, one entry short of its length
-        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 64, L + 1)).reshape(*x.shape[:-1], -1)
-        x = x[..., 63 : 63 + 64 * L].reshape(*x.shape[:-1], 64, L)[..., : Rp + Cp]
+    if 'd' in index:  # by the column's position less the row's, of padded lengths
+        x, right, left = (x[..., ::-1], Tp - T, Sp - S) if transposed else (x, Sp - S, Tp - T)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)])
     if not order:
         x = x.reshape(1)
     return x
@@ -199,11 +195,10 @@ class Place:
         at = [*self.inputs.lead(operand)]
         k = kind(letters, t)
         if 'd' in letters:
-            shift = self.inputs.padded[1] if t else self.inputs.padded[0]
-            at += [pl.ds(0, M), pl.ds(c0 - r0 + shift, N)]
-        else:
-            at += [pl.ds(r0, M)] if 'r' in k else []
-            at += [pl.ds(c0, N)] if 'c' in k else []
+            rows = self.inputs.padded[1] if t else self.inputs.padded[0]
+            return common.toeplitz(ref.at[(*at, pl.ds(c0 - r0 + rows - M, M + N - 1))], self.shape)
+        at += [pl.ds(r0, M)] if 'r' in k else []
+        at += [pl.ds(c0, N)] if 'c' in k else []
         return plgpu.load(ref.at[tuple(at)], layout={'r': ROW, 'c': COL, 'rc': TILE}[k], optimized=False)
 
     def _values(self, first: int, operands):
