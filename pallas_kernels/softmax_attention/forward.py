@@ -13,6 +13,8 @@ output that is not finite is therefore computed again, slowly, from tiles cleane
 keys that hold such an element, or whose value does, are NaN: only rows that see them are.
 """
 
+import os
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -24,6 +26,7 @@ from pallas_kernels.common import COL, LOG2E, ROW
 from pallas_kernels.softmax_attention import functions
 
 SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
+EARLY = bool(int(os.environ.get('EARLY', '1')))
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
@@ -293,8 +296,9 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             p, sums, tile = carry
                             then = entry(jnp.minimum(j + 1, count - 1))
                             slot, last = lax.rem(base + j, stages), lax.rem(base + j - 1, stages)
-                            s = issue(buffer, slot, last, p)
                             place = inputs.at(q0, tile * bkv, shape)
+                            place = place.ahead() if EARLY else place
+                            s = issue(buffer, slot, last, p)
                             weights, sums, alpha = softmax(s, place, sums, j < partial)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])

@@ -170,6 +170,13 @@ class Inputs:
 class Place:
     def __init__(self, inputs: Inputs, q0, k0, shape):
         self.inputs, self.q0, self.k0, self.shape = inputs, q0, k0, shape
+        self.early = {}
+
+    def ahead(self):
+        """Loads the tiles of strips now."""
+        refs = self.inputs.refs
+        self.early = {id(ref): self._load(ref, o) for ref, o in zip(refs, self.inputs.spec.operands) if 'd' in o.index}
+        return self
 
     def _positions(self):
         """The positions as `tile_eval` operands: b, h, q, k."""
@@ -204,7 +211,8 @@ class Place:
     def _values(self, first: int, operands):
         chosen = slice(first, first + len(operands))
         found = zip(self.inputs.refs[chosen], self.inputs.numbers[chosen], operands)
-        load = lambda ref, number, o: (lambda: self._load(ref, o)) if number is None else number
+        one = lambda ref, o: self.early[id(ref)] if id(ref) in self.early else self._load(ref, o)
+        load = lambda ref, number, o: (lambda: one(ref, o)) if number is None else number
         return [(load(ref, n, o), ref.dtype, kind(o.index, self.inputs.transposed)) for ref, n, o in found]
 
     def _eval(self, fun, operands, first=0):
