@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, vector
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -96,6 +96,17 @@ def opaque_zero():
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
     return zero()
+
+
+def each_thread(work):
+    """work(n) in the n-th thread of a block: scalars may differ between threads, arrays and barriers have no place in it."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def thread(_):
+        value = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    work(thread())
 
 
 def publish():

@@ -158,7 +158,7 @@ def schedule(classes, owners, together: int | None = None):
       owners: as of `divided`.
 
     Returns:
-      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, totals int32 [.., nq]: how many blocks
+      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq], by query tile, totals int32 [.., nq]: how many blocks
       visit a query tile.
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
@@ -189,7 +189,7 @@ def schedule(classes, owners, together: int | None = None):
     count = seen.sum(-1)[..., None]
     block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
     lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
-    return lists, _placed(position, rank, seen, nq), seen.sum(-2, dtype=np.int32)
+    return lists, xp.where(seen, rank, 0).astype(np.int32), seen.sum(-2, dtype=np.int32)
 
 
 def in_turn(lists, heads: int, tail: int):
@@ -233,4 +233,4 @@ def in_turn(lists, heads: int, tail: int):
     late = np.full((tail, n, nq + 1), np.inf)
     late[:, block, tile] = started[:, :, None] + np.arange(nq)
     rank = np.argsort(np.argsort(late, axis=1, stable=True), axis=1)
-    return np.where(visited, rank[:, block, tile], 0).astype(np.int32)
+    return np.where(late < np.inf, rank, 0)[..., :nq].astype(np.int32)

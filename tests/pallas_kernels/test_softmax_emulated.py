@@ -16,6 +16,7 @@ from pallas_kernels.softmax_attention import (
     functions,
     mosaic_gpu,
     schedule,
+    tables,
     tiles,
     wide,
 )
@@ -70,7 +71,7 @@ def passes(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
     monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
-    with emulation.emulated(monkeypatch, common, backward, diagonal, forward, functions, wide):
+    with emulation.emulated(monkeypatch, common, backward, diagonal, forward, functions, tables, wide):
         result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
     assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
 
@@ -78,7 +79,7 @@ def passes(case, monkeypatch):
 @pytest.mark.slow
 def test_emulated_statistics(monkeypatch):
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
-    with emulation.emulated(monkeypatch, common, forward, functions):
+    with emulation.emulated(monkeypatch, common, forward, functions, tables):
         assert check.statistics_agree(mosaic_gpu.softmax_attention) is None
 
 

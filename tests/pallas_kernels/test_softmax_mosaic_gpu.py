@@ -14,7 +14,8 @@ from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, schedule, tiles, tune
+from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, schedule, tables, tiles, tune
+from tests.pallas_kernels import emulation
 
 
 @st.composite
@@ -35,25 +36,25 @@ def test_forward_lists(c):
         assert count == (row != 0).sum() and partial == (row == blocks.PARTIAL).sum()
         assert list(tiles[:partial]) == list(np.flatnonzero(row == blocks.PARTIAL))
         assert list(tiles[partial:count]) == list(np.flatnonzero(row == blocks.FULL))
-    np.testing.assert_array_equal(jax.jit(schedule.forward_lists)(c), lists)
 
 
 @settings(max_examples=30, deadline=None)
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
-    """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
     owners = schedule.divided(c)
-    lists, ranks, totals = schedule.schedule(c, owners, together)
+    ends_and_is_ordered(c, owners, together, *schedule.schedule(c, owners, together))
+
+
+def ends_and_is_ordered(c, owners, together, lists, ranks, totals):
+    """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
     np.testing.assert_array_equal(totals, (c != 0).sum(-1))
-    for x, y in zip((lists, ranks, totals), jax.jit(lambda c: schedule.schedule(c, owners, together))(c)):
-        np.testing.assert_array_equal(x, y)
     nq, nk = c.shape[2:]
     for at in np.ndindex(c.shape[:2]):
         todo, visited = [], [[] for _ in range(nk)]
         for i in range(len(owners)):
             count, tile, part, *entries = lists[(*at, i)]
             assert (tile, part) == (owners[i, 0], owners[i, 3])
-            visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
+            visits = [(e // 2, e % 2, ranks[(*at, i, e // 2)]) for e in entries[:count]]
             assert all(p == (c[at][x, tile] == blocks.PARTIAL) for x, p, _ in visits)
             visited[tile] += [x for x, _, _ in visits]
             todo.append(visits)
@@ -90,8 +91,9 @@ def test_blocks_in_turn_end(mask, processors, monkeypatch):
             running[order.pop(0)] = 0
         able = []
         for (h, x), j in running.items():
-            rank = ranks[0, 0, x, j] if h < heads - 4 else tail[h - heads + 4, x, j]
-            able += [(h, x)] if done[h, lists[0, 0, x, 3 + j] // 2] == rank else []
+            tile = lists[0, 0, x, 3 + j] // 2
+            rank = ranks[0, 0, x, tile] if h < heads - 4 else tail[h - heads + 4, x, tile]
+            able += [(h, x)] if done[h, tile] == rank else []
         assert able, 'the blocks wait for each other'
         h, x = able[rng.integers(len(able))]
         done[h, lists[0, 0, x, 3 + running[h, x]] // 2] += 1
@@ -126,15 +128,16 @@ def test_tiles_that_many_see_are_shared():
     st.integers(1, 9),
     st.integers(1, 6),
     st.integers(1, 20),
-    st.sampled_from(['known', 'by data', 'by data and head']),
 )
-def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
-    cost = np.arange(B * N * nq).reshape(B, N, nq) % 7 + 0.5
-    cost = cost if kind == 'by data and head' else cost[:, :1]
-    bounds, order = schedule.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
-    assert sorted(order) == list(range(B * N * nq))
+def test_agenda_holds_each_item_once(B, N, nq, together, processors):
+    cost = np.arange(B * N * nq).reshape(B, N, nq)[:, :1] % 7 + 0.5
+    holds_each_once(*schedule.agenda(B, N, nq, cost, together, processors), B * N * nq, processors)
+
+
+def holds_each_once(bounds, order, items, processors):
+    assert sorted(order) == list(range(items))
     assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
-    assert len(bounds) == min(processors, B * N * nq) + 1
+    assert len(bounds) == min(processors, items) + 1
 
 
 def shares(agenda, cost):
@@ -150,20 +153,42 @@ def test_agenda_is_balanced():
     assert work.max() < 1.02 * work.mean()
 
 
+@settings(max_examples=8, deadline=None)
+@given(classes(), st.integers(1, 4))
+def test_tables_by_data(c, together):
+    """Made by kernels, they are as those that are made while tracing."""
+    owners = np.array([(tile, 0, c.shape[2], -1) for tile in range(c.shape[3])])
+    with emulation.emulated(pytest.MonkeyPatch(), common, tables):
+        lists, (by_key, ranks, totals) = tables.forward_lists(jnp.asarray(c)), tables.backward(jnp.asarray(c), together)
+    same(lists, schedule.forward_lists(c), 2)
+    want = schedule.schedule(c, owners, together)
+    same(by_key, want[0], 3)
+    np.testing.assert_array_equal(np.where(c.swapaxes(-1, -2), ranks, 0), want[1])
+    np.testing.assert_array_equal(totals, want[2])
+
+
+def same(lists, want, first):
+    """Equal as far as the count reaches."""
+    valid = np.arange(want.shape[-1]) < first + want[..., :1]
+    np.testing.assert_array_equal(np.where(valid, lists, 0), want)
+
+
 @pytest.mark.parametrize('kind', ['random', 'documents', 'random by head'])
 def test_agenda_by_data_is_balanced(kind):
-    """No block has more than its share and half an item; at any time they work on a few heads."""
+    """No block has more than its share and one item; at any time they work on a few heads."""
+    B, N, nq, P = 2, 4, 16, 13
     rng = np.random.default_rng(0)
-    if kind == 'documents':
-        cost = np.broadcast_to(np.arange(64) % 12 + 1, (2, 1, 64))
-    else:
-        cost = rng.integers(1, 14, (2, 16 if 'head' in kind else 1, 64))
-    bounds, order = jax.jit(lambda cost: schedule.agenda(2, 16, 64, cost, 4, 132))(cost)
-    work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
-    assert work.max() <= work.mean() + 7
-    for n in range(13):
-        heads = {int(order[start + n]) // 64 for start in bounds[:-1]}
-        assert len(heads) <= 6
+    length = np.arange(nq) % 12 + 1 if kind == 'documents' else rng.integers(1, 14, (B, N if 'head' in kind else 1, nq))
+    length = np.broadcast_to(length, (B, N if 'head' in kind else 1, nq))
+    c = np.where(np.arange(16) < length[..., None], np.int8(blocks.FULL), np.int8(blocks.EMPTY))
+    with emulation.emulated(pytest.MonkeyPatch(), common, tables):
+        _, bounds, order = tables.forward(jnp.asarray(c), B, N, P)
+    holds_each_once(bounds, order, B * N * nq, P)
+    work = shares((bounds, order), np.broadcast_to(length, (B, N, nq)))
+    assert work.max() <= work.mean() + 13
+    for n in range(8):
+        heads = {int(order[min(start + n, order.size - 1)]) // nq for start in bounds[:-1]}
+        assert len(heads) <= 3
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
