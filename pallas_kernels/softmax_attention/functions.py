@@ -178,6 +178,10 @@ class Place:
         self.early = {id(ref): self._load(ref, o) for ref, o in zip(refs, self.inputs.spec.operands) if 'd' in o.index}
         return self
 
+    def part(self, first: int, columns: int):
+        """Some columns of a tile that is not transposed; `first` a multiple of 8."""
+        return self.inputs.at(self.q0, self.k0 + first, (self.shape[0], columns))
+
     def _positions(self):
         """The positions as `tile_eval` operands: b, h, q, k."""
         M, N = self.shape

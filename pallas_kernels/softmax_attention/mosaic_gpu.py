@@ -173,13 +173,14 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    classes = blocks.classify(mask, B, N, T, S, bq, bk)
+    parts = blocks.classify(mask, B, N, T, S, 64, 64)
+    classes, names = plan.packed(parts, shape.consumers, bk // 64)
     if tables.ON and not isinstance(classes, np.ndarray):
-        lists, *todo = tables.forward(classes, B, N, plan.processors())
+        lists, *todo = tables.forward(classes, names, B, N, plan.processors())
     else:
         lists, cost, reach = None, np.full((1, 1, nq), nk), nk
         if spec.mask:
-            lists = plan.forward_lists(classes)
+            lists = plan.forward_lists(classes, names)
             cost = lists[..., 0] + plan.MASK_COST * lists[..., 1]
             reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
         # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.

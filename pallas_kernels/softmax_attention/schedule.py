@@ -32,17 +32,37 @@ def _placed(position, value, keep, size):
     return jnp.where(hit, value[..., None, :], 0).sum(-1, dtype=jnp.int32)
 
 
-def forward_lists(classes):
+def packed(parts, rows: int, columns: int):
+    """Classes of tiles of rows x columns parts; and what names a tile in a list and says which class its parts have.
+
+    Args:
+      parts: int8 [.., nq, nk], classes of smaller tiles.
+
+    Returns:
+      int8 [.., nq / rows, nk / columns], rounded up, and int32 of that shape: the key tile, then two bits for each part, of
+      which part (r, c) has those from 2 * (r * columns + c) on.
+    """
+    xp = np if isinstance(parts, np.ndarray) else jnp
+    *lead, nq, nk = parts.shape
+    x = xp.pad(parts, [(0, 0)] * len(lead) + [(0, -nq % rows), (0, -nk % columns)], constant_values=blocks.EMPTY)
+    x = x.astype(np.int32).reshape(*lead, -1, rows, common.cdiv(nk, columns), columns)
+    bits = sum(x[..., r, :, c] << 2 * (r * columns + c) for r in range(rows) for c in range(columns))
+    full = sum(blocks.FULL << 2 * n for n in range(rows * columns))
+    classes = xp.where(bits == 0, blocks.EMPTY, xp.where(bits == full, blocks.FULL, blocks.PARTIAL)).astype(np.int8)
+    return classes, (np.arange(bits.shape[-1], dtype=np.int32) << 2 * rows * columns) | bits
+
+
+def forward_lists(classes, names=None):
     """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
 
-    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy.
+    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy. A key tile is called by its number, or by its name.
     """
     xp = np if isinstance(classes, np.ndarray) else jnp
     partial, full = classes == blocks.PARTIAL, classes == blocks.FULL
     few = partial.sum(-1, dtype=np.int32)[..., None]
     position = xp.where(partial, xp.cumsum(partial, -1), few + xp.cumsum(full, -1)) - 1
     nk = classes.shape[-1]
-    entries = _placed(position, np.arange(nk), partial | full, nk)
+    entries = _placed(position, np.arange(nk) if names is None else names, partial | full, nk)
     return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 

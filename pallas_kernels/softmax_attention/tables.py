@@ -30,7 +30,7 @@ def forward_lists(classes):
     return _forward(classes)[0]
 
 
-def forward(classes, B: int, N: int, processors: int):
+def forward(classes, names, B: int, N: int, processors: int):
     """As `schedule.forward_lists`, and an agenda as of `schedule.agenda`.
 
     Of 2 P neighbouring items at a time each of P blocks gets two, the n-th longest and the n-th shortest: they add up to
@@ -38,6 +38,7 @@ def forward(classes, B: int, N: int, processors: int):
 
     Args:
       classes: int8 [B or 1, N or 1, nq, nk].
+      names: int32 of that shape, of the key tiles, or None.
 
     Returns:
       lists, bounds and order.
@@ -46,27 +47,30 @@ def forward(classes, B: int, N: int, processors: int):
     P = min(processors, n)
     real = np.arange(common.cdiv(n, 2 * P) * 2 * P).reshape(-1, 2, P) < n  # by rank: the shortest are not there
     bounds = np.cumsum([0, *(real[:, 0] + 0 + real[:, 1, ::-1]).sum(0)], dtype=np.int32)
-    return _forward(classes, B, N, bounds)
+    return _forward(classes, names, B, N, bounds)
 
 
-def _forward(classes, B=1, N=1, bounds=None):
+def _forward(classes, names=None, B=1, N=1, bounds=None):
     *lead, nq, nk = classes.shape
     rows, n = math.prod(lead) * nq, 0 if bounds is None else B * N * nq
     partial = classes == PARTIAL
     few = partial.sum(-1, dtype=jnp.int32)
     cost = jnp.where(classes == EMPTY, 0, jnp.where(partial, 1 + schedule.MASK_COST, 1.0)).sum(-1, dtype=jnp.float32)
 
-    def kernel(classes_ref, few_ref, cost_ref, bounds_ref, lists_ref, order_ref):
+    def kernel(classes_ref, names_ref, few_ref, cost_ref, bounds_ref, lists_ref, order_ref):
         def listed(row):
             few = few_ref[row]
 
-            def step(tile, found, next_):
-                partial, full = next_
+            def load(tile):
+                return classes_ref[row, tile].astype(jnp.int32), tile if names_ref is None else names_ref[row, tile]
+
+            def step(_, loaded, places):
+                (found, name), (partial, full) = loaded, places
                 # Where this tile is empty, the next one overwrites it.
-                lists_ref[row, jnp.where(found == PARTIAL, partial, full) + 2] = tile
+                lists_ref[row, jnp.where(found == PARTIAL, partial, full) + 2] = name
                 return partial + (found == PARTIAL), full + (found == FULL)
 
-            _, count = _walk(0, nk, lambda tile: classes_ref[row, tile].astype(jnp.int32), step, (jnp.int32(0), few))
+            _, count = _walk(0, nk, load, step, (jnp.int32(0), few))
             lists_ref[row, 0] = count
             lists_ref[row, 1] = few
 
@@ -99,7 +103,8 @@ def _forward(classes, B=1, N=1, bounds=None):
 
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     out = ints(rows, 2 + nk), ints(n) if n else None
-    lists, order = _run(kernel, out, rows + n, classes.reshape(rows, nk), few.ravel(), cost.ravel(), bounds)
+    flat = lambda x: x if x is None else x.reshape(rows, nk)
+    lists, order = _run(kernel, out, rows + n, flat(classes), flat(names), few.ravel(), cost.ravel(), bounds)
     return lists.reshape(*lead, nq, 2 + nk), bounds, order
 
 

@@ -39,6 +39,23 @@ def test_forward_lists(c):
 
 
 @settings(max_examples=30, deadline=None)
+@given(classes(), st.integers(1, 3), st.integers(1, 2))
+def test_packed_classes(c, rows, columns):
+    found, names = schedule.packed(c, rows, columns)
+    assert found.dtype == np.int8 and names.dtype == np.int32
+    for *lead, q, k in np.ndindex(found.shape):
+        parts = np.zeros((rows, columns), int)
+        own = c[(*lead, slice(q * rows, (q + 1) * rows), slice(k * columns, (k + 1) * columns))]
+        parts[: own.shape[0], : own.shape[1]] = own
+        want = parts[0, 0] if (parts == parts[0, 0]).all() else blocks.PARTIAL
+        assert found[(*lead, q, k)] == want
+        name = names[(*lead, q, k)]
+        assert name >> 2 * parts.size == k
+        assert [name >> 2 * n & 3 for n in range(parts.size)] == list(parts.ravel())
+    np.testing.assert_array_equal(jax.jit(schedule.packed, static_argnums=(1, 2))(c, rows, columns)[1], names)
+
+
+@settings(max_examples=30, deadline=None)
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
     owners = schedule.divided(c)
@@ -158,9 +175,12 @@ def test_agenda_is_balanced():
 def test_tables_by_data(c, together):
     """Made by kernels, they are as those that are made while tracing."""
     owners = np.array([(tile, 0, c.shape[2], -1) for tile in range(c.shape[3])])
+    names = schedule.packed(c, 1, 1)[1]
     with emulation.emulated(pytest.MonkeyPatch(), common, tables):
         lists, (by_key, ranks, totals) = tables.forward_lists(jnp.asarray(c)), tables.backward(jnp.asarray(c), together)
+        named, _, _ = tables.forward(jnp.asarray(c), jnp.asarray(names), 2, 2, 3)
     same(lists, schedule.forward_lists(c), 2)
+    same(named, schedule.forward_lists(c, names), 2)
     want = schedule.schedule(c, owners, together)
     same(by_key, want[0], 3)
     np.testing.assert_array_equal(np.where(c.swapaxes(-1, -2), ranks, 0), want[1])
@@ -182,7 +202,7 @@ def test_agenda_by_data_is_balanced(kind):
     length = np.broadcast_to(length, (B, N if 'head' in kind else 1, nq))
     c = np.where(np.arange(16) < length[..., None], np.int8(blocks.FULL), np.int8(blocks.EMPTY))
     with emulation.emulated(pytest.MonkeyPatch(), common, tables):
-        _, bounds, order = tables.forward(jnp.asarray(c), B, N, P)
+        _, bounds, order = tables.forward(jnp.asarray(c), None, B, N, P)
     holds_each_once(bounds, order, B * N * nq, P)
     work = shares((bounds, order), np.broadcast_to(length, (B, N, nq)))
     assert work.max() <= work.mean() + 13
