@@ -173,8 +173,7 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    parts = blocks.classify(mask, B, N, T, S, 64, 64)
-    classes, names = plan.packed(parts, shape.consumers, bk // 64)
+    classes, names = _classes(mask, B, N, T, S, bq, bk)
     if tables.ON and not isinstance(classes, np.ndarray):
         lists, *todo = tables.forward(classes, names, B, N, plan.processors())
     else:
@@ -222,6 +221,11 @@ def _backward(scale, _, saved, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
+def _classes(mask, B, N, T, S, bq, bk):
+    """`schedule.packed` of parts of 64 x 64: where they depend on data, XLA makes them once for both passes."""
+    return plan.packed(blocks.classify(mask, B, N, T, S, 64, 64), bq // 64, bk // 64)
+
+
 def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     """dq, and dk and dv for each query head, padded, by the fused kernel."""
     (B, T, N, H), S, Hv = q.shape, k.shape[1], v.shape[3]
@@ -232,7 +236,7 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
-    classes = blocks.classify(mask, B, N, T, S, bq, bk)
+    classes, _ = _classes(mask, B, N, T, S, bq, bk)
     owners = plan.divided(classes)
     if tables.ON and not isinstance(classes, np.ndarray):
         lists, ranks, totals = tables.backward(classes, plan.processors())
