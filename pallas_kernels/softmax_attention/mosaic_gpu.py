@@ -19,7 +19,7 @@ from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
-from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tables, tiles, wide
+from pallas_kernels.softmax_attention import diagonal, dots, functions, operand_gradients, tables, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
 from pallas_kernels.softmax_attention import schedule as plan
 from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
@@ -200,8 +200,13 @@ def _backward(scale, _, saved, cotangents):
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
     # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN; one whose output,
     # lse or cotangent is not finite makes all it sees NaN.
-    live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
-    delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+    if dots.ON:
+        dot, some = (x[..., : q.shape[1]] for x in dots.dots(*(_pad(x, length=dots.ROWS) for x in (out, do))))
+        live = ((some > 0) | (dlse != 0)) & (lse2 != -jnp.inf)
+        delta = dot - dlse
+    else:
+        live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
+        delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
     finite = jnp.isfinite(delta)
     base = jnp.where(live, jnp.where(finite, lse2, jnp.nan), HIDDEN)
     delta = jnp.where(live & finite, delta, 0.0)
@@ -337,9 +342,9 @@ def _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout):
     return jax.tree.unflatten(tree, found)
 
 
-def _pad(x, least=64):
+def _pad(x, least=64, length=8):
     """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
-    length, width = -x.shape[1] % 8, max(least - x.shape[3], -x.shape[3] % 64)
+    length, width = -x.shape[1] % length, max(least - x.shape[3], -x.shape[3] % 64)
     return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
 
 
