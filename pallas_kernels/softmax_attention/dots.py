@@ -8,8 +8,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import common
-
 ROWS = 64  # a block
 ON = bool(int(os.environ.get('DOTS', '1')))
 # Eight neighbours of a row in a thread, 32 of each of eight rows in a warp: whole sectors of memory, of the sums too.
