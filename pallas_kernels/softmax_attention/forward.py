@@ -27,6 +27,8 @@ from pallas_kernels.softmax_attention import functions
 
 SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
 PARTS = bool(int(os.environ.get('PARTS', '1')))
+LAZY = bool(int(os.environ.get('LAZY', '0')))
+SLACK = 8.0
 EARLY = bool(int(os.environ.get('EARLY', '1')))
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
@@ -127,7 +129,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 No factor, if the maximum is fixed.
                 """
                 m, l, e = sums
-                factor, shift = c, None
+                factor, shift, raised = c, None, None
                 if score:
                     s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
@@ -142,6 +144,8 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 shift = 0.0 if shift is None else shift * LOG2E  # of the row: it goes to the maximum, not to each logit
                 if fixed is None:
                     m_new = jnp.maximum(m, s.max(axis=1) * factor + shift)
+                    if LAZY and not stats:
+                        m_new, raised = common.raised(m, m_new, SLACK)
                     alpha = jnp.exp2(m - m_new)
                     base = common.row(m_new - shift, s.shape)
                 else:
@@ -152,7 +156,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 if stats:
                     e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
                 l = l if alpha is None else l * alpha
-                return p, (m_new, l + p.sum(axis=1), e), alpha
+                return p, (m_new, l + p.sum(axis=1), e), alpha, raised
 
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""
@@ -232,7 +236,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         bad_k = plgpu.load(flags_smem.at[wg], layout=COL, optimized=False)
                         s = s + common.row(bad_q, small) + common.col(bad_k, small)
                         place = inputs.at(q0, k0, small)
-                        p, sums, alpha = softmax(s, place, sums, True)
+                        p, sums, alpha, _ = softmax(s, place, sums, True)
                         p = used(p, place)
                         for at, acc in zip(range(0, Hv, piece), accs):
                             if alpha is not None:
@@ -302,7 +306,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         pl.when(old)(lambda: plgpu.barrier_wait(v_bar.at[last]))
                         s = issue(buffer, slot, last, p, wait_v=False)
                         place = inputs.at(q0, tile_of(name0) * bkv, shape)
-                        weights, sums_new, _ = softmax(s, place, nothing_seen, partial > 0, name0)
+                        weights, sums_new, *_ = softmax(s, place, nothing_seen, partial > 0, name0)
                         plgpu.wgmma_wait(0)
                         p = used(weights, place)
 
@@ -320,13 +324,14 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             place = inputs.at(q0, tile_of(name) * bkv, shape)
                             place = place.ahead() if EARLY else place
                             s = issue(buffer, slot, last, p)
-                            weights, sums, alpha = softmax(s, place, sums, j < partial, name)
+                            weights, sums, alpha, raised = softmax(s, place, sums, j < partial, name)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])
                             p = used(weights, place)
                             if alpha is not None:
                                 o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
-                                o_acc[...] = o * common.row(alpha, (64, Hv))
+                                rescale = lambda o: o * common.row(alpha, (64, Hv))
+                                o_acc[...] = rescale(o) if raised is None else lax.cond(raised > 0, rescale, lambda o: o, o)
                             return p, sums, then
 
                         p, sums, _ = lax.fori_loop(1, count, step, (p, sums_new, second))
