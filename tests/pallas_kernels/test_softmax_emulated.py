@@ -34,6 +34,7 @@ CASES = {
     'documents': check.Case(
         '', B=2, T=140, N=1, mask=lambda c: causal & check.segments(jnp.asarray(check.documents(c.B, c.T, 50, 1)))
     ),
+    'rising': check.Case('', B=1, T=400, N=1, score=check.rising),
     'strip': check.Case('', B=1, T=140, S=100, N=2, mask=causal, score=check._random('hd')),
     'dropout': check.Case('', B=1, T=140, N=1, mask=causal, dropout=dropout_lib.Dropout(0.2, 7)),
     'wide': check.Case('', B=1, T=140, N=2, H=136, mask=causal, score=check.softcap(5.0)),
