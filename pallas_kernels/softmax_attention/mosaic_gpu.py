@@ -303,8 +303,12 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         classes = classes.swapaxes(-1, -2) if by_key else classes
         lists = (plan if isinstance(classes, np.ndarray) or not tables.ON else tables).forward_lists(classes)
         operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
+        # As many heads at a time as leave what they stream in the L2 cache.
+        bytes_ = 2 * (T if by_key else S) * (H + v.shape[3])
+        together = max(1, 2**24 // bytes_) * (1 if by_key else N // k.shape[2])
+        order = plan.longest_first(lists[..., 0], B, N, together)
         run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
-        found.append(run(*map(_pad, arrays), *rows, lists, operands))
+        found.append(run(*map(_pad, arrays), *rows, lists, order, operands))
     return found[0][:, :T, :, :H], *found[1:]
 
 

@@ -116,6 +116,21 @@ def _dealt(cost, P: int):
     return bounds, sorted_items.reshape(-1)[places[real]]
 
 
+def longest_first(cost, B: int, N: int, together: int):
+    """Items (b * N + h) * tiles + tile, of `together` heads at a time, the longest of all of them first.
+
+    Launched head by head, the long ones of the last head would be under way when all else has ended.
+
+    Args:
+      cost: int32 [B or 1, N or 1, tiles]; NumPy stays NumPy.
+    """
+    xp = np if isinstance(cost, np.ndarray) else jnp
+    tiles = cost.shape[-1]
+    cost = xp.broadcast_to(cost, (B, N, tiles)).ravel()
+    group = np.arange(cost.size) // (tiles * together)
+    return xp.lexsort((-cost, group)).astype(np.int32)
+
+
 def processors() -> int:
     try:
         return int(jax.devices('cuda')[0].core_count)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -191,6 +192,21 @@ def same(lists, want, first):
     """Equal as far as the count reaches."""
     valid = np.arange(want.shape[-1]) < first + want[..., :1]
     np.testing.assert_array_equal(np.where(valid, lists, 0), want)
+
+
+@pytest.mark.parametrize('by_data', [False, True])
+def test_longest_first(by_data):
+    """Every item once, heads in groups, and under a causal mask all multiprocessors end together."""
+    cost = np.arange(2, 130, 2)[None, None]
+    order = schedule.longest_first(jnp.asarray(cost) if by_data else cost, 2, 8, 2)
+    assert isinstance(order, np.ndarray) != by_data and order.dtype == np.int32
+    assert sorted(np.asarray(order)) == list(range(1024))
+    for group in np.reshape(order, (8, 128)):
+        assert group.max() - group.min() == 127 and (np.diff(cost.ravel()[group % 64]) <= 0).all()
+    free = [0] * 132
+    for item in np.asarray(order):
+        heapq.heapreplace(free, free[0] + int(cost.ravel()[item % 64]) + 2)
+    assert max(free) < 1.01 * np.mean(free)
 
 
 @pytest.mark.parametrize('kind', ['random', 'documents', 'random by head'])
