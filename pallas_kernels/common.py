@@ -98,15 +98,16 @@ def opaque_zero():
     return zero()
 
 
-def each_thread(work):
-    """work(n) in the n-th thread of a block: scalars may differ between threads, arrays and barriers have no place in it."""
+def each_thread(count: int, work):
+    """work(n) in the n-th thread of a block, n < count <= 128: scalars may differ, arrays and barriers have no place in it."""
 
     @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
     def thread(_):
         value = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
         return mgpu.FragmentedArray.splat(value, (), is_signed=True)
 
-    work(thread())
+    n = thread()
+    pl.when(n < count)(lambda: work(n))
 
 
 def publish():

@@ -17,9 +17,9 @@ from pallas_kernels import common
 from pallas_kernels.blocks import EMPTY, FULL, PARTIAL
 from pallas_kernels.softmax_attention import schedule
 
-THREADS = 128  # a block
+FEW, MANY = 4, 128  # threads of a block that work: few where each writes to a row of its own, for a multiprocessor's stores are slow
 NEVER = np.int32(2**31 - 1)
-AT_A_TIME = 16  # numbers that a thread loads before it looks at them: memory answers to all at once
+AT_A_TIME = 32  # numbers that a thread loads before it looks at them: memory answers to all at once
 
 
 ON = bool(int(os.environ.get('TABLES', '1')))
@@ -93,18 +93,17 @@ def _forward(classes, names=None, B=1, N=1, bounds=None):
             block = jnp.where(late, 2 * P - 1 - rank, rank)
             order_ref[bounds_ref[block] + 2 * group + late] = item
 
-        def work(thread):
-            task = lax.axis_index('block') * THREADS + thread
+        def work(task):
             pl.when(task < rows)(lambda: listed(task))
             if n:
                 pl.when((task >= rows) & (task < rows + n))(lambda: dealt(task - rows))
 
-        common.each_thread(work)
+        _each(FEW, work)
 
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     out = ints(rows, 2 + nk), ints(n) if n else None
     flat = lambda x: x if x is None else x.reshape(rows, nk)
-    lists, order = _run(kernel, out, rows + n, flat(classes), flat(names), few.ravel(), cost.ravel(), bounds)
+    lists, order = _run(kernel, out, (rows + n, FEW), flat(classes), flat(names), few.ravel(), cost.ravel(), bounds)
     return lists.reshape(*lead, nq, 2 + nk), bounds, order
 
 
@@ -119,8 +118,7 @@ def backward(classes, together: int):
     heads = math.prod(lead)
 
     def listing(classes_ref, lists_ref, times_ref):
-        def work(thread):
-            row = lax.axis_index('block') * THREADS + thread
+        def work(row):
             head, block = lax.div(row, nk), lax.rem(row, nk)
             start = lax.div(block * nq, nk)
             before = lax.div(block, together) * nq
@@ -141,11 +139,10 @@ def backward(classes, together: int):
                 for at, value in enumerate((count, block, jnp.int32(-1))):
                     lists_ref[row, at] = value
 
-        common.each_thread(work)
+        _each(FEW, work)
 
     def ranking(times_ref, ranks_ref, totals_ref):
-        def work(thread):
-            visit = lax.axis_index('block') * THREADS + thread
+        def work(visit):
             row, block = lax.div(visit, nk), lax.rem(visit, nk)
             head, tile = lax.div(row, nq), lax.rem(row, nq)
 
@@ -161,12 +158,12 @@ def backward(classes, together: int):
                 ranks_ref[head * nk + block, tile] = rank
                 totals_ref[row] = total
 
-        common.each_thread(work)
+        _each(MANY, work)
 
     ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
     listed = ints(heads * nk, 3 + nq), ints(heads * nq, nk)
-    lists, times = _run(listing, listed, heads * nk, classes.reshape(heads * nq, nk))
-    ranks, totals = _run(ranking, (ints(heads * nk, nq), ints(heads * nq)), heads * nq * nk, times)
+    lists, times = _run(listing, listed, (heads * nk, FEW), classes.reshape(heads * nq, nk))
+    ranks, totals = _run(ranking, (ints(heads * nk, nq), ints(heads * nq)), (heads * nq * nk, MANY), times)
     return lists.reshape(*lead, nk, 3 + nq), ranks.reshape(*lead, nk, nq), totals.reshape(*lead, nq)
 
 
@@ -186,11 +183,17 @@ def _walk(first, size: int, load, step, carry):
     return some(first + whole * AT_A_TIME, size % AT_A_TIME, carry)
 
 
-def _run(kernel, out_type, tasks: int, *arrays):
+def _each(threads: int, work):
+    """work(n) for the block's tasks."""
+    common.each_thread(threads, lambda thread: work(lax.axis_index('block') * threads + thread))
+
+
+def _run(kernel, out_type, tasks: tuple[int, int], *arrays):
+    """`tasks`: how many, and how many of them a block does."""
     return plgpu.kernel(
         kernel,
         out_type=out_type,
-        grid=(common.cdiv(tasks, THREADS),),
+        grid=(common.cdiv(*tasks),),
         grid_names=('block',),
         compiler_params=plgpu.CompilerParams(
             unsafe_no_auto_barriers=True,

@@ -261,7 +261,7 @@ def emulated(monkeypatch, common, *modules):
                     patch.setattr(module, name, fake)
         patch.setattr(common, 'opaque_zero', lambda: jnp.int32(0))
         patch.setattr(common, 'publish', nothing)
-        patch.setattr(common, 'each_thread', lambda work: [work(jnp.int32(n)) for n in range(128)])
+        patch.setattr(common, 'each_thread', lambda count, work: [work(jnp.int32(n)) for n in range(count)])
         patch.setattr(common, 'raised', _raised)
         patch.setattr(common, 'toeplitz', _toeplitz)
         patch.setattr(common, 'any_not_finite', lambda row: flag((~jnp.isfinite(row)).any()))
