@@ -29,7 +29,6 @@ SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights a
 PARTS = bool(int(os.environ.get('PARTS', '1')))
 LAZY = bool(int(os.environ.get('LAZY', '0')))
 SLACK = 8.0
-EARLY = bool(int(os.environ.get('EARLY', '1')))
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
@@ -321,8 +320,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             p, sums, name = carry
                             then = entry(jnp.minimum(j + 1, count - 1))
                             slot, last = lax.rem(base + j, stages), lax.rem(base + j - 1, stages)
-                            place = inputs.at(q0, tile_of(name) * bkv, shape)
-                            place = place.ahead() if EARLY else place
+                            place = inputs.at(q0, tile_of(name) * bkv, shape).ahead()
                             s = issue(buffer, slot, last, p)
                             weights, sums, alpha, raised = softmax(s, place, sums, j < partial, name)
                             plgpu.wgmma_wait(0)

@@ -52,10 +52,15 @@ class Spec:
         found = [o for f in (self.mask, self.score) if f for o in f.operands]
         return [*found, self.seed] if self.dropout else found
 
+    @property
+    def of_score(self) -> tuple[int, int]:
+        """The score's operands: from the first of these numbers to before the second."""
+        first = len(self.mask.operands) if self.mask else 0
+        return first, first + (len(self.score.operands) if self.score else 0)
+
     def folded(self, operands, batch: int) -> 'Spec':
         """With these operands, of batches of `batch` rows."""
-        first = len(self.mask.operands) if self.mask else 0
-        last = first + (len(self.score.operands) if self.score else 0)
+        first, last = self.of_score
         mask = self.mask and dataclasses.replace(self.mask, operands=tuple(operands[:first]))
         score = self.score and dataclasses.replace(self.score, operands=tuple(operands[first:last]))
         seed = operands[last] if self.dropout else None
@@ -170,12 +175,13 @@ class Inputs:
 class Place:
     def __init__(self, inputs: Inputs, q0, k0, shape):
         self.inputs, self.q0, self.k0, self.shape = inputs, q0, k0, shape
-        self.early = {}
+        self.early = {}  # by number of the operand
 
     def ahead(self):
-        """Loads the tiles of strips now."""
-        refs = self.inputs.refs
-        self.early = {id(ref): self._load(ref, o) for ref, o in zip(refs, self.inputs.spec.operands) if 'd' in o.index}
+        """Loads the score's strips now, whose tiles take longest to come."""
+        spec = self.inputs.spec
+        strips = [n for n in range(*spec.of_score) if 'd' in spec.operands[n].index]
+        self.early = {n: self._load(self.inputs.refs[n], spec.operands[n]) for n in strips}
         return self
 
     def part(self, first: int, columns: int):
@@ -213,11 +219,12 @@ class Place:
         return plgpu.load(ref.at[tuple(at)], layout={'r': ROW, 'c': COL, 'rc': TILE}[k], optimized=False)
 
     def _values(self, first: int, operands):
-        chosen = slice(first, first + len(operands))
-        found = zip(self.inputs.refs[chosen], self.inputs.numbers[chosen], operands)
-        one = lambda ref, o: self.early[id(ref)] if id(ref) in self.early else self._load(ref, o)
-        load = lambda ref, number, o: (lambda: one(ref, o)) if number is None else number
-        return [(load(ref, n, o), ref.dtype, kind(o.index, self.inputs.transposed)) for ref, n, o in found]
+        def value(n, o):
+            number, ref = self.inputs.numbers[n], self.inputs.refs[n]
+            load = lambda: self.early[n] if n in self.early else self._load(ref, o)
+            return load if number is None else number, ref.dtype, kind(o.index, self.inputs.transposed)
+
+        return [value(n, o) for n, o in enumerate(operands, first)]
 
     def _eval(self, fun, operands, first=0):
         """`first`: where the positions b, h, q, k stand among the operands."""
@@ -296,14 +303,13 @@ class Place:
     def _evaluated(self, s, scale, run):
         spec = self.inputs.spec
         operands = spec.score.operands
-        first = len(spec.mask.operands) if spec.mask else 0
 
         def fun(s, b, h, q, k, *values):
             i = ew.Index(b, h, q, k, spec.T, spec.S)
             call = lambda s, values: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
             return run(call, s * jnp.float32(scale), values)
 
-        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
+        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(spec.of_score[0], operands), 1)
 
     def kept(self):
         """Whether dropout keeps each weight: a boolean tile."""

@@ -174,14 +174,14 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     classes, names = _classes(mask, B, N, T, S, bq, bk)
-    if tables.ON and not isinstance(classes, np.ndarray):
+    if not isinstance(classes, np.ndarray):
         lists, *todo = tables.forward(classes, names, B, N, plan.processors())
     else:
         lists, cost, reach = None, np.full((1, 1, nq), nk), nk
         if spec.mask:
             lists = plan.forward_lists(classes, names)
             cost = lists[..., 0] + plan.MASK_COST * lists[..., 1]
-            reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
+            reach = max(1, lists[..., 0].max())
         # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
         together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
         todo = plan.agenda(B, N, nq, cost + plan.ITEM_COST, together, plan.processors())
@@ -243,7 +243,7 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     classes, _ = _classes(mask, B, N, T, S, bq, bk)
     owners = plan.divided(classes)
-    if tables.ON and not isinstance(classes, np.ndarray):
+    if not isinstance(classes, np.ndarray):
         lists, ranks, totals = tables.backward(classes, plan.processors())
     else:
         lists, ranks, totals = plan.schedule(classes, owners)
@@ -301,7 +301,7 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
         classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
         classes = classes.swapaxes(-1, -2) if by_key else classes
-        lists = (plan if isinstance(classes, np.ndarray) or not tables.ON else tables).forward_lists(classes)
+        lists = (plan if isinstance(classes, np.ndarray) else tables).forward_lists(classes)
         operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
         # As many heads at a time as leave what they stream in the L2 cache.
         bytes_ = 2 * (T if by_key else S) * (H + v.shape[3])

@@ -1,7 +1,6 @@
 """Which tiles a block of the kernels visits, in which order, and which block does what.
 
-NumPy in, NumPy out: what is known while tracing costs nothing at run time. Tables that depend on data are made by small XLA
-kernels.
+NumPy: what is known while tracing costs nothing at run time. Tables that depend on data: `tables`.
 """
 
 import heapq
@@ -21,15 +20,12 @@ TAIL = 8  # of so many heads, the last ones, blocks are launched in turn where t
 
 
 def _placed(position, value, keep, size):
-    """out[.., position] = value where `keep`, over the last axis; the rest 0. NumPy stays NumPy, else without a sort."""
-    if isinstance(position, np.ndarray) and isinstance(value, np.ndarray) and isinstance(keep, np.ndarray):
-        shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
-        position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
-        out = np.zeros((*shape[:-1], size + 1), np.int32)
-        np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
-        return out[..., :size]
-    hit = keep[..., None, :] & (position[..., None, :] == np.arange(size)[:, None])
-    return jnp.where(hit, value[..., None, :], 0).sum(-1, dtype=jnp.int32)
+    """out[.., position] = value where `keep`, over the last axis; the rest 0."""
+    shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
+    position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
+    out = np.zeros((*shape[:-1], size + 1), np.int32)
+    np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
+    return out[..., :size]
 
 
 def packed(parts, rows: int, columns: int):
@@ -55,31 +51,30 @@ def packed(parts, rows: int, columns: int):
 def forward_lists(classes, names=None):
     """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
 
-    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy. A key tile is called by its number, or by its name.
+    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]. A key tile is called by its number, or by its name.
     """
-    xp = np if isinstance(classes, np.ndarray) else jnp
     partial, full = classes == blocks.PARTIAL, classes == blocks.FULL
     few = partial.sum(-1, dtype=np.int32)[..., None]
-    position = xp.where(partial, xp.cumsum(partial, -1), few + xp.cumsum(full, -1)) - 1
+    position = np.where(partial, np.cumsum(partial, -1), few + np.cumsum(full, -1)) - 1
     nk = classes.shape[-1]
     entries = _placed(position, np.arange(nk) if names is None else names, partial | full, nk)
-    return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
+    return np.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
 def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     """Which items each block of the forward kernel does.
 
-    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
-    while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
-    items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
+    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Each item in turn goes to the block that is free
+    first, long items of `together` heads at a time before short ones.
+
+    Args:
+      cost: [B or 1, N or 1, nq], what an item costs.
 
     Returns:
       bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
-    if not isinstance(cost, np.ndarray):
-        return _dealt(jnp.broadcast_to(cost, (B, N, nq)).ravel(), P)
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
@@ -93,27 +88,6 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
         rows[p].append(item)
         heapq.heappush(free, (t + work, p))
     return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
-
-
-def _dealt(cost, P: int):
-    """An agenda by costs that depend on data.
-
-    Of 2 P neighbouring items at a time each block gets two, the n-th longest and the n-th shortest: they add up to about
-    the same for all, and the blocks are at work on the same few heads, whose keys and values stay in the L2 cache.
-    """
-    n, size = cost.size, 2 * P
-    groups = common.cdiv(n, size)
-    cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
-    mine, other = cost[:, :, None], cost[:, None, :]
-    longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
-    items = np.arange(groups * size).reshape(groups, size)
-    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
-    x = np.arange(P)[:, None, None]
-    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
-    places = places.reshape(P, -1)
-    real = places < n  # in the last group too: what fills it up is shortest
-    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
-    return bounds, sorted_items.reshape(-1)[places[real]]
 
 
 def longest_first(cost, B: int, N: int, together: int):
@@ -196,35 +170,28 @@ def schedule(classes, owners, together: int | None = None):
       lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq], by query tile, totals int32 [.., nq]: how many blocks
       visit a query tile.
     """
-    xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or processors()
     tile, first, last, part = owners.T
     nq, nk = classes.shape[-2:]
     classes = classes.swapaxes(-1, -2)
     if len(owners) > nk:
         inside = (first[:, None] <= np.arange(nq)) & (np.arange(nq) < last[:, None])
-        classes = xp.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
+        classes = np.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
     seen = classes != blocks.EMPTY
     start = tile * nq // nk
     nk = len(owners)
     before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
-    passed = xp.cumsum(seen, -1)
+    passed = np.cumsum(seen, -1)
     skipped = (seen & before).sum(-1)[..., None]
-    position = passed - 1 + xp.where(before, passed[..., -1:] - skipped, -skipped)
+    position = passed - 1 + np.where(before, passed[..., -1:] - skipped, -skipped)
     time = position + (np.arange(nk) // together * nq)[:, None]
-    if xp is np:
-        late = np.where(seen, time, np.iinfo(np.int32).max)
-        rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
-    else:
-        mine, other = time[..., :, None, :], time[..., None, :, :]
-        tie = np.arange(nk)[None, :, None] < np.arange(nk)[:, None, None]
-        earlier = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
-        rank = earlier.sum(-2, dtype=jnp.int32)
+    late = np.where(seen, time, np.iinfo(np.int32).max)
+    rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
     entries = _placed(position, 2 * np.arange(nq) + (classes == blocks.PARTIAL), seen, nq)
     count = seen.sum(-1)[..., None]
-    block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
-    lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
-    return lists, xp.where(seen, rank, 0).astype(np.int32), seen.sum(-2, dtype=np.int32)
+    block = np.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
+    lists = np.concatenate([count, block, entries], -1).astype(np.int32)
+    return lists, np.where(seen, rank, 0).astype(np.int32), seen.sum(-2, dtype=np.int32)
 
 
 def in_turn(lists, heads: int, tail: int):

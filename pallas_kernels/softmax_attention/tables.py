@@ -4,7 +4,6 @@ A chain of XLA kernels makes them too, but each takes about as long as one of th
 """
 
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +16,10 @@ from pallas_kernels import common
 from pallas_kernels.blocks import EMPTY, FULL, PARTIAL
 from pallas_kernels.softmax_attention import schedule
 
-FEW, MANY = 4, 128  # threads of a block that work: few where each writes to a row of its own, for a multiprocessor's stores are slow
+# Threads of a block that work: few where each writes to a row of its own, of which a multiprocessor stores one in two cycles.
+FEW, MANY = 4, 128
 NEVER = np.int32(2**31 - 1)
 AT_A_TIME = 32  # numbers that a thread loads before it looks at them: memory answers to all at once
-
-
-ON = bool(int(os.environ.get('TABLES', '1')))
 
 
 def forward_lists(classes):
@@ -46,7 +43,7 @@ def forward(classes, names, B: int, N: int, processors: int):
     n = B * N * classes.shape[2]
     P = min(processors, n)
     real = np.arange(common.cdiv(n, 2 * P) * 2 * P).reshape(-1, 2, P) < n  # by rank: the shortest are not there
-    bounds = np.cumsum([0, *(real[:, 0] + 0 + real[:, 1, ::-1]).sum(0)], dtype=np.int32)
+    bounds = np.cumsum([0, *(real[:, 0].sum(0) + real[:, 1, ::-1].sum(0))], dtype=np.int32)
     return _forward(classes, names, B, N, bounds)
 
 
