@@ -27,7 +27,7 @@ from pallas_kernels.softmax_attention import functions
 
 SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
 PARTS = bool(int(os.environ.get('PARTS', '1')))
-LAZY = bool(int(os.environ.get('LAZY', '0')))
+LAZY = bool(int(os.environ.get('LAZY', '1')))
 SLACK = 8.0
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
