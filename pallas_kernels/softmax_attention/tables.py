@@ -19,7 +19,7 @@ from pallas_kernels.softmax_attention import schedule
 # Threads of a block that work: few where each writes to a row of its own, of which a multiprocessor stores one in two cycles.
 FEW, MANY = 4, 128
 NEVER = np.int32(2**30)
-AT_A_TIME = 32  # numbers that a thread loads before it looks at them: memory answers to all at once
+AT_A_TIME = 16  # numbers that a thread loads before it looks at them: memory answers to all at once
 
 
 def forward_lists(classes):
@@ -64,7 +64,7 @@ def _forward(classes, names=None, B=1, N=1, bounds=None):
             def step(_, loaded, places):
                 (found, name), (partial, full) = loaded, places
                 # Where this tile is empty, the next one overwrites it.
-                lists_ref[row, jnp.where(found == PARTIAL, partial, full) + 2] = name
+                lists_ref[row, lax.select(found == PARTIAL, partial, full) + 2] = name
                 return partial + (found == PARTIAL), full + (found == FULL)
 
             _, count = _walk(0, nk, load, step, (jnp.int32(0), few))
@@ -129,11 +129,11 @@ def backward(classes, together: int, tail: int = 0):
 
             def tile(n):
                 n = start + n
-                return jnp.where(n < nq, n, n - nq)
+                return lax.select(n < nq, n, n - nq)
 
             def step(n, found, count):
                 lists_ref[row, 3 + count] = 2 * tile(n) + (found == PARTIAL)
-                places_ref[head * nq + tile(n), block] = jnp.where(found == EMPTY, NEVER, count)
+                places_ref[head * nq + tile(n), block] = lax.select(found == EMPTY, NEVER, count)
                 return count + (found != EMPTY)
 
             load = lambda n: classes_ref[head * nq + tile(n), block].astype(jnp.int32)
