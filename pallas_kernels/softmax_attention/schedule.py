@@ -3,8 +3,10 @@
 NumPy: what is known while tracing costs nothing at run time. Tables that depend on data: `tables`.
 """
 
+import functools
 import heapq
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +44,7 @@ def packed(parts, rows: int, columns: int):
     *lead, nq, nk = parts.shape
     x = xp.pad(parts, [(0, 0)] * len(lead) + [(0, -nq % rows), (0, -nk % columns)], constant_values=blocks.EMPTY)
     x = x.astype(np.int32).reshape(*lead, -1, rows, common.cdiv(nk, columns), columns)
-    bits = sum(x[..., r, :, c] << 2 * (r * columns + c) for r in range(rows) for c in range(columns))
+    bits = functools.reduce(operator.or_, (x[..., r, :, c] << 2 * (r * columns + c) for r, c in np.ndindex(rows, columns)))
     full = sum(blocks.FULL << 2 * n for n in range(rows * columns))
     classes = xp.where(bits == 0, blocks.EMPTY, xp.where(bits == full, blocks.FULL, blocks.PARTIAL)).astype(np.int8)
     return classes, (np.arange(bits.shape[-1], dtype=np.int32) << 2 * rows * columns) | bits
