@@ -13,8 +13,6 @@ output that is not finite is therefore computed again, slowly, from tiles cleane
 keys that hold such an element, or whose value does, are NaN: only rows that see them are.
 """
 
-import os
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -26,9 +24,6 @@ from pallas_kernels.common import COL, LOG2E, ROW
 from pallas_kernels.softmax_attention import functions
 
 SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
-PARTS = bool(int(os.environ.get('PARTS', '1')))
-LAZY = bool(int(os.environ.get('LAZY', '1')))
-SLACK = 8.0
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
@@ -123,12 +118,12 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 return part(0) if split == 1 else jnp.concatenate([part(n) for n in range(split)], axis=1)
 
             def softmax(s, place, sums, masked, name=None):
-                """Weights relative to the new running maximum; it, their total and (weight . logit - it); the old ones' factor.
+                """Weights relative to the new running maximum; it, their total and (weight . logit - it); the output's rescaling.
 
-                No factor, if the maximum is fixed.
+                None for the last, if the maximum is fixed.
                 """
                 m, l, e = sums
-                factor, shift, raised = c, None, None
+                factor, shift = c, None
                 if score:
                     s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
@@ -136,15 +131,11 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     hidden = max(100 * FLOOR / factor, -3e38) if stats else -jnp.inf  # finite: times a weight of 0 it is 0
                     if name is None:
                         s = place.masked(s, hidden)
-                    elif PARTS:
-                        s = lax.cond(masked, lambda s: hide(s, place, name, hidden), lambda s: s, s)
                     else:
-                        s = lax.cond(masked, lambda s: place.masked(s, hidden), lambda s: s, s)
+                        s = lax.cond(masked, lambda s: hide(s, place, name, hidden), lambda s: s, s)
                 shift = 0.0 if shift is None else shift * LOG2E  # of the row: it goes to the maximum, not to each logit
                 if fixed is None:
                     m_new = jnp.maximum(m, s.max(axis=1) * factor + shift)
-                    if LAZY and not stats:
-                        m_new, raised = common.raised(m, m_new, SLACK)
                     alpha = jnp.exp2(m - m_new)
                     base = common.row(m_new - shift, s.shape)
                 else:
@@ -155,7 +146,9 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 if stats:
                     e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
                 l = l if alpha is None else l * alpha
-                return p, (m_new, l + p.sum(axis=1), e), alpha, raised
+
+                rescale = lambda o: o * common.row(alpha, o.shape)
+                return p, (m_new, l + p.sum(axis=1), e), None if alpha is None else rescale
 
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""
@@ -235,11 +228,11 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         bad_k = plgpu.load(flags_smem.at[wg], layout=COL, optimized=False)
                         s = s + common.row(bad_q, small) + common.col(bad_k, small)
                         place = inputs.at(q0, k0, small)
-                        p, sums, alpha, _ = softmax(s, place, sums, True)
+                        p, sums, rescale = softmax(s, place, sums, True)
                         p = used(p, place)
                         for at, acc in zip(range(0, Hv, piece), accs):
-                            if alpha is not None:
-                                acc[...] = acc[...] * common.row(alpha, (64, piece))
+                            if rescale:
+                                acc[...] = rescale(acc[...])
                             place_in_memory(values(at)[0])
                             plgpu.wgmma(acc, p, o_smem.at[wg])
                             plgpu.wgmma_wait(0)
@@ -305,7 +298,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         pl.when(old)(lambda: plgpu.barrier_wait(v_bar.at[last]))
                         s = issue(buffer, slot, last, p, wait_v=False)
                         place = inputs.at(q0, tile_of(name0) * bkv, shape)
-                        weights, sums_new, *_ = softmax(s, place, nothing_seen, partial > 0, name0)
+                        weights, sums_new, _ = softmax(s, place, nothing_seen, partial > 0, name0)
                         plgpu.wgmma_wait(0)
                         p = used(weights, place)
 
@@ -322,14 +315,12 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             slot, last = lax.rem(base + j, stages), lax.rem(base + j - 1, stages)
                             place = inputs.at(q0, tile_of(name) * bkv, shape).ahead()
                             s = issue(buffer, slot, last, p)
-                            weights, sums, alpha, raised = softmax(s, place, sums, j < partial, name)
+                            weights, sums, rescale = softmax(s, place, sums, j < partial, name)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])
                             p = used(weights, place)
-                            if alpha is not None:
-                                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
-                                rescale = lambda o: o * common.row(alpha, (64, Hv))
-                                o_acc[...] = rescale(o) if raised is None else lax.cond(raised > 0, rescale, lambda o: o, o)
+                            if rescale:
+                                o_acc[...] = rescale(plgpu.wgmma_accumulator_load(o_acc, wait_n=None))
                             return p, sums, then
 
                         p, sums, _ = lax.fori_loop(1, count, step, (p, sums_new, second))

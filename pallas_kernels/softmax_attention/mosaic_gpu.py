@@ -9,7 +9,6 @@ can't run here. README.md in this folder has the maths, the limits and what was 
 import dataclasses
 import functools
 import math
-import os
 
 import jax
 import jax.numpy as jnp
@@ -20,13 +19,12 @@ from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
-from pallas_kernels.softmax_attention import diagonal, dots, functions, operand_gradients, tables, tiles, wide
+from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tables, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
 from pallas_kernels.softmax_attention import schedule as plan
 from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
 
 WIDEST = 256
-TAIL = bool(int(os.environ.get('TAIL', '1')))
 
 
 def unsupported(
@@ -202,13 +200,8 @@ def _backward(scale, _, saved, cotangents):
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
     # A row that sees nothing, or whose output and lse have no cotangent, adds nothing, were it NaN; one whose output,
     # lse or cotangent is not finite makes all it sees NaN.
-    if dots.ON:
-        dot, some = (x[..., : q.shape[1]] for x in dots.dots(*(_pad(x, length=dots.ROWS) for x in (out, do))))
-        live = ((some > 0) | (dlse != 0)) & (lse2 != -jnp.inf)
-        delta = dot - dlse
-    else:
-        live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
-        delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
+    live = ((do != 0).any(-1).swapaxes(1, 2) | (dlse != 0)) & (lse2 != -jnp.inf)
+    delta = (out.astype(jnp.float32) * do.astype(jnp.float32)).sum(-1).swapaxes(1, 2) - dlse
     finite = jnp.isfinite(delta)
     base = jnp.where(live, jnp.where(finite, lse2, jnp.nan), HIDDEN)
     delta = jnp.where(live & finite, delta, 0.0)
@@ -250,7 +243,7 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
         turns = plan.in_turn(lists, B * N, plan.TAIL)
         tail, launch = 0 if turns is None else len(turns), (None, turns)
     else:
-        tail = min(N, plan.TAIL, plan.processors()) if TAIL and N > 1 and classes.shape[1] == 1 else 0
+        tail = min(N, plan.TAIL, plan.processors()) if N > 1 and classes.shape[1] == 1 else 0
         lists, ranks, totals, *launch = tables.backward(classes, plan.processors(), tail)
         launch = launch or (None, None)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
@@ -350,9 +343,9 @@ def _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout):
     return jax.tree.unflatten(tree, found)
 
 
-def _pad(x, least=64, length=8):
+def _pad(x, least=64):
     """Lengths to a multiple of 8, widths to one of 64: what the copy engine takes. Zero columns change nothing."""
-    length, width = -x.shape[1] % length, max(least - x.shape[3], -x.shape[3] % 64)
+    length, width = -x.shape[1] % 8, max(least - x.shape[3], -x.shape[3] % 64)
     return jnp.pad(x, [(0, 0), (0, length), (0, 0), (0, width)]) if length or width else x
 
 

@@ -12,7 +12,6 @@ from pallas_kernels.softmax_attention import (
     backward,
     check,
     diagonal,
-    dots,
     forward,
     functions,
     mosaic_gpu,
@@ -73,7 +72,7 @@ def passes(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
     monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
-    with emulation.emulated(monkeypatch, common, backward, diagonal, dots, forward, functions, tables, wide):
+    with emulation.emulated(monkeypatch, common, backward, diagonal, forward, functions, tables, wide):
         result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
     assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
 
