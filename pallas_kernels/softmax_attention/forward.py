@@ -119,7 +119,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 return part(0) if split == 1 else jnp.concatenate([part(n) for n in range(split)], axis=1)
 
             def softmax(s, place, sums, masked, name=None):
-                """Weights relative to the new running maximum; it, their total and (weight . logit - it); the output's rescaling.
+                """Weights relative to the running maximum; it, their total and (weight . logit - it); how the output rescales.
 
                 None for the last, if the maximum is fixed.
                 """
