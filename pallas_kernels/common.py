@@ -170,29 +170,6 @@ def any_not_finite(row):
     return vote(row)
 
 
-def raised(old, new, slack: float):
-    """Float32 row vectors: `new` and 1 in warps where a row of it is more than `slack` above `old`; `old` and 0 in others."""
-    row = plgpu.ShapeDtypeStruct(old.shape, jnp.float32, ROW)
-    flag = plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(()))
-
-    @plgpu.inline_mgpu(arg_types=(ROW, ROW), return_type=(row, flag))
-    def vote(_, old, new):
-        i32 = ir.IntegerType.get_signless(32)
-        above = [llvm.bitcast(i32, x) for x in (new - old).registers.flat]
-        bound = f'0f{np.float32(slack).view(np.uint32):08X}'
-        code = '{ .reg .pred p; setp.ne.u32 p, 0, 0; '
-        code += ''.join(f'setp.gt.or.f32 p, ${n}, {bound}, p; ' for n in range(1, len(above) + 1))
-        code += 'vote.sync.any.pred p, p, 0xffffffff; selp.u32 $0, 1, 0, p; }'
-        value = llvm.inline_asm(i32, above, code, '=r' + ',r' * len(above), has_side_effects=True)
-        chosen = arith.cmpi(arith.CmpIPredicate.ne, value, arith.constant(i32, 0))
-        registers = np.empty(old.registers.shape, object)
-        registers.flat[:] = [arith.select(chosen, x, y) for x, y in zip(new.registers.flat, old.registers.flat)]
-        row = mgpu.FragmentedArray(_registers=registers, _layout=old.layout, _is_signed=None)
-        return row, mgpu.FragmentedArray.splat(value, (), is_signed=True)
-
-    return vote(old, new)
-
-
 def any_to(col, limit: float):
     """Whether a float32 column vector, which each warp holds whole, has an entry that is not above `limit`: int32 0 or 1."""
 

@@ -28,9 +28,7 @@ KEYS = 128  # keys a block, 64 per consumer
 HIDDEN, PADDING = 1e30, 1e29  # base-2 log-sum-exp of rows without weight, and of rows that are not there
 
 
-def backward(
-    q, k, v, do, base, shift, lists, ranks, totals, order, turns, operands, *, spec, tiles, scale, late, parts=0, tail=0
-):
+def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, tiles, scale, late, parts=0, tail=0):
     """Gradients of the logits' inputs.
 
     Args:
@@ -40,10 +38,9 @@ def backward(
         shift = dlse - sum(o * do), finite.
       lists: int32 [B or 1, N or 1, blocks, 3 + n]: per block the count, the key tile, -1 or, where several blocks share
         that tile, the part that this one gives, and then 2 * query tile + partial.
-      ranks: int32 [B or 1, N or 1, blocks, query tiles]: when a block's contribution is added to a dQ tile.
+      ranks: int32 [B or 1, N or 1, blocks, query tiles]: when a block's contribution is added to a dQ tile. With a `tail` [1,
+        1 + tail, ...]: those of all other heads, and of each in it.
       totals: int32 [B or 1, N or 1, query tiles]: how many contributions each dQ tile gets.
-      order, turns: int32 [blocks] or None, [tail or 1, blocks, query tiles]: the order that the tail's blocks are launched in,
-        if it is not that of their numbers; and the tail's ranks. None without a tail.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       late: as many heads behind its own a block finds one whose dQ tiles it makes 16-bit; as many launches have no keys.
       parts: how many blocks share a key tile with others.
@@ -64,11 +61,11 @@ def backward(
     by_rows = bq == 128  # dQ is shared out by query rows, else by columns of H
     half = (64, H) if by_rows else (64, H // 2)
 
-    def kernel(q_ref, k_ref, v_ref, do_ref, base_ref, shift_ref, lists_ref, ranks_ref, totals_ref, *rest):
-        order_ref, turns_ref, operand_refs, narrow_ref, dq_ref, dk_ref, dv_ref, dk_part_ref, dv_part_ref, scratch = rest
+    def kernel(q_ref, k_ref, v_ref, do_ref, base_ref, shift_ref, lists_ref, ranks_ref, totals_ref, operand_refs, *rest):
+        narrow_ref, dq_ref, dk_ref, dv_ref, dk_part_ref, dv_part_ref, scratch = rest
         k_smem, v_smem, q_smem, do_smem, base_smem, shift_smem, ds_smem, dq_smem = scratch[:8]
         kv_bar, q_bar, q_free, ds_bar, dq_full, dq_free, scrubbed = scratch[8:]
-        counters = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR((B * N * nq,)))
         launched, place, wg = lax.axis_index('head'), lax.axis_index('block'), lax.axis_index('wg')
         of = lambda head: (lax.div(head, N), lax.rem(head, N))
         own = lambda ref, b, h: (b if ref.shape[0] > 1 else 0, h if ref.shape[1] > 1 else 0)
@@ -77,20 +74,13 @@ def backward(
         if tail:
             first = B * N - tail
             turn = (head - first) * blocks + place
-            block = lax.div(turn, tail)
-            block = jnp.where(head < first, place, block if order_ref is None else order_ref[jnp.maximum(block, 0)])
+            block = jnp.where(head < first, place, lax.div(turn, tail))
             head = jnp.where(head < first, head, first + lax.rem(turn, tail))
         b, h = of(head)
         at = (*own(lists_ref, b, h), block)
+        ranks_at = (0, jnp.maximum(head - first + 1, 0), block) if tail else (*own(ranks_ref, b, h), block)
         count, ki, part = (lists_ref[(*at, n)] for n in range(3))
         entry = lambda j: lists_ref[(*at, j + 3)]
-
-        def rank_of(tile):
-            rank = ranks_ref[(*own(ranks_ref, b, h), block, tile)]
-            if not tail:
-                return rank
-            mine = jnp.maximum(head - first, 0) if turns_ref.shape[0] > 1 else 0
-            return jnp.where(head < first, rank, turns_ref[mine, block, tile])
 
         def narrowed(done):
             """The 16-bit dQ of one head, of which this warpgroup makes its share of the tiles."""
@@ -100,7 +90,7 @@ def backward(
             def _(n):
                 tile = 2 * place + wg + 2 * blocks * n
                 total = totals_ref[(*own(totals_ref, b, h), tile)]
-                plgpu.semaphore_wait(counters.at[done * nq + tile], total, decrement=False, memory_scope='gpu')
+                plgpu.semaphore_wait(turns.at[done * nq + tile], total, decrement=False, memory_scope='gpu')
                 for row in range(0, bq, 64):
                     part = (b, pl.ds(tile * bq + row, 64), h)
                     x = plgpu.load(dq_ref.at[part], layout=LINES, optimized=False)
@@ -278,8 +268,8 @@ def backward(
                     def _(n):
                         j = 2 * n + out
                         tile = entry(j) // 2
-                        rank = rank_of(tile)
-                        turn = counters.at[head * nq + tile]
+                        rank = ranks_ref[(*ranks_at, tile)]
+                        turn = turns.at[head * nq + tile]
                         target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
                         plgpu.barrier_wait(dq_full.at[out])
                         plgpu.semaphore_wait(turn, rank, decrement=False, memory_scope='gpu')
@@ -338,5 +328,5 @@ def backward(
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(q, k, v, do, base, shift, lists, ranks, totals, order, turns, operands)
+    )(q, k, v, do, base, shift, lists, ranks, totals, operands)
     return tuple(x for n, x in enumerate(found) if x is not None and n != 1)

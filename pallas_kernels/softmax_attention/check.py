@@ -261,9 +261,6 @@ def _random(index):
     return make
 
 
-rising = ew.as_score(lambda s, i: s + 0.05 * i.k.astype(s.dtype))  # the running maximum rises with each key tile
-
-
 def grid() -> list[Case]:
     plain = lambda f: lambda c: ew.as_mask(f)
     of_docs = lambda length: lambda c: ew.as_mask(causal) & segments(jnp.asarray(documents(c.B, c.T, length, 1)))
@@ -302,8 +299,6 @@ def grid() -> list[Case]:
         Case('column operand', T=200, H=128, score=_random('hk')),
         Case('bias hqk', T=300, H=128, score=_random('hqk')),
         Case('bias bhqk H=64', T=300, score=_random('bhqk'), mask=plain(causal)),
-        Case('rising', T=600, H=128, score=rising, sinks=True),
-        Case('rising H=64', T=600, mask=plain(causal), score=rising),
         Case('strip', T=300, H=128, score=_random('hd'), mask=plain(causal)),
         Case('strip T<S', T=100, S=330, score=_random('d')),
         Case('dropout', T=300, H=128, dropout=dropout_lib.Dropout(0.2, 7)),

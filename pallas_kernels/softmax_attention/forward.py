@@ -24,7 +24,6 @@ from pallas_kernels.common import COL, LOG2E, ROW
 from pallas_kernels.softmax_attention import functions
 
 SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights are precise, if the middle one's is 1
-SLACK = 8.0  # weights may grow to 2^8 before the maximum follows
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
@@ -124,7 +123,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 None for the last, if the maximum is fixed.
                 """
                 m, l, e = sums
-                factor, shift, raised = c, None, None
+                factor, shift = c, None
                 if score:
                     s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
@@ -137,8 +136,6 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 shift = 0.0 if shift is None else shift * LOG2E  # of the row: it goes to the maximum, not to each logit
                 if fixed is None:
                     m_new = jnp.maximum(m, s.max(axis=1) * factor + shift)
-                    if not stats:  # where no row's maximum rose by much, it stays: the output needs no rescaling
-                        m_new, raised = common.raised(m, m_new, SLACK)
                     alpha = jnp.exp2(m - m_new)
                     base = common.row(m_new - shift, s.shape)
                 else:
@@ -150,10 +147,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
                 l = l if alpha is None else l * alpha
 
-                def rescale(o):
-                    scaled = lambda o: o * common.row(alpha, o.shape)
-                    return scaled(o) if raised is None else lax.cond(raised > 0, scaled, lambda o: o, o)
-
+                rescale = lambda o: o * common.row(alpha, o.shape)
                 return p, (m_new, l + p.sum(axis=1), e), None if alpha is None else rescale
 
             def used(p, place):

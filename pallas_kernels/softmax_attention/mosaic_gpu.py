@@ -238,14 +238,14 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
     classes, _ = _classes(mask, B, N, T, S, bq, bk)
     owners = plan.divided(classes)
-    if isinstance(classes, np.ndarray):
-        lists, ranks, totals = plan.schedule(classes, owners)
-        turns = plan.in_turn(lists, B * N, plan.TAIL)
-        tail, launch = 0 if turns is None else len(turns), (None, turns)
+    if not isinstance(classes, np.ndarray):
+        lists, ranks, totals = tables.backward(classes, plan.processors())
     else:
-        tail = min(N, plan.TAIL, plan.processors()) if N > 1 and classes.shape[1] == 1 else 0
-        lists, ranks, totals, *launch = tables.backward(classes, plan.processors(), tail)
-        launch = launch or (None, None)
+        lists, ranks, totals = plan.schedule(classes, owners)
+    tail = plan.in_turn(lists, B * N, plan.TAIL)
+    if tail is not None:
+        ranks = np.concatenate([ranks, tail[None]], 1)
+    tail = 0 if tail is None else len(tail)
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, True) for o in spec.operands]
     # So late that the blocks of a head have most likely ended: as many started as run at a time, twice.
     late = min(B * N, max(tail, common.cdiv(2 * plan.processors(), len(owners)) + 1))
@@ -253,7 +253,7 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     kernel = functools.partial(backward_kernel.backward, tiles=shape, scale=scale, parts=parts, late=late, tail=tail)
     unit = -1 / (scale * common.LOG2E)
     arrays = q8, k8, v8, do8, fit(base * unit, PADDING * unit), fit(-delta, 0.0)
-    dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), launch, operands)
+    dq, dk, dv, *parts = _over_batches(kernel, spec)(arrays, (lists, ranks, totals), operands)
     if parts:
         dk, dv = (plan.joined(x, part, owners) for x, part in zip((dk, dv), parts))
     return dq[:, :T, :, :H], dk, dv
@@ -263,22 +263,20 @@ def _over_batches(kernel, spec):
     """The backward kernel, under `jax.vmap` with a larger batch: members would share the counters that order dq."""
 
     @jax.custom_batching.custom_vmap
-    def run(arrays, metadata, launch, operands):
+    def run(arrays, metadata, operands):
         # XLA would put slices of a loop's arrays and the kernel into one fusion, in which the counters that the kernel
         # is to find at 0 are another buffer than the one that was set to 0.
-        args = lax.optimization_barrier((*arrays, *metadata, *launch, operands))
+        args = lax.optimization_barrier((*arrays, *metadata, operands))
         return lax.optimization_barrier(kernel(*args, spec=spec))
 
     @run.def_vmap
-    def rule(size, batched, arrays, metadata, launch, operands):
+    def rule(size, batched, arrays, metadata, operands):
         B = arrays[0].shape[1 if batched[0][0] else 0]
         rows = lambda x, own: functions.fold_rows(x if own else x[None], True, size, B)
         arrays = tuple(map(rows, arrays, batched[0]))
         metadata = tuple(functions.fold_rows(x, own, size, B) for x, own in zip(metadata, batched[1]))
-        # The tail is the last member's.
-        launch = tuple(x[-1] if own else x for x, own in zip(launch, batched[2]))
-        larger, operands = functions.fold(spec, operands, batched[3], size, B)
-        found = _over_batches(kernel, larger)(arrays, metadata, launch, operands)
+        larger, operands = functions.fold(spec, operands, batched[2], size, B)
+        found = _over_batches(kernel, larger)(arrays, metadata, operands)
         return tuple(x.reshape(size, B, *x.shape[1:]) for x in found), (True,) * len(found)
 
     return run

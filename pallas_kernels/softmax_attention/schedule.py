@@ -207,10 +207,10 @@ def in_turn(lists, heads: int, tail: int):
       lists: as of `schedule`.
 
     Returns:
-      int32 [tail, blocks, nq], or None where nothing is gained, or the lists depend on the head.
+      int32 [tail, blocks, nq], or None where nothing is gained, or the lists depend on data or on the head.
     """
     tail = min(tail, heads)
-    if tail < 2 or lists.shape[:2] != (1, 1):
+    if tail < 2 or not isinstance(lists, np.ndarray) or lists.shape[:2] != (1, 1):
         return None
     lists = lists[0, 0]
     n, nq = len(lists), lists.shape[1] - 3

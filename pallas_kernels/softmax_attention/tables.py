@@ -18,7 +18,7 @@ from pallas_kernels.softmax_attention import schedule
 
 # Threads of a block that work: few where each writes to a row of its own, of which a multiprocessor stores one in two cycles.
 FEW, MANY = 4, 128
-NEVER = np.int32(2**30)
+NEVER = np.int32(2**31 - 1)
 AT_A_TIME = 16  # numbers that a thread loads before it looks at them: memory answers to all at once
 
 
@@ -104,28 +104,21 @@ def _forward(classes, names=None, B=1, N=1, bounds=None):
     return lists.reshape(*lead, nq, 2 + nk), bounds, order
 
 
-def backward(classes, together: int, tail: int = 0):
-    """As `schedule.schedule`, a block a key tile; and the order of the last heads' blocks.
-
-    What stands behind a block's query tiles, and ranks where a block does not visit, are undefined. Of the `tail` last heads
-    the longest blocks of all are launched first. Additions to their query tiles have the order of positions in blocks that
-    are launched together, as many as fit, and those follow one another.
+def backward(classes, together: int):
+    """As `schedule.schedule`, a block a key tile, by two kernels; what stands behind a block's query tiles, and ranks where
+    a block does not visit, are undefined.
 
     Args:
-      classes: int8 [B or 1, N or 1, nq, nk]; N is 1 if there is a tail, whose heads are then the last batch's.
-
-    Returns:
-      lists, ranks, totals, and with a tail also int32 [nk]: the blocks in order, and [1, nk, nq]: the tail's ranks.
+      classes: int8 [B or 1, N or 1, nq, nk].
     """
     *lead, nq, nk = classes.shape
     heads = math.prod(lead)
-    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
-    last = (heads - 1) * nk
 
-    def listing(classes_ref, lists_ref, places_ref):
-        def listed(row):
+    def listing(classes_ref, lists_ref, times_ref):
+        def work(row):
             head, block = lax.div(row, nk), lax.rem(row, nk)
             start = lax.div(block * nq, nk)
+            before = lax.div(block, together) * nq
 
             def tile(n):
                 n = start + n
@@ -133,64 +126,42 @@ def backward(classes, together: int, tail: int = 0):
 
             def step(n, found, count):
                 lists_ref[row, 3 + count] = 2 * tile(n) + (found == PARTIAL)
-                places_ref[head * nq + tile(n), block] = lax.select(found == EMPTY, NEVER, count)
+                times_ref[head * nq + tile(n), block] = lax.select(found == EMPTY, NEVER, before + count)
                 return count + (found != EMPTY)
 
-            load = lambda n: classes_ref[head * nq + tile(n), block].astype(jnp.int32)
-            count = _walk(0, nq, load, step, jnp.int32(0))
-            for at, value in enumerate((count, block, jnp.int32(-1))):
-                lists_ref[row, at] = value
+            @pl.when(row < heads * nk)
+            def _():
+                load = lambda n: classes_ref[head * nq + tile(n), block].astype(jnp.int32)
+                count = _walk(0, nq, load, step, jnp.int32(0))
+                for at, value in enumerate((count, block, jnp.int32(-1))):
+                    lists_ref[row, at] = value
 
-        _each(FEW, lambda row: pl.when(row < heads * nk)(lambda: listed(row)))
+        _each(FEW, work)
 
-    def sorting(lists_ref, order_ref, sorted_ref):
-        def placed(block):
-            mine = lists_ref[last + block, 0]
-            step = lambda n, count, rank: rank + ((count > mine) | ((count == mine) & (n < block)))
-            rank = _walk(0, nk, lambda n: lists_ref[last + n, 0], step, jnp.int32(0))
-            order_ref[rank] = block
-            sorted_ref[block] = rank
-
-        _each(FEW, lambda block: pl.when(block < nk)(lambda: placed(block)))
-
-    def ranking(places_ref, sorted_ref, ranks_ref, totals_ref, tail_ref):
-        def ranked(row, block, group):
-            """When a block adds to a query tile, by the groups that blocks are launched in; and how many do."""
-            time = lambda n: places_ref[row, n] + group(n) * nq
-            mine = time(block)
-
-            def step(n, time, carry):
-                rank, total = carry
-                return rank + ((time < mine) | ((time == mine) & (n < block))), total + (time < NEVER)
-
-            return _walk(0, nk, time, step, (jnp.int32(0), jnp.int32(0)))
-
+    def ranking(times_ref, ranks_ref, totals_ref):
         def work(visit):
             row, block = lax.div(visit, nk), lax.rem(visit, nk)
             head, tile = lax.div(row, nq), lax.rem(row, nq)
 
             @pl.when(row < heads * nq)
             def _():
-                rank, total = ranked(row, block, lambda n: lax.div(n, together))
+                mine = times_ref[row, block]
+
+                def step(other, time, carry):
+                    rank, total = carry
+                    return rank + ((time < mine) | ((time == mine) & (other < block))), total + (time < NEVER)
+
+                rank, total = _walk(0, nk, lambda n: times_ref[row, n], step, (jnp.int32(0), jnp.int32(0)))
                 ranks_ref[head * nk + block, tile] = rank
                 totals_ref[row] = total
 
-            if tail:
-
-                @pl.when((row >= heads * nq) & (row < (heads + 1) * nq))
-                def _():
-                    group = lambda n: lax.div(sorted_ref[n], together // tail)
-                    tail_ref[block, tile] = ranked(row - nq, block, group)[0]
-
         _each(MANY, work)
 
-    out = ints(heads * nk, 3 + nq), ints(heads * nq, nk)
-    lists, places = _run(listing, out, (heads * nk, FEW), classes.reshape(heads * nq, nk))
-    order, by_length = _run(sorting, (ints(nk), ints(nk)), (nk, FEW), lists) if tail else (None, None)
-    out = ints(heads * nk, nq), ints(heads * nq), ints(nk, nq) if tail else None
-    ranks, totals, turns = _run(ranking, out, ((heads + bool(tail)) * nq * nk, MANY), places, by_length)
-    found = lists.reshape(*lead, nk, 3 + nq), ranks.reshape(*lead, nk, nq), totals.reshape(*lead, nq)
-    return *found, *((order, turns[None]) if tail else ())
+    ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+    listed = ints(heads * nk, 3 + nq), ints(heads * nq, nk)
+    lists, times = _run(listing, listed, (heads * nk, FEW), classes.reshape(heads * nq, nk))
+    ranks, totals = _run(ranking, (ints(heads * nk, nq), ints(heads * nq)), (heads * nq * nk, MANY), times)
+    return lists.reshape(*lead, nk, 3 + nq), ranks.reshape(*lead, nk, nq), totals.reshape(*lead, nq)
 
 
 def _walk(first, size: int, load, step, carry):

@@ -192,11 +192,6 @@ def _toeplitz(strip, shape):
     return jnp.asarray(strip.array[shape[0] - 1 + j - i])
 
 
-def _raised(old, new, slack):
-    some = (new - old > slack).any()
-    return jnp.where(some, new, old), jnp.int32(some)
-
-
 def _semaphore_wait(counter, value, decrement, memory_scope):
     for _ in range(PATIENCE * 1000):
         if counter.array >= int(value):
@@ -262,7 +257,6 @@ def emulated(monkeypatch, common, *modules):
         patch.setattr(common, 'opaque_zero', lambda: jnp.int32(0))
         patch.setattr(common, 'publish', nothing)
         patch.setattr(common, 'each_thread', lambda count, work: [work(jnp.int32(n)) for n in range(count)])
-        patch.setattr(common, 'raised', _raised)
         patch.setattr(common, 'toeplitz', _toeplitz)
         patch.setattr(common, 'any_not_finite', lambda row: flag((~jnp.isfinite(row)).any()))
         patch.setattr(common, 'any_to', lambda col, limit: flag((~(col > limit)).any()))
