@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, nvvm
+from jaxlib.mlir.dialects import arith, gpu, llvm, memref, nvvm, vector
 
 TILE = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)
@@ -104,6 +104,18 @@ def opaque_zero():
     return zero()
 
 
+def each_thread(count: int, work):
+    """work(n) in the n-th thread of a block, n < count <= 128: scalars may differ, arrays and barriers have no place in it."""
+
+    @plgpu.inline_mgpu(return_type=plgpu.ShapeDtypeStruct((), jnp.int32, plgpu.Layout.WG_SPLAT(())))
+    def thread(_):
+        value = arith.index_cast(ir.IntegerType.get_signless(32), gpu.thread_id(gpu.Dimension.x))
+        return mgpu.FragmentedArray.splat(value, (), is_signed=True)
+
+    n = thread()
+    pl.when(n < count)(lambda: work(n))
+
+
 def publish():
     """Before a barrier at which every thread arrives: what this thread wrote to shared memory is there for copies and products.
 
@@ -125,6 +137,34 @@ def together():
         mgpu.warpgroup_barrier()
 
     barrier()
+
+
+def toeplitz(strip, shape):
+    """The tile whose entry (i, j) is strip[M - 1 + j - i], of M + N - 1 numbers in memory: a thread loads each number once.
+
+    By `plgpu.load` a tile of 64 rows takes twice as many loads, of which each touches eight lines of the cache.
+    """
+    dtype = strip.dtype
+    signed = jnp.issubdtype(dtype, jnp.signedinteger) if jnp.issubdtype(dtype, jnp.integer) else None
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),), return_type=plgpu.ShapeDtypeStruct(shape, dtype, TILE))
+    def load(_, ref):
+        layout = mgpu.WGMMA_LAYOUT
+        places = list(layout.thread_idxs(shape))
+        # A thread's registers lie at fixed distances from its first one.
+        strides = layout.tiling.tile_strides((shape[1], 1))
+        offsets = [divmod(sum(i * s for i, s in zip(n, strides)), shape[1]) for n in np.ndindex(layout.registers_shape(shape))]
+        i, j = places[0]
+        index = ir.IndexType.get()
+        constant = lambda n: arith.constant(index, n)
+        first = arith.addi(arith.subi(j, i), constant(shape[0] - 1))
+        entry = functools.cache(lambda n: memref.load(ref, [arith.addi(first, constant(n))]))
+        pair = lambda n: vector.from_elements(layout.registers_element_type(entry(n).type), [entry(n), entry(n + 1)])
+        registers = np.empty(layout.registers_shape(shape), object)
+        registers.flat[:] = [pair(j - i) for i, j in offsets]
+        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+    return load(strip)
 
 
 def any_not_finite(row):

@@ -38,8 +38,8 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         shift = dlse - sum(o * do), finite.
       lists: int32 [B or 1, N or 1, blocks, 3 + n]: per block the count, the key tile, -1 or, where several blocks share
         that tile, the part that this one gives, and then 2 * query tile + partial.
-      ranks: int32 [B or 1, N or 1, blocks, n]: when this contribution is added to its dQ tile. With a `tail` [1, 1 + tail,
-        blocks, n]: those of all other heads, and of each in it.
+      ranks: int32 [B or 1, N or 1, blocks, query tiles]: when a block's contribution is added to a dQ tile. With a `tail` [1,
+        1 + tail, ...]: those of all other heads, and of each in it.
       totals: int32 [B or 1, N or 1, query tiles]: how many contributions each dQ tile gets.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=True)`.
       late: as many heads behind its own a block finds one whose dQ tiles it makes 16-bit; as many launches have no keys.
@@ -268,7 +268,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
                     def _(n):
                         j = 2 * n + out
                         tile = entry(j) // 2
-                        rank = ranks_ref[(*ranks_at, j)]
+                        rank = ranks_ref[(*ranks_at, tile)]
                         turn = turns.at[head * nq + tile]
                         target = dq_ref.at[b, pl.ds(tile * bq, bq), h]
                         plgpu.barrier_wait(dq_full.at[out])

@@ -19,7 +19,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import common
+from pallas_kernels import blocks, common
 from pallas_kernels.common import COL, LOG2E, ROW
 from pallas_kernels.softmax_attention import functions
 
@@ -35,7 +35,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
       bounds: int32 [blocks + 1], order: int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]], each
         (b * N + h) * query tiles + tile.
       lists: int32 [B or 1, N or 1, query tiles, 2 + n]: how many key tiles to visit, how many of them with the mask,
-        and the key tiles, those with the mask first; or None.
+        and the key tiles, those with the mask first, as `schedule.packed` names them; or None.
       operands: arrays of the mask and score functions, laid out by `functions.prepare`.
       sinks: float32 [N], or None.
       spec: `functions.Spec`, static.
@@ -55,6 +55,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
     score, mask, dropout = spec.score, spec.mask, spec.dropout
     padded = (nq * bq, nk * bkv)
     shape = (64, bkv)
+    split = bkv // 64  # parts of a key tile, for each of which a consumer knows whether it sees all, some or nothing of it
     c = scale * LOG2E
     # Logits that cannot leave a small range need no running maximum.
     low, high = spec.extent
@@ -76,8 +77,11 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
             head = lax.div(item, nq)
             return lax.div(head, N), lax.rem(head, N), lax.rem(item, nq)
 
+        def tile_of(name):
+            return name if lists_ref is None else name >> 2 * W * split
+
         def visits(item):
-            """How many key tiles, how many with the mask, and which."""
+            """How many key tiles, how many with the mask, and their names."""
             if lists_ref is None:
                 return jnp.int32(nk), jnp.int32(0), lambda j: j
             b, h, qi = position(item)
@@ -101,10 +105,22 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
             if tiles.turns:
                 pl.when(wg == W - 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
 
-            def softmax(s, place, sums, masked):
-                """Weights relative to the new running maximum; it, their total and (weight . logit - it); the old ones' factor.
+            def hide(s, place, name, hidden):
+                """Hides keys in the parts of the tile that are seen in part, or not at all."""
 
-                No factor, if the maximum is fixed.
+                def part(n):
+                    seen = (name >> 2 * (wg * split + n)) & 3
+                    some = lambda x: place.part(64 * n, 64).masked(x, hidden)
+                    nothing = lambda x: plgpu.layout_cast(jnp.full_like(x, hidden), common.TILE)
+                    hide = lambda x: lax.cond(seen == blocks.EMPTY, nothing, some, x)
+                    return lax.cond(seen == blocks.FULL, lambda x: x, hide, s[:, 64 * n : 64 * (n + 1)])
+
+                return part(0) if split == 1 else jnp.concatenate([part(n) for n in range(split)], axis=1)
+
+            def softmax(s, place, sums, masked, name=None):
+                """Weights relative to the running maximum; it, their total and (weight . logit - it); how the output rescales.
+
+                None for the last, if the maximum is fixed.
                 """
                 m, l, e = sums
                 factor, shift = c, None
@@ -113,8 +129,10 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     factor *= LOG2E
                 if mask:
                     hidden = max(100 * FLOOR / factor, -3e38) if stats else -jnp.inf  # finite: times a weight of 0 it is 0
-                    hide = lambda s: place.masked(s, hidden)
-                    s = hide(s) if masked is True else lax.cond(masked, hide, lambda s: s, s)
+                    if name is None:
+                        s = place.masked(s, hidden)
+                    else:
+                        s = lax.cond(masked, lambda s: hide(s, place, name, hidden), lambda s: s, s)
                 shift = 0.0 if shift is None else shift * LOG2E  # of the row: it goes to the maximum, not to each logit
                 if fixed is None:
                     m_new = jnp.maximum(m, s.max(axis=1) * factor + shift)
@@ -128,7 +146,9 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 if stats:
                     e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
                 l = l if alpha is None else l * alpha
-                return p, (m_new, l + p.sum(axis=1), e), alpha
+
+                rescale = lambda o: o * common.row(alpha, o.shape)
+                return p, (m_new, l + p.sum(axis=1), e), None if alpha is None else rescale
 
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""
@@ -184,7 +204,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
 
                 def sweep(*accs):
                     def step(i, sums):
-                        k0 = entry(lax.div(i, bkv // 64)) * bkv + lax.rem(i, bkv // 64) * 64
+                        k0 = tile_of(entry(lax.div(i, split))) * bkv + lax.rem(i, split) * 64
                         rows, keys = pl.ds(q0, 64), pl.ds(k0, 64)
 
                         def products(acc):
@@ -208,17 +228,17 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         bad_k = plgpu.load(flags_smem.at[wg], layout=COL, optimized=False)
                         s = s + common.row(bad_q, small) + common.col(bad_k, small)
                         place = inputs.at(q0, k0, small)
-                        p, sums, alpha = softmax(s, place, sums, True)
+                        p, sums, rescale = softmax(s, place, sums, True)
                         p = used(p, place)
                         for at, acc in zip(range(0, Hv, piece), accs):
-                            if alpha is not None:
-                                acc[...] = acc[...] * common.row(alpha, (64, piece))
+                            if rescale:
+                                acc[...] = rescale(acc[...])
                             place_in_memory(values(at)[0])
                             plgpu.wgmma(acc, p, o_smem.at[wg])
                             plgpu.wgmma_wait(0)
                         return sums
 
-                    sums = lax.fori_loop(0, count * (bkv // 64), step, nothing_seen)
+                    sums = lax.fori_loop(0, count * split, step, nothing_seen)
                     parts = [acc[...] for acc in accs]
                     return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1), sums
 
@@ -259,7 +279,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     return pl.run_scoped(lambda acc: products(acc, *args, **kwargs), plgpu.ACC(shape, jnp.float32))
 
                 def item_step(n, carry):
-                    item, count, partial, tile0, following, base, *carried = carry
+                    item, count, partial, name0, following, base, *carried = carry
                     b, h, qi = position(item)
                     q0 = qi * bq + wg * 64
                     _, _, entry = visits(item)
@@ -277,8 +297,8 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         slot, last = lax.rem(base, stages), lax.rem(base + stages - 1, stages)
                         pl.when(old)(lambda: plgpu.barrier_wait(v_bar.at[last]))
                         s = issue(buffer, slot, last, p, wait_v=False)
-                        place = inputs.at(q0, tile0 * bkv, shape)
-                        weights, sums_new, _ = softmax(s, place, nothing_seen, partial > 0)
+                        place = inputs.at(q0, tile_of(name0) * bkv, shape)
+                        weights, sums_new, _ = softmax(s, place, nothing_seen, partial > 0, name0)
                         plgpu.wgmma_wait(0)
                         p = used(weights, place)
 
@@ -290,18 +310,17 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         o_acc[...] = plgpu.layout_cast(jnp.zeros((64, Hv), jnp.float32), common.TILE)
 
                         def step(j, carry):
-                            p, sums, tile = carry
+                            p, sums, name = carry
                             then = entry(jnp.minimum(j + 1, count - 1))
                             slot, last = lax.rem(base + j, stages), lax.rem(base + j - 1, stages)
+                            place = inputs.at(q0, tile_of(name) * bkv, shape).ahead()
                             s = issue(buffer, slot, last, p)
-                            place = inputs.at(q0, tile * bkv, shape)
-                            weights, sums, alpha = softmax(s, place, sums, j < partial)
+                            weights, sums, rescale = softmax(s, place, sums, j < partial, name)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])
                             p = used(weights, place)
-                            if alpha is not None:
-                                o = plgpu.wgmma_accumulator_load(o_acc, wait_n=None)
-                                o_acc[...] = o * common.row(alpha, (64, Hv))
+                            if rescale:
+                                o_acc[...] = rescale(plgpu.wgmma_accumulator_load(o_acc, wait_n=None))
                             return p, sums, then
 
                         p, sums, _ = lax.fori_loop(1, count, step, (p, sums_new, second))
@@ -363,7 +382,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         def _load(j):
                             i = base + j
                             slot = lax.rem(i, stages)
-                            keys = pl.ds(entry(j) * bkv, bkv)
+                            keys = pl.ds(tile_of(entry(j)) * bkv, bkv)
                             pl.when(i >= stages)(lambda: plgpu.barrier_wait(k_free.at[slot]))
                             plgpu.copy_gmem_to_smem(k_ref.at[b, keys, g], k_smem.at[slot], k_bar.at[slot])
                             pl.when(i >= stages)(lambda: plgpu.barrier_wait(v_free.at[slot]))

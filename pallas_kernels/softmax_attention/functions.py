@@ -2,8 +2,7 @@
 
 A tile holds 64 rows and a block of columns: [q, k] in the forward kernel, [k, q] ("transposed") in the backward one.
 An operand by query or key alone is a vector over rows or columns, one by head or batch a scalar, one by (q, k) a tile,
-and a strip by difference `d` becomes a table skewed once outside, E[i, x] = strip[x - i], of which each tile is a
-rectangle.
+and of a strip by difference `d` a tile is a Toeplitz matrix of M + N - 1 numbers.
 """
 
 import dataclasses
@@ -53,10 +52,15 @@ class Spec:
         found = [o for f in (self.mask, self.score) if f for o in f.operands]
         return [*found, self.seed] if self.dropout else found
 
+    @property
+    def of_score(self) -> tuple[int, int]:
+        """The score's operands: from the first of these numbers to before the second."""
+        first = len(self.mask.operands) if self.mask else 0
+        return first, first + (len(self.score.operands) if self.score else 0)
+
     def folded(self, operands, batch: int) -> 'Spec':
         """With these operands, of batches of `batch` rows."""
-        first = len(self.mask.operands) if self.mask else 0
-        last = first + (len(self.score.operands) if self.score else 0)
+        first, last = self.of_score
         mask = self.mask and dataclasses.replace(self.mask, operands=tuple(operands[:first]))
         score = self.score and dataclasses.replace(self.score, operands=tuple(operands[first:last]))
         seed = operands[last] if self.dropout else None
@@ -130,7 +134,7 @@ def kind(index: str, transposed: bool) -> str:
 
 
 def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: bool):
-    """The array that a kernel loads: booleans as int8, positions padded to whole tiles, strips skewed.
+    """The array that a kernel loads: booleans as int8, positions padded to whole tiles.
 
     Dimensions come out as b, h (where present), then the tile's.
     """
@@ -142,12 +146,9 @@ def prepare(operand: ew.Operand, T: int, S: int, Tp: int, Sp: int, transposed: b
     pads = [(0, {'q': Tp - T, 'k': Sp - S}.get(c, 0)) for c in order]
     if any(p for _, p in pads):
         x = jnp.pad(x, pads)
-    if 'd' in index:  # entry (i, x): the difference of row i and column x, shifted so that columns are never negative
-        x, (R, Rp, C, Cp) = (x[..., ::-1], (S, Sp, T, Tp)) if transposed else (x, (T, Tp, S, Sp))
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(64 + Rp - R, Cp - C + 1)])
-        L = x.shape[-1] - 1  # row i is the strip from 63 - i on: rows of a flat copy, one entry short of its length
-        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], 64, L + 1)).reshape(*x.shape[:-1], -1)
-        x = x[..., 63 : 63 + 64 * L].reshape(*x.shape[:-1], 64, L)[..., : Rp + Cp]
+    if 'd' in index:  # by the column's position less the row's, of padded lengths
+        x, right, left = (x[..., ::-1], Tp - T, Sp - S) if transposed else (x, Sp - S, Tp - T)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(left, right)])
     if not order:
         x = x.reshape(1)
     return x
@@ -174,6 +175,18 @@ class Inputs:
 class Place:
     def __init__(self, inputs: Inputs, q0, k0, shape):
         self.inputs, self.q0, self.k0, self.shape = inputs, q0, k0, shape
+        self.early = {}  # by number of the operand
+
+    def ahead(self):
+        """Loads the score's strips now, whose tiles take longest to come."""
+        spec = self.inputs.spec
+        strips = [n for n in range(*spec.of_score) if 'd' in spec.operands[n].index]
+        self.early = {n: self._load(self.inputs.refs[n], spec.operands[n]) for n in strips}
+        return self
+
+    def part(self, first: int, columns: int):
+        """Some columns of a tile that is not transposed; `first` a multiple of 8."""
+        return self.inputs.at(self.q0, self.k0 + first, (self.shape[0], columns))
 
     def _positions(self):
         """The positions as `tile_eval` operands: b, h, q, k."""
@@ -199,18 +212,19 @@ class Place:
         at = [*self.inputs.lead(operand)]
         k = kind(letters, t)
         if 'd' in letters:
-            shift = self.inputs.padded[1] if t else self.inputs.padded[0]
-            at += [pl.ds(0, M), pl.ds(c0 - r0 + shift, N)]
-        else:
-            at += [pl.ds(r0, M)] if 'r' in k else []
-            at += [pl.ds(c0, N)] if 'c' in k else []
+            rows = self.inputs.padded[1] if t else self.inputs.padded[0]
+            return common.toeplitz(ref.at[(*at, pl.ds(c0 - r0 + rows - M, M + N - 1))], self.shape)
+        at += [pl.ds(r0, M)] if 'r' in k else []
+        at += [pl.ds(c0, N)] if 'c' in k else []
         return plgpu.load(ref.at[tuple(at)], layout={'r': ROW, 'c': COL, 'rc': TILE}[k], optimized=False)
 
     def _values(self, first: int, operands):
-        chosen = slice(first, first + len(operands))
-        found = zip(self.inputs.refs[chosen], self.inputs.numbers[chosen], operands)
-        load = lambda ref, number, o: (lambda: self._load(ref, o)) if number is None else number
-        return [(load(ref, n, o), ref.dtype, kind(o.index, self.inputs.transposed)) for ref, n, o in found]
+        def value(n, o):
+            number, ref = self.inputs.numbers[n], self.inputs.refs[n]
+            load = lambda: self.early[n] if n in self.early else self._load(ref, o)
+            return load if number is None else number, ref.dtype, kind(o.index, self.inputs.transposed)
+
+        return [value(n, o) for n, o in enumerate(operands, first)]
 
     def _eval(self, fun, operands, first=0):
         """`first`: where the positions b, h, q, k stand among the operands."""
@@ -289,14 +303,13 @@ class Place:
     def _evaluated(self, s, scale, run):
         spec = self.inputs.spec
         operands = spec.score.operands
-        first = len(spec.mask.operands) if spec.mask else 0
 
         def fun(s, b, h, q, k, *values):
             i = ew.Index(b, h, q, k, spec.T, spec.S)
             call = lambda s, values: spec.score.call(s, i, self._booleans(operands, values)).astype(jnp.float32)
             return run(call, s * jnp.float32(scale), values)
 
-        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(first, operands), 1)
+        return self._eval(fun, [(s, jnp.float32, 'rc')] + self._positions() + self._values(spec.of_score[0], operands), 1)
 
     def kept(self):
         """Whether dropout keeps each weight: a boolean tile."""

@@ -19,7 +19,7 @@ from pallas_kernels import blocks, common, statistics, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.kept import kept_once
 from pallas_kernels.softmax_attention import backward as backward_kernel
-from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tiles, wide
+from pallas_kernels.softmax_attention import diagonal, functions, operand_gradients, tables, tiles, wide
 from pallas_kernels.softmax_attention import forward as forward_kernel
 from pallas_kernels.softmax_attention import schedule as plan
 from pallas_kernels.softmax_attention.backward import HIDDEN, PADDING
@@ -198,14 +198,18 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     bq, bk = 64 * shape.consumers, shape.keys
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
-    lists, cost, reach = None, np.full((1, 1, nq), nk), nk
-    if spec.mask:
-        lists = plan.forward_lists(blocks.classify(mask, B, N, T, S, bq, bk))
-        cost = lists[..., 0] + plan.MASK_COST * lists[..., 1]
-        reach = max(1, lists[..., 0].max()) if isinstance(lists, np.ndarray) else nk
-    # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
-    together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
-    todo = plan.agenda(B, N, nq, cost + plan.ITEM_COST, together, plan.processors())
+    classes, names = _classes(mask, B, N, T, S, bq, bk)
+    if not isinstance(classes, np.ndarray):
+        lists, *todo = tables.forward(classes, names, B, N, plan.processors())
+    else:
+        lists, cost, reach = None, np.full((1, 1, nq), nk), nk
+        if spec.mask:
+            lists = plan.forward_lists(classes, names)
+            cost = lists[..., 0] + plan.MASK_COST * lists[..., 1]
+            reach = max(1, lists[..., 0].max())
+        # Keys and values that the heads at work visit: 16 MiB, so that they stay in the L2 cache.
+        together = max(1, int(2**24 // (2 * reach * bk * (H + Hv)))) * (N // K)
+        todo = plan.agenda(B, N, nq, cost + plan.ITEM_COST, together, plan.processors())
     operands = [functions.prepare(o, T, S, nq * bq, nk * bk, False) for o in spec.operands]
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
@@ -242,6 +246,11 @@ def _backward(scale, _, saved, cotangents):
 _attention.defvjp(_forward, _backward)
 
 
+def _classes(mask, B, N, T, S, bq, bk):
+    """`schedule.packed` of parts of 64 x 64: where they depend on data, XLA makes them once for both passes."""
+    return plan.packed(blocks.classify(mask, B, N, T, S, 64, 64), bq // 64, bk // 64)
+
+
 def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     """dq, and dk and dv for each query head, padded, by the fused kernel."""
     (B, T, N, H), S, Hv = q.shape, k.shape[1], v.shape[3]
@@ -252,9 +261,12 @@ def _fused(scale, q, k, v, do, base, delta, mask, score, dropout):
     nq, nk = common.cdiv(T, bq), common.cdiv(S, bk)
     spec = functions.make_spec(mask, score, dropout, T, S, bool(S % bk))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, nq * bq - T)], constant_values=fill)
-    classes = blocks.classify(mask, B, N, T, S, bq, bk)
+    classes, _ = _classes(mask, B, N, T, S, bq, bk)
     owners = plan.divided(classes)
-    lists, ranks, totals = plan.schedule(classes, owners)
+    if not isinstance(classes, np.ndarray):
+        lists, ranks, totals = tables.backward(classes, plan.processors())
+    else:
+        lists, ranks, totals = plan.schedule(classes, owners)
     tail = plan.in_turn(lists, B * N, plan.TAIL)
     if tail is not None:
         ranks = np.concatenate([ranks, tail[None]], 1)
@@ -308,10 +320,15 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         by_key = which != 'dq'
         spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
         classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
-        lists = plan.forward_lists(classes.swapaxes(-1, -2) if by_key else classes)
+        classes = classes.swapaxes(-1, -2) if by_key else classes
+        lists = (plan if isinstance(classes, np.ndarray) else tables).forward_lists(classes)
         operands = [functions.prepare(o, T, S, Tp, Sp, by_key) for o in spec.operands]
+        # As many heads at a time as leave what they stream in the L2 cache.
+        bytes_ = 2 * (T if by_key else S) * (H + v.shape[3])
+        together = max(1, 2**24 // bytes_) * (1 if by_key else N // k.shape[2])
+        order = plan.longest_first(lists[..., 0], B, N, together)
         run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
-        found.append(run(*map(_pad, arrays), *rows, lists, operands))
+        found.append(run(*map(_pad, arrays), *rows, lists, order, operands))
     return found[0][:, :T, :, :H], *found[1:]
 
 

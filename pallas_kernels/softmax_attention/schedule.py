@@ -1,11 +1,12 @@
 """Which tiles a block of the kernels visits, in which order, and which block does what.
 
-NumPy in, NumPy out: what is known while tracing costs nothing at run time. Tables that depend on data are made by small XLA
-kernels.
+NumPy: what is known while tracing costs nothing at run time. Tables that depend on data: `tables`.
 """
 
+import functools
 import heapq
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -21,45 +22,61 @@ TAIL = 8  # of so many heads, the last ones, blocks are launched in turn where t
 
 
 def _placed(position, value, keep, size):
-    """out[.., position] = value where `keep`, over the last axis; the rest 0. NumPy stays NumPy, else without a sort."""
-    if isinstance(position, np.ndarray) and isinstance(value, np.ndarray) and isinstance(keep, np.ndarray):
-        shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
-        position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
-        out = np.zeros((*shape[:-1], size + 1), np.int32)
-        np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
-        return out[..., :size]
-    hit = keep[..., None, :] & (position[..., None, :] == np.arange(size)[:, None])
-    return jnp.where(hit, value[..., None, :], 0).sum(-1, dtype=jnp.int32)
+    """out[.., position] = value where `keep`, over the last axis; the rest 0."""
+    shape = np.broadcast_shapes(position.shape, value.shape, keep.shape)
+    position, value, keep = (np.broadcast_to(x, shape) for x in (position, value, keep))
+    out = np.zeros((*shape[:-1], size + 1), np.int32)
+    np.put_along_axis(out, np.where(keep, position, size), value.astype(np.int32), -1)
+    return out[..., :size]
 
 
-def forward_lists(classes):
+def packed(parts, rows: int, columns: int):
+    """Classes of tiles of rows x columns parts; and what names a tile in a list and says which class its parts have.
+
+    Args:
+      parts: int8 [.., nq, nk], classes of smaller tiles.
+
+    Returns:
+      int8 [.., nq / rows, nk / columns], rounded up, and int32 of that shape: the key tile, then two bits for each part, of
+      which part (r, c) has those from 2 * (r * columns + c) on.
+    """
+    xp = np if isinstance(parts, np.ndarray) else jnp
+    *lead, nq, nk = parts.shape
+    x = xp.pad(parts, [(0, 0)] * len(lead) + [(0, -nq % rows), (0, -nk % columns)], constant_values=blocks.EMPTY)
+    x = x.astype(np.int32).reshape(*lead, -1, rows, common.cdiv(nk, columns), columns)
+    bits = functools.reduce(operator.or_, (x[..., r, :, c] << 2 * (r * columns + c) for r, c in np.ndindex(rows, columns)))
+    full = sum(blocks.FULL << 2 * n for n in range(rows * columns))
+    classes = xp.where(bits == 0, blocks.EMPTY, xp.where(bits == full, blocks.FULL, blocks.PARTIAL)).astype(np.int8)
+    return classes, (np.arange(bits.shape[-1], dtype=np.int32) << 2 * rows * columns) | bits
+
+
+def forward_lists(classes, names=None):
     """Per query tile the count of key tiles to visit, the count of partial ones, and the key tiles, partial ones first.
 
-    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]; NumPy stays NumPy.
+    int8 [.., nq, nk] -> int32 [.., nq, 2 + nk]. A key tile is called by its number, or by its name.
     """
-    xp = np if isinstance(classes, np.ndarray) else jnp
     partial, full = classes == blocks.PARTIAL, classes == blocks.FULL
     few = partial.sum(-1, dtype=np.int32)[..., None]
-    position = xp.where(partial, xp.cumsum(partial, -1), few + xp.cumsum(full, -1)) - 1
+    position = np.where(partial, np.cumsum(partial, -1), few + np.cumsum(full, -1)) - 1
     nk = classes.shape[-1]
-    entries = _placed(position, np.arange(nk), partial | full, nk)
-    return xp.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
+    entries = _placed(position, np.arange(nk) if names is None else names, partial | full, nk)
+    return np.concatenate([few + full.sum(-1, dtype=np.int32)[..., None], few, entries], -1).astype(np.int32)
 
 
 def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     """Which items each block of the forward kernel does.
 
-    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Where the key tiles of each item are known
-    while tracing (`cost`, NumPy [B or 1, N or 1, nq]), each item in turn goes to the block that is free first, long
-    items of `together` heads at a time before short ones. Where they depend on data, see `_dealt`.
+    An item is (b * N + h) * nq + q. There is one block per multiprocessor. Each item in turn goes to the block that is free
+    first, long items of `together` heads at a time before short ones.
+
+    Args:
+      cost: [B or 1, N or 1, nq], what an item costs.
 
     Returns:
       bounds int32 [blocks + 1], order int32 [items]: block x does the items order[bounds[x] : bounds[x + 1]].
     """
     items = np.arange(B * N * nq, dtype=np.int32).reshape(B, N, nq)
     P = min(processors, items.size)
-    if not isinstance(cost, np.ndarray):
-        return _dealt(jnp.broadcast_to(cost, (B, N, nq)).ravel(), P)
     cost = np.broadcast_to(cost, (B, N, nq))
     if (cost == cost[0, 0, 0]).all():
         order = items.ravel()
@@ -75,25 +92,19 @@ def agenda(B: int, N: int, nq: int, cost, together: int, processors: int):
     return np.cumsum([0, *map(len, rows)], dtype=np.int32), np.concatenate(rows).astype(np.int32)
 
 
-def _dealt(cost, P: int):
-    """An agenda by costs that depend on data.
+def longest_first(cost, B: int, N: int, together: int):
+    """Items (b * N + h) * tiles + tile, of `together` heads at a time, the longest of all of them first.
 
-    Of 2 P neighbouring items at a time each block gets two, the n-th longest and the n-th shortest: they add up to about
-    the same for all, and the blocks are at work on the same few heads, whose keys and values stay in the L2 cache.
+    Launched head by head, the long ones of the last head would be under way when all else has ended.
+
+    Args:
+      cost: int32 [B or 1, N or 1, tiles]; NumPy stays NumPy.
     """
-    n, size = cost.size, 2 * P
-    groups = common.cdiv(n, size)
-    cost = jnp.pad(cost, (0, groups * size - n), constant_values=-1).reshape(groups, size)
-    mine, other = cost[:, :, None], cost[:, None, :]
-    longer = (other > mine) | ((other == mine) & np.tri(size, k=-1, dtype=bool))
-    items = np.arange(groups * size).reshape(groups, size)
-    sorted_items = _placed(longer.sum(-1, dtype=jnp.int32), items, np.ones(items.shape, bool), size)
-    x = np.arange(P)[:, None, None]
-    places = np.arange(groups)[:, None] * size + np.concatenate([x, size - 1 - x], -1)  # [P, groups, 2]
-    places = places.reshape(P, -1)
-    real = places < n  # in the last group too: what fills it up is shortest
-    bounds = np.cumsum([0, *real.sum(-1)], dtype=np.int32)
-    return bounds, sorted_items.reshape(-1)[places[real]]
+    xp = np if isinstance(cost, np.ndarray) else jnp
+    tiles = cost.shape[-1]
+    cost = xp.broadcast_to(cost, (B, N, tiles)).ravel()
+    group = np.arange(cost.size) // (tiles * together)
+    return xp.lexsort((-cost, group)).astype(np.int32)
 
 
 def processors() -> int:
@@ -158,38 +169,31 @@ def schedule(classes, owners, together: int | None = None):
       owners: as of `divided`.
 
     Returns:
-      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq] aligned with it, totals int32 [.., nq]: how many blocks
+      lists int32 [.., blocks, 3 + nq], ranks int32 [.., blocks, nq], by query tile, totals int32 [.., nq]: how many blocks
       visit a query tile.
     """
-    xp = np if isinstance(classes, np.ndarray) else jnp
     together = together or processors()
     tile, first, last, part = owners.T
     nq, nk = classes.shape[-2:]
     classes = classes.swapaxes(-1, -2)
     if len(owners) > nk:
         inside = (first[:, None] <= np.arange(nq)) & (np.arange(nq) < last[:, None])
-        classes = xp.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
+        classes = np.where(inside, classes[..., tile, :], np.int8(blocks.EMPTY))
     seen = classes != blocks.EMPTY
     start = tile * nq // nk
     nk = len(owners)
     before = np.arange(nq)[None] < start[:, None]  # visited after wrapping around
-    passed = xp.cumsum(seen, -1)
+    passed = np.cumsum(seen, -1)
     skipped = (seen & before).sum(-1)[..., None]
-    position = passed - 1 + xp.where(before, passed[..., -1:] - skipped, -skipped)
+    position = passed - 1 + np.where(before, passed[..., -1:] - skipped, -skipped)
     time = position + (np.arange(nk) // together * nq)[:, None]
-    if xp is np:
-        late = np.where(seen, time, np.iinfo(np.int32).max)
-        rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
-    else:
-        mine, other = time[..., :, None, :], time[..., None, :, :]
-        tie = np.arange(nk)[None, :, None] < np.arange(nk)[:, None, None]
-        earlier = seen[..., None, :, :] & ((other < mine) | ((other == mine) & tie))
-        rank = earlier.sum(-2, dtype=jnp.int32)
+    late = np.where(seen, time, np.iinfo(np.int32).max)
+    rank = np.argsort(np.argsort(late, axis=-2, stable=True), axis=-2)
     entries = _placed(position, 2 * np.arange(nq) + (classes == blocks.PARTIAL), seen, nq)
     count = seen.sum(-1)[..., None]
-    block = xp.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
-    lists = xp.concatenate([count, block, entries], -1).astype(np.int32)
-    return lists, _placed(position, rank, seen, nq), seen.sum(-2, dtype=np.int32)
+    block = np.broadcast_to(np.stack([tile, part], -1), (*count.shape[:-1], 2))
+    lists = np.concatenate([count, block, entries], -1).astype(np.int32)
+    return lists, np.where(seen, rank, 0).astype(np.int32), seen.sum(-2, dtype=np.int32)
 
 
 def in_turn(lists, heads: int, tail: int):
@@ -233,4 +237,4 @@ def in_turn(lists, heads: int, tail: int):
     late = np.full((tail, n, nq + 1), np.inf)
     late[:, block, tile] = started[:, :, None] + np.arange(nq)
     rank = np.argsort(np.argsort(late, axis=1, stable=True), axis=1)
-    return np.where(visited, rank[:, block, tile], 0).astype(np.int32)
+    return np.where(late < np.inf, rank, 0)[..., :nq].astype(np.int32)

@@ -26,13 +26,14 @@ from pallas_kernels.softmax_attention import functions
 OWN, STREAMED = 128, 64  # rows a block owns, rows a step
 
 
-def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
+def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale):
     """One gradient of the logits' inputs: 'dq' [B, T', N, H], 'dk' [B, S', N, H] or 'dv' [B, S', N, Hv], per query head.
 
     Args:
       which: 'dq', 'dk' or 'dv'.
       q, k, v, do, lse, delta: as in `backward.backward`, lse and delta padded to whole tiles of 128.
       lists: int32 [B or 1, N or 1, own tiles, 2 + n]: how many tiles to stream, how many of them with the mask, which.
+      order: int32 [B * N * own tiles]: the blocks as they are launched, each (b * N + h) * own tiles + tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=which != 'dq')`.
     """
     (B, T, N, H), (S, K), Hv, dtype = q.shape, k.shape[1:3], v.shape[3], q.dtype
@@ -46,10 +47,11 @@ def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
     stages = 2, 2 if used + 4 * STREAMED * Hv + 1024 <= common.SMEM_LIMIT else 1
     cols = lambda x: common.col(x, shape)
 
-    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, lists_ref, operand_refs, out_ref, scratch):
+    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, lists_ref, order_ref, operand_refs, out_ref, scratch):
         own_smem, streamed_smem, out_smem, lse_smem, delta_smem, own_bar, full, free = scratch
-        b, h, i = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('i')
-        wg = lax.axis_index('wg')
+        item, wg = order_ref[lax.axis_index('block')], lax.axis_index('wg')
+        head, i = lax.div(item, tiles), lax.rem(item, tiles)
+        b, h = lax.div(head, N), lax.rem(head, N)
         at = (b if lists_ref.shape[0] > 1 else 0, h if lists_ref.shape[1] > 1 else 0, i)
         count, partial = lists_ref[(*at, 0)], lists_ref[(*at, 1)]
         entry = lambda j: lists_ref[(*at, j + 2)]
@@ -182,8 +184,8 @@ def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
     return plgpu.kernel(
         entry_point,
         out_type=jax.ShapeDtypeStruct((B, own[0].shape[1], N, width), dtype),
-        grid=(B, N, tiles),
-        grid_names=('b', 'h', 'i'),
+        grid=order.shape,
+        grid_names=('block',),
         num_threads=3,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(
@@ -192,4 +194,4 @@ def sweep(which, q, k, v, do, lse, delta, lists, operands, *, spec, scale):
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(own, streamed, lse, delta, lists, operands)
+    )(own, streamed, lse, delta, lists, order, operands)

@@ -186,6 +186,12 @@ def _store_tile(source, target, reduction_op=None):
         target.array[...] = inside
 
 
+def _toeplitz(strip, shape):
+    i, j = np.ogrid[: shape[0], : shape[1]]
+    assert strip.shape == (sum(shape) - 1,)
+    return jnp.asarray(strip.array[shape[0] - 1 + j - i])
+
+
 def _semaphore_wait(counter, value, decrement, memory_scope):
     for _ in range(PATIENCE * 1000):
         if counter.array >= int(value):
@@ -250,6 +256,8 @@ def emulated(monkeypatch, common, *modules):
                     patch.setattr(module, name, fake)
         patch.setattr(common, 'opaque_zero', lambda: jnp.int32(0))
         patch.setattr(common, 'publish', nothing)
+        patch.setattr(common, 'each_thread', lambda count, work: [work(jnp.int32(n)) for n in range(count)])
+        patch.setattr(common, 'toeplitz', _toeplitz)
         patch.setattr(common, 'any_not_finite', lambda row: flag((~jnp.isfinite(row)).any()))
         patch.setattr(common, 'any_to', lambda col, limit: flag((~(col > limit)).any()))
         yield

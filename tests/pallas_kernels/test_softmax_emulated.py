@@ -9,7 +9,18 @@ from attnx.ops.softmax_attention import xla
 from pallas_kernels import blocks, common
 from pallas_kernels import dropout as dropout_lib
 from pallas_kernels import elementwise as ew
-from pallas_kernels.softmax_attention import backward, check, forward, functions, mosaic_gpu, schedule, tiles, wide
+from pallas_kernels.softmax_attention import (
+    backward,
+    check,
+    diagonal,
+    forward,
+    functions,
+    mosaic_gpu,
+    schedule,
+    tables,
+    tiles,
+    wide,
+)
 from tests.pallas_kernels import emulation
 
 causal = ew.as_mask(check.causal)
@@ -23,6 +34,7 @@ CASES = {
     'documents': check.Case(
         '', B=2, T=140, N=1, mask=lambda c: causal & check.segments(jnp.asarray(check.documents(c.B, c.T, 50, 1)))
     ),
+    'strip': check.Case('', B=1, T=140, S=100, N=2, mask=causal, score=check._random('hd')),
     'dropout': check.Case('', B=1, T=140, N=1, mask=causal, dropout=dropout_lib.Dropout(0.2, 7)),
     'wide': check.Case('', B=1, T=140, N=2, H=136, mask=causal, score=check.softcap(5.0)),
     'shared key tile': check.Case('', B=1, T=700, N=1, H=128, mask=sinks_before),
@@ -60,7 +72,7 @@ def passes(case, monkeypatch):
     monkeypatch.setattr(mosaic_gpu, '_over_batches', plain)  # `custom_vmap` would trace what is to run here
     monkeypatch.setattr(check, 'FEW', 0)  # XLA makes the gradients of few numbers
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
-    with emulation.emulated(monkeypatch, common, backward, forward, functions, wide):
+    with emulation.emulated(monkeypatch, common, backward, diagonal, forward, functions, tables, wide):
         result = check.errors(case, mosaic_gpu.softmax_attention, repeat=False)
     assert check.verdict({x: result[x] for x in ('out', 'lse', 'dq', 'dk', 'dv')}) is None
 
@@ -68,7 +80,7 @@ def passes(case, monkeypatch):
 @pytest.mark.slow
 def test_emulated_statistics(monkeypatch):
     monkeypatch.setattr(jax, 'jit', lambda f, **_: f)
-    with emulation.emulated(monkeypatch, common, forward, functions):
+    with emulation.emulated(monkeypatch, common, forward, functions, tables):
         assert check.statistics_agree(mosaic_gpu.softmax_attention) is None
 
 

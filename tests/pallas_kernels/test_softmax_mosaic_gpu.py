@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,8 @@ from attnx.ops.softmax_attention import reference, xla
 from pallas_kernels import blocks, common, tile_eval
 from pallas_kernels import elementwise as ew
 from pallas_kernels.dropout import Dropout
-from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, schedule, tiles, tune
+from pallas_kernels.softmax_attention import check, diagonal, functions, mosaic_gpu, schedule, tables, tiles, tune
+from tests.pallas_kernels import emulation
 
 
 @st.composite
@@ -35,25 +37,42 @@ def test_forward_lists(c):
         assert count == (row != 0).sum() and partial == (row == blocks.PARTIAL).sum()
         assert list(tiles[:partial]) == list(np.flatnonzero(row == blocks.PARTIAL))
         assert list(tiles[partial:count]) == list(np.flatnonzero(row == blocks.FULL))
-    np.testing.assert_array_equal(jax.jit(schedule.forward_lists)(c), lists)
+
+
+@settings(max_examples=30, deadline=None)
+@given(classes(), st.integers(1, 3), st.integers(1, 2))
+def test_packed_classes(c, rows, columns):
+    found, names = schedule.packed(c, rows, columns)
+    assert found.dtype == np.int8 and names.dtype == np.int32
+    for *lead, q, k in np.ndindex(found.shape):
+        parts = np.zeros((rows, columns), int)
+        own = c[(*lead, slice(q * rows, (q + 1) * rows), slice(k * columns, (k + 1) * columns))]
+        parts[: own.shape[0], : own.shape[1]] = own
+        want = parts[0, 0] if (parts == parts[0, 0]).all() else blocks.PARTIAL
+        assert found[(*lead, q, k)] == want
+        name = names[(*lead, q, k)]
+        assert name >> 2 * parts.size == k
+        assert [name >> 2 * n & 3 for n in range(parts.size)] == list(parts.ravel())
+    np.testing.assert_array_equal(jax.jit(schedule.packed, static_argnums=(1, 2))(c, rows, columns)[1], names)
 
 
 @settings(max_examples=30, deadline=None)
 @given(classes(), st.integers(1, 10))
 def test_schedule_ends_and_is_ordered(c, together):
-    """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
     owners = schedule.divided(c)
-    lists, ranks, totals = schedule.schedule(c, owners, together)
+    ends_and_is_ordered(c, owners, together, *schedule.schedule(c, owners, together))
+
+
+def ends_and_is_ordered(c, owners, together, lists, ranks, totals):
+    """Every visit once; ranks count up per query tile; blocks that wait for their rank finish with `together` resident."""
     np.testing.assert_array_equal(totals, (c != 0).sum(-1))
-    for x, y in zip((lists, ranks, totals), jax.jit(lambda c: schedule.schedule(c, owners, together))(c)):
-        np.testing.assert_array_equal(x, y)
     nq, nk = c.shape[2:]
     for at in np.ndindex(c.shape[:2]):
         todo, visited = [], [[] for _ in range(nk)]
         for i in range(len(owners)):
             count, tile, part, *entries = lists[(*at, i)]
             assert (tile, part) == (owners[i, 0], owners[i, 3])
-            visits = [(e // 2, e % 2, r) for e, r in zip(entries[:count], ranks[(*at, i)])]
+            visits = [(e // 2, e % 2, ranks[(*at, i, e // 2)]) for e in entries[:count]]
             assert all(p == (c[at][x, tile] == blocks.PARTIAL) for x, p, _ in visits)
             visited[tile] += [x for x, _, _ in visits]
             todo.append(visits)
@@ -90,8 +109,9 @@ def test_blocks_in_turn_end(mask, processors, monkeypatch):
             running[order.pop(0)] = 0
         able = []
         for (h, x), j in running.items():
-            rank = ranks[0, 0, x, j] if h < heads - 4 else tail[h - heads + 4, x, j]
-            able += [(h, x)] if done[h, lists[0, 0, x, 3 + j] // 2] == rank else []
+            tile = lists[0, 0, x, 3 + j] // 2
+            rank = ranks[0, 0, x, tile] if h < heads - 4 else tail[h - heads + 4, x, tile]
+            able += [(h, x)] if done[h, tile] == rank else []
         assert able, 'the blocks wait for each other'
         h, x = able[rng.integers(len(able))]
         done[h, lists[0, 0, x, 3 + running[h, x]] // 2] += 1
@@ -126,15 +146,16 @@ def test_tiles_that_many_see_are_shared():
     st.integers(1, 9),
     st.integers(1, 6),
     st.integers(1, 20),
-    st.sampled_from(['known', 'by data', 'by data and head']),
 )
-def test_agenda_holds_each_item_once(B, N, nq, together, processors, kind):
-    cost = np.arange(B * N * nq).reshape(B, N, nq) % 7 + 0.5
-    cost = cost if kind == 'by data and head' else cost[:, :1]
-    bounds, order = schedule.agenda(B, N, nq, cost if kind == 'known' else jnp.asarray(cost), together, processors)
-    assert sorted(order) == list(range(B * N * nq))
+def test_agenda_holds_each_item_once(B, N, nq, together, processors):
+    cost = np.arange(B * N * nq).reshape(B, N, nq)[:, :1] % 7 + 0.5
+    holds_each_once(*schedule.agenda(B, N, nq, cost, together, processors), B * N * nq, processors)
+
+
+def holds_each_once(bounds, order, items, processors):
+    assert sorted(order) == list(range(items))
     assert bounds[0] == 0 and bounds[-1] == len(order) and (np.diff(bounds) >= 0).all()
-    assert len(bounds) == min(processors, B * N * nq) + 1
+    assert len(bounds) == min(processors, items) + 1
 
 
 def shares(agenda, cost):
@@ -150,37 +171,72 @@ def test_agenda_is_balanced():
     assert work.max() < 1.02 * work.mean()
 
 
+@settings(max_examples=8, deadline=None)
+@given(classes(), st.integers(1, 4))
+def test_tables_by_data(c, together):
+    """Made by kernels, they are as those that are made while tracing."""
+    owners = np.array([(tile, 0, c.shape[2], -1) for tile in range(c.shape[3])])
+    names = schedule.packed(c, 1, 1)[1]
+    with emulation.emulated(pytest.MonkeyPatch(), common, tables):
+        lists, (by_key, ranks, totals) = tables.forward_lists(jnp.asarray(c)), tables.backward(jnp.asarray(c), together)
+        named, _, _ = tables.forward(jnp.asarray(c), jnp.asarray(names), 2, 2, 3)
+    same(lists, schedule.forward_lists(c), 2)
+    same(named, schedule.forward_lists(c, names), 2)
+    want = schedule.schedule(c, owners, together)
+    same(by_key, want[0], 3)
+    np.testing.assert_array_equal(np.where(c.swapaxes(-1, -2), ranks, 0), want[1])
+    np.testing.assert_array_equal(totals, want[2])
+
+
+def same(lists, want, first):
+    """Equal as far as the count reaches."""
+    valid = np.arange(want.shape[-1]) < first + want[..., :1]
+    np.testing.assert_array_equal(np.where(valid, lists, 0), want)
+
+
+@pytest.mark.parametrize('by_data', [False, True])
+def test_longest_first(by_data):
+    """Every item once, heads in groups, and under a causal mask all multiprocessors end together."""
+    cost = np.arange(2, 130, 2)[None, None]
+    order = schedule.longest_first(jnp.asarray(cost) if by_data else cost, 2, 8, 2)
+    assert isinstance(order, np.ndarray) != by_data and order.dtype == np.int32
+    assert sorted(np.asarray(order)) == list(range(1024))
+    for group in np.reshape(order, (8, 128)):
+        assert group.max() - group.min() == 127 and (np.diff(cost.ravel()[group % 64]) <= 0).all()
+    free = [0] * 132
+    for item in np.asarray(order):
+        heapq.heapreplace(free, free[0] + int(cost.ravel()[item % 64]) + 2)
+    assert max(free) < 1.01 * np.mean(free)
+
+
 @pytest.mark.parametrize('kind', ['random', 'documents', 'random by head'])
 def test_agenda_by_data_is_balanced(kind):
-    """No block has more than its share and half an item; at any time they work on a few heads."""
+    """No block has more than its share and one item; at any time they work on a few heads."""
+    B, N, nq, P = 2, 4, 16, 13
     rng = np.random.default_rng(0)
-    if kind == 'documents':
-        cost = np.broadcast_to(np.arange(64) % 12 + 1, (2, 1, 64))
-    else:
-        cost = rng.integers(1, 14, (2, 16 if 'head' in kind else 1, 64))
-    bounds, order = jax.jit(lambda cost: schedule.agenda(2, 16, 64, cost, 4, 132))(cost)
-    work = shares((bounds, order), np.broadcast_to(cost, (2, 16, 64)))
-    assert work.max() <= work.mean() + 7
-    for n in range(13):
-        heads = {int(order[start + n]) // 64 for start in bounds[:-1]}
-        assert len(heads) <= 6
+    length = np.arange(nq) % 12 + 1 if kind == 'documents' else rng.integers(1, 14, (B, N if 'head' in kind else 1, nq))
+    length = np.broadcast_to(length, (B, N if 'head' in kind else 1, nq))
+    c = np.where(np.arange(16) < length[..., None], np.int8(blocks.FULL), np.int8(blocks.EMPTY))
+    with emulation.emulated(pytest.MonkeyPatch(), common, tables):
+        _, bounds, order = tables.forward(jnp.asarray(c), None, B, N, P)
+    holds_each_once(bounds, order, B * N * nq, P)
+    work = shares((bounds, order), np.broadcast_to(length, (B, N, nq)))
+    assert work.max() <= work.mean() + 13
+    for n in range(8):
+        heads = {int(order[min(start + n, order.size - 1)]) // nq for start in bounds[:-1]}
+        assert len(heads) <= 3
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (100, 64), (130, 257)])
 @pytest.mark.parametrize('transposed', [False, True])
-def test_strips_are_skewed(T, S, transposed):
+def test_strips_are_padded(T, S, transposed):
     Tp, Sp = -(-T // 128) * 128, -(-S // 128) * 128
     strip = np.random.default_rng(0).standard_normal((2, T + S - 1), np.float32)
-    table = np.asarray(functions.prepare(ew.Operand(strip, 'hd'), T, S, Tp, Sp, transposed))
-    assert table.shape == (2, 64, Tp + Sp)
-    for r0 in range(0, Sp if transposed else Tp, 64):
-        for c0 in range(0, Tp if transposed else Sp, 64):
-            shift = c0 - r0 + (Sp if transposed else Tp)
-            r, c = np.arange(r0, r0 + 64)[:, None], np.arange(c0, c0 + 64)[None]
-            q, k = (c, r) if transposed else (r, c)
-            inside = (q < T) & (k < S)
-            want = strip[:, np.clip(k - q + T - 1, 0, T + S - 2)]
-            np.testing.assert_array_equal(table[:, :, shift : shift + 64][:, inside], want[:, inside])
+    padded = np.asarray(functions.prepare(ew.Operand(strip, 'hd'), T, S, Tp, Sp, transposed))
+    assert padded.shape == (2, Tp + Sp - 1)
+    q, k = np.ogrid[:T, :S]
+    found = padded[:, q - k + Sp - 1 if transposed else k - q + Tp - 1]
+    np.testing.assert_array_equal(found, strip[:, k - q + T - 1])
 
 
 @pytest.mark.parametrize('T, S', [(5, 9), (300, 200), (130, 400)])
@@ -347,7 +403,9 @@ def test_lowers_for_cuda(name, H):
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     step = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3) if name == 'strip' else (0, 1, 2)))
     exported = jax.export.export(step, platforms=['cuda'], disabled_checks=allowed)(*arrays(H=H), options.get('score'))
-    assert exported.mlir_module().count('@mosaic_gpu_v2') == (2 if H <= 128 else 4) + (name == 'strip')
+    kernels = (2 if H <= 128 else 4) + (name == 'strip')
+    kernels += 3 * name.startswith('documents')  # that make the tables of blocks
+    assert exported.mlir_module().count('@mosaic_gpu_v2') == kernels
 
 
 @pytest.mark.quick('64')
