@@ -301,6 +301,16 @@ def test_kernels_take_the_parts(method):
         assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
 
 
+@pytest.mark.slow
+def test_the_rings_gradients_take_no_forward_pass_again():
+    array = jax.ShapeDtypeStruct((2, 2048, 4, 64), jnp.bfloat16)
+    out = lambda q, k, v: ops.softmax_attention(q, k, v, mask=masks.causal(), impl='mosaic_gpu')
+    gradients = jax.grad(lambda q, k, v: out(q, k, v).astype(jnp.float32).sum(), argnums=(0, 1, 2))
+    with sharding.use(sharding.make_mesh({'data': 2, 'context': 4}), 'context', 'ring'), dispatch.target('cuda'):
+        forward, both = (str(jax.make_jaxpr(f)(array, array, array)).count('name=entry_point') for f in (out, gradients))
+    assert both == 2 * forward > 0
+
+
 @pytest.mark.quick('delta_rule')
 @pytest.mark.parametrize('name', ['gated_linear', 'delta_rule'])
 def test_recurrences_within_a_callers_shard_map(name):
