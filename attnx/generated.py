@@ -7,7 +7,7 @@ import re
 import jax
 from flax import nnx
 
-from attnx import plan, sharding
+from attnx import ops, plan, sharding
 from attnx.catalog import FAMILIES, PACKAGE, VOCABULARY, get, models, options, scan
 from attnx.models import ModelConfig
 from attnx.nn.params import flat_axes, to_flat
@@ -40,7 +40,7 @@ def sharding_golden(preset: str) -> str:
 def index() -> str:
     """INDEX.md: every mechanism by family, its paper, state, cost, and the laws it is excused from."""
     entries = scan().values()
-    kernels = ', '.join(f'`{op}`' for op in dict.fromkeys(row.op for row in table.KERNELS if 'backward' not in row.op))
+    kernels = ', '.join(f'`{op}`' for op in dict.fromkeys(row.op for row in table.KERNELS) if op in ops.__all__)
     lines = [
         '# Mechanisms',
         '',

@@ -116,6 +116,56 @@ def each_thread(count: int, work):
     pl.when(n < count)(lambda: work(n))
 
 
+def feed(chunks: int, ring: int, place, free, loads):
+    """In the copying warpgroup: one warp fills a ring of slots, chunk after chunk, and stays until all are read.
+
+    Args:
+      place: step -> chunk.
+      free: a barrier a slot, at which its readers arrive.
+      loads: () -> load, called where the copies are made; `load(slot, chunk)` starts them.
+    """
+
+    @plgpu.warp_map
+    def _warp(warp):
+        @pl.when(warp == 0)
+        def _():
+            load = loads()
+
+            @pl.loop(0, chunks)
+            def _load(s):
+                slot, chunk = jax.lax.rem(s, ring), place(s)
+                pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
+                load(slot, chunk)
+
+            @pl.loop(max(chunks - ring, 0), chunks)
+            def _drain(s):
+                plgpu.barrier_wait(free.at[jax.lax.rem(s, ring)])
+
+
+def entry(ref, *index):
+    """ref at an index, 0 where a dimension is shared."""
+    return ref.at[*(i if n > 1 else 0 for i, n in zip(index, ref.shape))]
+
+
+def launch(kernel, out_type, grid: dict[str, int], warpgroups: int, interpret: bool):
+    """`plgpu.kernel` whose threads wait for each other where that is written out: automatic barriers are two a store."""
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        num_threads=warpgroups,
+        thread_name='wg',
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,
+        ),
+        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+    )
+
+
 def publish():
     """Before a barrier at which every thread arrives: what this thread wrote to shared memory is there for copies and products.
 

@@ -274,35 +274,27 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             if registers:
                 plgpu.set_max_registers(40, action='decrease')
 
-            @plgpu.warp_map
-            def _warp(warp):
-                @pl.when(warp == 0)
-                def _():
-                    shared = h // (N // heads)
+            def loads():
+                shared = h // (N // heads)
 
-                    @pl.loop(0, chunks)
-                    def _load(s):
-                        slot, c = lax.rem(s, ring), place(s)
-                        rows = pl.ds(c * CHUNK, CHUNK)
-                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        copy = lambda source, smem: plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
-                        for ref, smem in zip((k_ref, q_ref, *extra_refs[:4]), (k_smem, q_smem, ql_smem, kl_smem, *extra[2:4])):
-                            if ref is not None:
-                                copy(ref.at[b, rows, shared], smem)
-                        if c_smem is not None:
-                            copy(extra_refs[4].at[b, h, c], c_smem)
-                        if v_ref is not None:
-                            copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
-                        copy(strength_ref.at[b, h, c], b_smem)
-                        copy(inverse_ref.at[b, h, c], i_smem)
-                        if decay_ref is not None:
-                            batch = b if decay_ref.shape[0] > 1 else 0
-                            head = h if decay_ref.shape[1] > 1 else 0
-                            copy(decay_ref.at[batch, head, c if decay_ref.shape[2] > 1 else 0], g_smem)
+                def load(slot, c):
+                    rows = pl.ds(c * CHUNK, CHUNK)
+                    copy = lambda source, smem: plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                    for ref, smem in zip((k_ref, q_ref, *extra_refs[:4]), (k_smem, q_smem, ql_smem, kl_smem, *extra[2:4])):
+                        if ref is not None:
+                            copy(ref.at[b, rows, shared], smem)
+                    if c_smem is not None:
+                        copy(extra_refs[4].at[b, h, c], c_smem)
+                    if v_ref is not None:
+                        copy(v_ref.at[b, rows, h, pl.ds(part * width, width)], v_smem)
+                    copy(strength_ref.at[b, h, c], b_smem)
+                    copy(inverse_ref.at[b, h, c], i_smem)
+                    if decay_ref is not None:
+                        copy(common.entry(decay_ref, b, h, c), g_smem)
 
-                    @pl.loop(max(chunks - ring, 0), chunks)
-                    def _drain(s):
-                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+                return load
+
+            common.feed(chunks, ring, place, free, loads)
 
     def entry_point(*refs):
         pl.run_scoped(
@@ -324,23 +316,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
     entry_point.__name__ = '_'.join(('reach' if reverse else 'write', *results))  # what profilers show
     array = jax.ShapeDtypeStruct((B, T, N, V), dtype)
-    *found, states = plgpu.kernel(
-        entry_point,
-        out_type=(
-            *(array if name in results else None for name in ('out', 'u', 'low')),
-            jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
-        ),
-        grid=(B, N, parts),
-        grid_names=('b', 'h', 'v'),
-        num_threads=W + 1,
-        thread_name='wg',
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
-        ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)
+    out_type = (
+        *(array if name in results else None for name in ('out', 'u', 'low')),
+        jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
+    )
+    run = common.launch(entry_point, out_type, {'b': B, 'h': N, 'v': parts}, W + 1, interpret)
+    *found, states = run(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)
     found = [x for x in found if x is not None]
     return (found[0] if len(found) == 1 else tuple(found)), states

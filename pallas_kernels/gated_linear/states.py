@@ -81,23 +81,13 @@ def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
             if W > 1 and not interpret:
                 plgpu.set_max_registers(40, action='decrease')
 
-            @plgpu.warp_map
-            def _warp(warp):
-                @pl.when(warp == 0)
-                def _():
-                    @pl.loop(0, chunks)
-                    def _load(s):
-                        slot, c = lax.rem(s, ring), place(s)
-                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        for ref, to in ((k_ref, k_smem), (v_ref, v_smem)):
-                            source = ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // ref.shape[2])]
-                            plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
-                        at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
-                        plgpu.copy_gmem_to_smem(decay_ref.at[*at], g_smem.at[slot], full.at[slot])
+            def load(slot, c):
+                for ref, to in ((k_ref, k_smem), (v_ref, v_smem)):
+                    source = ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // ref.shape[2])]
+                    plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
+                plgpu.copy_gmem_to_smem(common.entry(decay_ref, b, h, c), g_smem.at[slot], full.at[slot])
 
-                    @pl.loop(max(chunks - ring, 0), chunks)
-                    def _drain(s):
-                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+            common.feed(chunks, ring, place, free, lambda: load)
 
     def entry_point(*refs):
         pl.run_scoped(
@@ -112,18 +102,5 @@ def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
         )
 
     entry_point.__name__ = 'states' + '_back' * reverse  # what profilers show
-    return plgpu.kernel(
-        entry_point,
-        out_type=jax.ShapeDtypeStruct((B, N, 1, K, V), jnp.float32),
-        grid=(B, N),
-        grid_names=('b', 'h'),
-        num_threads=W + 1,
-        thread_name='wg',
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # two a store; where warps must wait for each other is written out
-        ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(k, v, decay)
+    out_type = jax.ShapeDtypeStruct((B, N, 1, K, V), jnp.float32)
+    return common.launch(entry_point, out_type, {'b': B, 'h': N}, W + 1, interpret)(k, v, decay)

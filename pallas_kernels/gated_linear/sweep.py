@@ -336,35 +336,26 @@ def sweep(
             if registers:
                 plgpu.set_max_registers(40, action='decrease')
 
-            @plgpu.warp_map
-            def _warp(warp):
-                @pl.when(warp == 0)
-                def _():
-                    head = lambda ref: h // (N // ref.shape[2])
-                    first = pl.ds(part * width, width)
+            def loads():
+                head = lambda ref: h // (N // ref.shape[2])
+                first = pl.ds(part * width, width)
 
-                    @pl.loop(0, chunks)
-                    def _load(s):
-                        slot, c = lax.rem(s, ring), place(s)
-                        rows = pl.ds(c * CHUNK, CHUNK)
-                        pl.when(s >= ring)(lambda: plgpu.barrier_wait(free.at[slot]))
-                        for ref, smem in zip((*k_ref, *q_ref), (*k_smem, *q_smem)):
-                            plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref)], smem.at[slot], full.at[slot])
-                        for ref, smem in zip(v_ref, v_smem):
-                            plgpu.copy_gmem_to_smem(ref.at[b, rows, head(ref), first], smem.at[slot], full.at[slot])
-                        if decay_ref is not None:
-                            batch = b if decay_ref.shape[0] > 1 else 0
-                            head_of = h if decay_ref.shape[1] > 1 else 0
-                            source = decay_ref.at[batch, head_of, c if decay_ref.shape[2] > 1 else 0]
-                            plgpu.copy_gmem_to_smem(source, g_smem.at[slot], full.at[slot])
-                        if scales_ref is not None:
-                            source = scales_ref.at[b, h, c]
-                            source = source.at[first] if by_columns else source
-                            plgpu.copy_gmem_to_smem(source, c_smem.at[slot], full.at[slot])
+                def load(slot, c):
+                    rows = pl.ds(c * CHUNK, CHUNK)
+                    copy = lambda source, smem: plgpu.copy_gmem_to_smem(source, smem.at[slot], full.at[slot])
+                    for ref, smem in zip((*k_ref, *q_ref), (*k_smem, *q_smem)):
+                        copy(ref.at[b, rows, head(ref)], smem)
+                    for ref, smem in zip(v_ref, v_smem):
+                        copy(ref.at[b, rows, head(ref), first], smem)
+                    if decay_ref is not None:
+                        copy(common.entry(decay_ref, b, h, c), g_smem)
+                    if scales_ref is not None:
+                        source = scales_ref.at[b, h, c]
+                        copy(source.at[first] if by_columns else source, c_smem)
 
-                    @pl.loop(max(chunks - ring, 0), chunks)
-                    def _drain(s):
-                        plgpu.barrier_wait(free.at[lax.rem(s, ring)])
+                return load
+
+            common.feed(chunks, ring, place, free, loads)
 
     emitted = (K, V) if against is None else (64, V) if by_columns else (V // 64, 64)
 
@@ -385,22 +376,10 @@ def sweep(
         )
 
     entry_point.__name__ = 'sweep' + '_back' * reverse + '_states' * (not q)  # what profilers show
-    return plgpu.kernel(
-        entry_point,
-        out_type=(
-            jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype) if q else None,
-            jax.ShapeDtypeStruct((B, N, groups, *emitted), jnp.float32),
-            jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32) if own or partner is not None else None,
-        ),
-        grid=(B, N, parts),
-        grid_names=('b', 'h', 'v'),
-        num_threads=W + 1,
-        thread_name='wg',
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True,
-            reduction_scratch_bytes=0,
-            lowering_semantics=plgpu.LoweringSemantics.Lane,
-            unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
-        ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
-    )(q, k, v, decay, state, partner, scales, base, against)
+    out_type = (
+        jax.ShapeDtypeStruct((B, T, N, V), jnp.float32 if wide else dtype) if q else None,
+        jax.ShapeDtypeStruct((B, N, groups, *emitted), jnp.float32),
+        jax.ShapeDtypeStruct((B, N, parts * W, chunks * CHUNK), jnp.float32) if own or partner is not None else None,
+    )
+    run = common.launch(entry_point, out_type, {'b': B, 'h': N, 'v': parts}, W + 1, interpret)
+    return run(q, k, v, decay, state, partner, scales, base, against)

@@ -327,7 +327,7 @@ def test_recurrences_within_a_callers_shard_map(name):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(len(jax.devices()) < 2, reason='two devices')
+@pytest.mark.skipif(len(jax.devices()) < 2, reason='it compares one device with two')
 @pytest.mark.parametrize('name', ['ring', 'gather', 'heads', 'gated_linear', 'delta_rule'])
 def test_kernels_on_two_devices(name):
     """Error against the float32 form, outputs and gradients: at most twice that of the same kernels on one device."""
