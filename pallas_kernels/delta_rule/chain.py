@@ -37,13 +37,14 @@ def chain(transitions, written, first, *, reverse=False, interpret=False):
 
         def step(i, state):
             piece, slot = pieces - 1 - i if reverse else i, lax.rem(i, 2)
+            transition = load(transition_ref.at[b, piece, h, rows])
+            added = load(written_ref.at[b, piece, h, rows, columns])
             out_ref.at[b, piece, h, rows, columns][...] = state
             for term, x in enumerate(accumulate.split(state, TERMS, jnp.bfloat16)):
                 smem.at[slot, term, rows][...] = x
             plgpu.commit_smem()
             plgpu.barrier_arrive(bar)
-            lefts = accumulate.split(load(transition_ref.at[b, piece, h, rows]), TERMS, jnp.bfloat16)
-            added = load(written_ref.at[b, piece, h, rows, columns])
+            lefts = accumulate.split(transition, TERMS, jnp.bfloat16)
             plgpu.barrier_wait(bar)  # the slot before was read by all
 
             def run(acc):
@@ -67,7 +68,10 @@ def chain(transitions, written, first, *, reverse=False, interpret=False):
         num_threads=groups,
         thread_name='wg',
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0, lowering_semantics=plgpu.LoweringSemantics.Lane
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            lowering_semantics=plgpu.LoweringSemantics.Lane,
+            unsafe_no_auto_barriers=True,  # two a store; `bar` stands between writing a slot, reading it, and writing again
         ),
         **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
     )(transitions, written, first)

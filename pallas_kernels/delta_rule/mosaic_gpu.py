@@ -17,6 +17,7 @@ from pallas_kernels import apart
 from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
+from pallas_kernels.delta_rule.joint import joint
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.sweep import CHUNK
@@ -52,6 +53,7 @@ def delta_rule(
     segment_ids=None,
     scale=None,
     chunk=None,
+    version='proven',
     interpret=False,
 ):
     """The (gated) delta rule.
@@ -65,6 +67,7 @@ def delta_rule(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
+      version: 'proven', or 'candidate', which is to pass the gate on a GPU: dq and dk by `joint`, two sweeps for four.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -77,32 +80,42 @@ def delta_rule(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
-    run = _delta_rule
+    run = functools.partial(_delta_rule, (scale, version, interpret))
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.delta_rule.per_channel import per_channel as run  # it stands on this module
-    run = functools.partial(run, (scale, interpret))
+        from pallas_kernels.delta_rule.per_channel import per_channel  # it stands on this module
+
+        run = functools.partial(per_channel, (scale, interpret))
     run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
     return run(query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
+candidate = functools.partial(delta_rule, version='candidate')  # what checks and benchmarks name
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _delta_rule(static, *args):
-    return _run(static, *args)[0]
+    return _run(static, False, *args)[0]
 
 
-def _run(static, q, k, v, beta, log_decay, initial_state, segment_ids):
-    """The results; for the backward pass what both sweeps take, the states that pieces start with and their transitions."""
-    scale, interpret = static
+def _run(static, keep, q, k, v, beta, log_decay, initial_state, segment_ids):
+    """The results; if asked to keep it, what the backward pass finds: what both sweeps take, the states that pieces start with
+    and their transitions, u and the states of groups."""
+    scale, _, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
-    shared, (state, transitions) = kept_once((shared, first_states(interpret, cut, k8, v8, shared, initial_state)))
-    out, states = sweeps.write(q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
+    state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
+    write = functools.partial(sweeps.write, q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
+    if keep:
+        (out, *u), states = write(every=decays.GROUP, both=True)
+        kept = kept_once((shared, state, transitions, tuple(u), states))
+    else:
+        (out, states), kept = write(), None
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
-    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), (shared, state, transitions)
+    return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), kept
 
 
 def _prepare(interpret, arrays, beta, log_decay, segment_ids):
     """The schedule, the arrays cut by it, and what both sweeps take: the strengths, the inverses and the decays."""
-    decay = decays.cumulative(decays.steps(log_decay, segment_ids), beta.shape[1])
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), beta.shape[1], log_decay)
     arrays = [linear.pad(x) for x in arrays]
     cut, strength, decay = schedule(beta, decay, arrays[1].shape[3], arrays[2].shape[3])
     q, k, *rest = map(cut.cut, arrays)
@@ -137,37 +150,42 @@ def chain(interpret, cut, transitions, written, first, reverse=False):
 
 
 def _forward(static, *args):
-    """The residuals are the arguments and what pieces start with; `()` for None marks a log_decay that wants its gradient."""
+    """The residuals are the arguments and what is kept; `()` for None marks a log_decay that wants its gradient."""
     wanted = any(x.perturbed for x in jax.tree.leaves(args[4], is_leaf=linear.is_primal))
     args = jax.tree.map(lambda x: x.value, args, is_leaf=linear.is_primal)
-    results, starts = _run(static, *args)
-    return results, (args, starts, () if wanted else None)
+    results, kept = _run(static, True, *args)
+    return results, (args, kept, () if wanted else None)
 
 
 def _backward(static, saved, cotangents):
-    (q, k, v, beta, log_decay, initial_state, segment_ids), (shared, state, transitions), wanted = saved
-    scale, interpret = static
+    (q, k, v, beta, log_decay, initial_state, segment_ids), (shared, state, transitions, u, states), wanted = saved
+    scale, version, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    cut, (q8, k8, v8, do8), _ = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)  # XLA: unused, not computed
+    cut, (q8, k8, _, do8), _ = _prepare(interpret, (q, k, v, do), beta, log_decay, segment_ids)  # XLA: unused, not computed
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
         dstate = chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
-    every = {'every': decays.GROUP, 'interpret': interpret}
-    u, states = sweeps.write(None, k8, v8, *shared, state, **every)
-    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, **every)
+    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, every=decays.GROUP, interpret=interpret)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
     partner = lambda x: None if wanted is None else x
-    sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
-    dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), scale=scale)
-    strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
-    dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8))
-    dk, _, spares = strict(u, w, k8, decay, None, partner(k8), base=dk, reverse=True)
-    dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, reverse=True)
+    if version == 'candidate':
+        both = functools.partial(joint, dots=wanted is not None, scale=scale, interpret=interpret)
+        (dq, dk), reads = both(((do8,), w), (u,), (k8,), decay, turn(state), q8)
+        (dk,), asks = both((u,), ((do8,), w), (q8, k8), decay, turn(dstate), base=dk, reverse=True)
+        each = None if wanted is None else reads - asks
+    else:
+        sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
+        dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), scale=scale)
+        strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
+        dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8))
+        dk, _, spares = strict(u, w, k8, decay, None, partner(k8), base=dk, reverse=True)
+        dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, reverse=True)
+        each = None if wanted is None else (reads - erases - asks + spares)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
     wide = lambda terms: sum(cut.join(x)[:, :T, :, :V].astype(jnp.float32) for x in terms)
     dv = wide(w) * scale
@@ -180,7 +198,7 @@ def _backward(static, saved, cotangents):
     if wanted is not None:
         first = None if initial_state is None else linear.pad_state(initial_state)
         anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
-        each = cut.join((reads - erases - asks + spares).sum(2), 2)[..., :T] * scale
+        each = cut.join(each.sum(2), 2)[..., :T] * scale
         step = decays.steps(log_decay, segment_ids)
         each = decays.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)

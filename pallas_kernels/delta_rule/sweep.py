@@ -47,7 +47,9 @@ class Channels(NamedTuple):
 SHARED = Channels()  # no channel decays on its own
 
 
-def write(q, k, v, strength, inverse, decay, channels, state, *, every=None, scale=1.0, only_states=False, interpret=False):
+def write(
+    q, k, v, strength, inverse, decay, channels, state, *, every=None, scale=1.0, only_states=False, both=False, interpret=False
+):
     """Forward in time.
 
     Args:
@@ -61,11 +63,13 @@ def write(q, k, v, strength, inverse, decay, channels, state, *, every=None, sca
       every: chunks between two emitted states; None emits the last only.
       scale: multiplies out.
       only_states: nothing else is computed.
+      both: with q, u too.
 
     Returns:
       With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its two 16-bit terms, each as v, and states.
+      Both: (out and u's terms) and states.
     """
-    results = () if only_states else ('u', 'low') if q is None else ('out',)
+    results = () if only_states else ('u', 'low') if q is None else ('out', 'u', 'low') if both else ('out',)
     return _sweep(q, k, v, strength, inverse, decay, channels, state, False, every, scale, results, interpret)
 
 
@@ -242,6 +246,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 S = rescale(accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret), slot)
                 plgpu.barrier_arrive(free.at[slot])
                 if o is not None:
+                    if u_ref is not None:
+                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     read_by_all()
                     r_smem.at[wg, 0][...] = o
                 if c_smem is None:

@@ -81,7 +81,9 @@ class Decay:
         return [plgpu.load(self.ref.at[part], layout=layout, optimized=False) for part in range(2)]
 
     def _exp2(self, x, less=(0.0, 0.0)):
-        return jnp.exp2((x[0] - less[0]) + (x[1] - less[1]))
+        """Factor by factor: a sum of large and small would be rounded. What is fine is at most 2 ** -6."""
+        fine = (x[1] - less[1]) * common.LN2
+        return jnp.exp2(x[0] - less[0]) * (1.0 + fine * (1.0 + fine * (0.5 + fine * (1 / 6))))
 
     def _to_end(self, x):
         return self._exp2([self.ref[part, self.chunk - 1] for part in range(2)], x)
@@ -91,7 +93,8 @@ class Decay:
         square = (self.chunk, self.chunk)
         i = [common.row(x, square) for x in self._vectors(ROW)]
         j = [common.col(x, square) for x in self._vectors(COL)]
-        return self._exp2(j, i) if self.reverse else self._exp2(i, j)
+        i, j = (j, i) if self.reverse else (i, j)
+        return jnp.exp2((i[0] - j[0]) + (i[1] - j[1]))
 
     def read(self):
         """Of the state as each token finds it, a row."""

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from pallas_kernels import common
 from pallas_kernels.gated_linear.sweep import CHUNK
@@ -28,14 +29,25 @@ def coarse(step):
     return jnp.round(step * 2.0**11) * 2.0**-11
 
 
-def cumulative(step, T: int):
+def rounded_off(log_decay, step):
+    """What `steps` left off the product with log2 e: factors of 12 bits multiply exactly."""
+    x = log_decay.astype(jnp.float32)
+    x = x[None, None] if x.ndim == 1 else x
+    high, factor = lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) & -0x1000, jnp.float32), 2954 / 2048
+    rest = ((high * factor - step) + (x - high) * factor) + x * (common.LOG2E - factor)
+    return jnp.where(step > ERASE, rest, 0.0)
+
+
+def cumulative(step, T: int, log_decay=None):
     """Sums within each chunk, inclusive: [B or 1, N or 1, chunks or 1, 2, 64]. Tokens past the end are idle.
 
-    In two parts: sums of the steps' coarse parts and of what these leave.
+    In two parts: sums of the steps' coarse parts and of what these leave, of log_decay's too where it is given.
     """
     if step is None:
         return None
-    step = jnp.stack([coarse(step), step - coarse(step)], axis=1)
+    fine = step - coarse(step)
+    fine = fine if log_decay is None else fine + rounded_off(log_decay, step)
+    step = jnp.stack([coarse(step), fine], axis=1)
     if step.shape[2] == 1 and T % CHUNK == 0:
         return jnp.moveaxis(step, 3, 1)[:, :, None] * jnp.arange(1, CHUNK + 1, dtype=jnp.float32)
     step = jnp.broadcast_to(step, (step.shape[0], 2, T, step.shape[3]))

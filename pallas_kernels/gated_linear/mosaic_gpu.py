@@ -123,7 +123,7 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     scale, interpret = static
-    decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1])
+    decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
     q8, k8, v8 = map(pad, (q, k, v))
     if takes(k8.shape[3], v8.shape[3]):
@@ -153,7 +153,7 @@ def _backward(static, saved, cotangents):
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
     step = decays.steps(log_decay, segment_ids)
-    decay = decays.cumulative(step, T)
+    decay = decays.cumulative(step, T, log_decay)
     state = None if initial_state is None else pad_state(initial_state).swapaxes(2, 3)
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))

@@ -58,6 +58,8 @@ CASES = [
     Case(300, D=256, unit=4, W=2, activation=None, state=False),
     Case(300, dtype='float32', unit=4, resets=0.1),
     Case(8192, B=1, D=2048, unit=16, state=False),
+    Case(200, D=640, unit=5, resets=0.05),
+    Case(200, D=384, unit=12),
 ]
 
 

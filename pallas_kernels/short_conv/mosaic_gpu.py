@@ -26,6 +26,7 @@ AHEAD_OF_UNIT = 2  # backward with heads of unit length: more would cost registe
 MOST_TAPS = 8
 LANES, WARPS = 32, 4
 LEAST = 2 * WARPS * LANES  # channels of a block: jax 0.12 moves no less than two 16-bit numbers a thread
+UNIT = 4 * LANES  # channels that lie in a warp, where there are enough for a block
 EPS = 1e-6  # as `attnx.ops.short_conv`
 
 
@@ -36,8 +37,8 @@ def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=N
         return 'one token is one small fusion of XLA; use impl="xla"'
     if jnp.result_type(x) not in (jnp.bfloat16, jnp.float16, jnp.float32):
         return f'x must be bfloat16, float16 or float32, given {jnp.result_type(x)}; use impl="xla"'
-    if D % LEAST:
-        return f'channels must be a multiple of {LEAST}, given {D}; use impl="xla"'
+    if D % UNIT or D < LEAST:
+        return f'channels must be a multiple of {UNIT} and {LEAST} at least, given {D}; use impl="xla"'
     if W > MOST_TAPS:
         return f'up to {MOST_TAPS} taps, given {W}; use impl="xla"'
     warp, width = _each(D) * LANES, D // (unit_heads or D)
@@ -48,7 +49,7 @@ def unsupported(x, kernel, *, initial_state=None, segment_ids=None, activation=N
 
 def _each(D: int) -> int:
     """Neighbouring channels of a thread."""
-    return 2 if D % (2 * LEAST) else 4
+    return 4 if D >= 2 * LEAST else 2
 
 
 def short_conv(x, kernel, *, initial_state=None, segment_ids=None, activation=None, unit_heads=None, interpret=False):
@@ -149,7 +150,7 @@ class _Part:
             del tiles[1]
             where = {'warp_dims': (-3,), 'lane_dims': (-2,)}
         self.layout = plgpu.Layout.TILED(plgpu.Tiling(tuple(tiles)), **where, vector_dim=-1)
-        self.grid = self.B, common.cdiv(self.T, SPAN), self.D // (self.rows * self.width)
+        self.grid = self.B, common.cdiv(self.T, SPAN), common.cdiv(self.D // self.width, self.rows)
 
     def split(self, x):
         """[..., D] -> [..., D / width, width]"""
@@ -157,7 +158,9 @@ class _Part:
 
     def enter(self):
         self.b, self.span, part = (lax.axis_index(name) for name in 'btd')
-        self.mine, self.start = pl.ds(part * self.rows, self.rows), self.span * SPAN
+        # The last block may share channels with the one before, and writes the same there.
+        self.mine = pl.ds(jnp.minimum(part * self.rows, self.D // self.width - self.rows), self.rows)
+        self.start = self.span * SPAN
 
     def constant(self, value):
         return plgpu.layout_cast(jnp.full((self.rows, self.width), value, jnp.float32), self.layout)
@@ -235,7 +238,7 @@ def outputs(x, kernel, first, age, *, silu, unit=None, interpret=False):
     """y as x.
 
     Args:
-      x: [B, T, D], D a multiple of `LEAST`.
+      x: [B, T, D], D a multiple of `UNIT`, at least `LEAST`.
       kernel: [W, D].
       first: [B, W - 1, D], before the first token, or None.
       age: int32 [B, T], how many tokens before it each may see, or None.
