@@ -1,10 +1,10 @@
-"""Delta rule on Hopper, without or with any decay: forward and backward from three sweeps.
+"""Delta rule on Hopper, without or with any decay: forward and backward from four sweeps.
 
     S' = exp(g_t) S_{t-1}        u_t = beta_t (v_t - k_t S')        S_t = S' + k_t^T u_t        o_t = scale q_t S_t
 
-`write` finds u and o, `reach` finds w_t = beta_t k_t D_t from the adjoints D_t of S_t; given both, every gradient is a gated
-linear sweep. `delta_rule` has the signature of `attnx.ops.delta_rule` without `impl`; `unsupported` says why a call can't run
-here. README.md in this folder has the maths, the limits and what was measured.
+`write` finds u and o, `reach` finds w_t = beta_t k_t D_t from the adjoints D_t of S_t; given both, every gradient is one of a
+gated linear recurrence, and `joint` finds two at a time. `delta_rule` has the signature of `attnx.ops.delta_rule` without
+`impl`; `unsupported` says why a call can't run here. README.md in this folder has the maths, the limits and what was measured.
 """
 
 import functools
@@ -53,7 +53,6 @@ def delta_rule(
     segment_ids=None,
     scale=None,
     chunk=None,
-    version='proven',
     interpret=False,
 ):
     """The (gated) delta rule.
@@ -67,7 +66,6 @@ def delta_rule(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
-      version: 'proven', or 'candidate', which is to pass the gate on a GPU: dq and dk by `joint`, two sweeps for four.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -80,16 +78,13 @@ def delta_rule(
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, beta, log_decay, initial_state)
-    run = functools.partial(_delta_rule, (scale, version, interpret))
+    run = functools.partial(_delta_rule, (scale, interpret))
     if log_decay is not None and log_decay.ndim == 4:
         from pallas_kernels.delta_rule.per_channel import per_channel  # it stands on this module
 
         run = functools.partial(per_channel, (scale, interpret))
     run = run if segment_ids is None or interpret else functools.partial(apart.where_needed, run)
     return run(query, key, value, beta, log_decay, initial_state, segment_ids)
-
-
-candidate = functools.partial(delta_rule, version='candidate')  # what checks and benchmarks name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -100,7 +95,7 @@ def _delta_rule(static, *args):
 def _run(static, keep, q, k, v, beta, log_decay, initial_state, segment_ids):
     """The results; if asked to keep it, what the backward pass finds: what both sweeps take, the states that pieces start with
     and their transitions, u and the states of groups."""
-    scale, _, interpret = static
+    scale, interpret = static
     cut, (q8, k8, v8), shared = _prepare(interpret, (q, k, v), beta, log_decay, segment_ids)
     state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
     write = functools.partial(sweeps.write, q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
@@ -159,7 +154,7 @@ def _forward(static, *args):
 
 def _backward(static, saved, cotangents):
     (q, k, v, beta, log_decay, initial_state, segment_ids), (shared, state, transitions, u, states), wanted = saved
-    scale, version, interpret = static
+    scale, interpret = static
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
@@ -172,20 +167,9 @@ def _backward(static, saved, cotangents):
         dstate = chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
     w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, every=decays.GROUP, interpret=interpret)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
-    partner = lambda x: None if wanted is None else x
-    if version == 'candidate':
-        both = functools.partial(joint, dots=wanted is not None, scale=scale, interpret=interpret)
-        (dq, dk), reads = both(((do8,), w), (u,), (k8,), decay, turn(state), q8)
-        (dk,), asks = both((u,), ((do8,), w), (q8, k8), decay, turn(dstate), base=dk, reverse=True)
-        each = None if wanted is None else reads - asks
-    else:
-        sweep = functools.partial(linear.sweep, precise=True, interpret=interpret)
-        dq, _, reads = sweep(do8, u, k8, decay, turn(state), partner(q8), scale=scale)
-        strict = functools.partial(sweep, strict=True, wide=True, scale=-scale)
-        dk, _, erases = strict(w, u, k8, decay, turn(state), partner(k8))
-        dk, _, spares = strict(u, w, k8, decay, None, partner(k8), base=dk, reverse=True)
-        dk, _, asks = sweep(u, do8, q8, decay, turn(dstate), partner(k8), base=dk, scale=scale, reverse=True)
-        each = None if wanted is None else (reads - erases - asks + spares)
+    both = functools.partial(joint, dots=wanted is not None, scale=scale, interpret=interpret)
+    (dq, dk), reads = both(((do8,), w), (u,), (k8,), decay, turn(state), q8)
+    (dk,), asks = both((u,), ((do8,), w), (q8, k8), decay, turn(dstate), base=dk, reverse=True)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
     wide = lambda terms: sum(cut.join(x)[:, :T, :, :V].astype(jnp.float32) for x in terms)
     dv = wide(w) * scale
@@ -198,7 +182,7 @@ def _backward(static, saved, cotangents):
     if wanted is not None:
         first = None if initial_state is None else linear.pad_state(initial_state)
         anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
-        each = cut.join(each.sum(2), 2)[..., :T] * scale
+        each = cut.join((reads - asks).sum(2), 2)[..., :T] * scale
         step = decays.steps(log_decay, segment_ids)
         each = decays.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
