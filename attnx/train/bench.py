@@ -55,6 +55,10 @@ LLAMA = {
 CUT = {'kind': 'scaling', 'preset': 'fsdp_context', 'mesh': 'context', 'grow': 'length'}
 SHORT = LLAMA | {'num_layers': 4, 'remat': 'dots'}
 LONG = LLAMA | {'remat': 'dots', 'unroll': 0}  # a loop's stacks would be zeroed and copied into, beside nothing
+HYBRID = LONG | {'pattern': ('d', 'd', 'd', 'a')}
+WIDE = LONG | {'pattern': ('w', 'w', 'w', 'a')}
+# A recurrent layer has more parameters, its gates; with narrower MLPs the model has as many, as in ablations (`ablate.match`).
+narrower = lambda hidden: {'mlp': LLAMA['mlp'] | {'hidden': hidden}}
 
 APART = {'xla_gpu_dot_merger_threshold_mb': 0}  # two products merged into one are taken apart again by two more passes
 
@@ -64,8 +68,9 @@ ROWS = (
     Row('llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2),
     Row('llama-1.3b remat', LLAMA | {'remat': 'full'}, 4096, 8, kind='plain'),
     Row('llama-1.3b T16384', LONG, 16384, 1, kind='plain'),
-    Row('hybrid-1.3b T16384', LONG | {'pattern': ('d', 'd', 'd', 'a')}, 16384, 1, kind='plain'),
-    Row('hybrid-1.3b wide T16384', LONG | {'pattern': ('w', 'w', 'w', 'a')}, 16384, 1, kind='plain'),
+    Row('hybrid-1.3b T16384', HYBRID | narrower(4992), 16384, 1, kind='plain'),
+    Row('hybrid-1.3b wide T16384', WIDE | narrower(4480), 16384, 1, kind='plain'),
+    Row('hybrid-1.42b T16384', HYBRID, 16384, 1, kind='plain'),
     Row('fsdp llama-1.3b', LLAMA | {'remat': 'dots'}, 4096, 8, accumulate=2, kind='scaling', preset='fsdp', mesh='fsdp'),
     Row('ring', SHORT, 65536, 1, **CUT, context='ring'),
     Row('heads', SHORT, 65536, 1, **CUT, context='heads'),
@@ -77,6 +82,7 @@ PEERS = ('eager', 'torch')  # PyTorch without torch.compile, which `--only-peer`
 BEATEN = {  # by which row
     'hybrid-1.3b T16384': 'llama-1.3b T16384',
     'hybrid-1.3b wide T16384': 'llama-1.3b T16384',
+    'hybrid-1.42b T16384': 'llama-1.3b T16384',
 }
 
 

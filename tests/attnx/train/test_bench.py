@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from attnx import config, models
+from attnx.ablate import match
 from attnx.train import bench, timing
 
 
@@ -35,6 +37,16 @@ def test_ratios():
 def test_settings_reach_the_row_or_its_model():
     row = bench.changed(bench.ROWS[0], ['batch=4', 'remat=full', 'num_layers=3'])
     assert (row.batch, row.model['remat'], row.model['num_layers']) == (4, 'full', 3)
+
+
+def test_models_that_are_compared_have_as_many_parameters():
+    def parameters(name):
+        row = next(r for r in bench.ROWS if r.name == name)
+        return match.costs(config.build(models.ModelConfig, timing.named(row.model)), row.length).parameters
+
+    for name, other in bench.BEATEN.items():
+        if '1.3b' in name:
+            assert parameters(name) == pytest.approx(parameters(other), rel=match.Match().tolerance / 2)
 
 
 @pytest.mark.slow
