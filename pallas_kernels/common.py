@@ -255,14 +255,21 @@ def any_to(col, limit: float):
 
 
 def clean(refs):
-    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows."""
+    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows.
+
+    Returns int32 1 where there was such a thing, else 0.
+    """
     parts = [ref.at[:, pl.ds(at, 64)] for ref in refs for at in range(0, ref.shape[-1], 64)]
     load = lambda part: plgpu.load(part, layout=TILE)
     marks = functools.reduce(jnp.add, (load(part) * 0 for part in parts))  # 0, or NaN; two elements an instruction
 
-    @pl.when(any_not_finite(marks.astype(jnp.float32).sum(axis=1)) > 0)
+    found = any_not_finite(marks.astype(jnp.float32).sum(axis=1))
+
+    @pl.when(found > 0)
     def _():
         for part in parts:
             x = load(part).astype(jnp.float32)
             part[...] = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0).astype(part.dtype)
         plgpu.commit_smem()
+
+    return found
