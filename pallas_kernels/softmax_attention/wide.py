@@ -108,20 +108,16 @@ def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, sp
 
                         return lax.cond(j < partial, hide, lambda *x: x, p, slope) if spec.mask else (p, slope)
 
-                    def clean():
+                    def scrub():
                         for n, slot in enumerate((one, two)):
-
-                            @pl.when(wg == n)
-                            def _mine(tile=streamed_smem[n].at[slot]):
-                                common.clean([tile])
-
+                            pl.when(wg == n)(lambda n=n, slot=slot: common.scrub([streamed_smem[n].at[slot]]))
                         plgpu.barrier_arrive(cleaned)
                         plgpu.barrier_wait(cleaned)
 
                     plgpu.barrier_wait(full[0].at[one])
                     if careful:
                         plgpu.barrier_wait(full[1].at[two])
-                        pl.when(unclean_ref[b, h, tile + 1] > 0)(clean)
+                        pl.when(unclean_ref[b, h, tile + 1] > 0)(scrub)
 
                     def products(s_acc, *dp_acc):
                         plgpu.wgmma(s_acc, own_smem[0].at[zero, mine], streamed_smem[0].at[one].T)
