@@ -255,14 +255,25 @@ def any_to(col, limit: float):
 
 
 def clean(refs):
-    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows."""
-    parts = [ref.at[:, pl.ds(at, 64)] for ref in refs for at in range(0, ref.shape[-1], 64)]
-    load = lambda part: plgpu.load(part, layout=TILE)
-    marks = functools.reduce(jnp.add, (load(part) * 0 for part in parts))  # 0, or NaN; two elements an instruction
+    """Sets what is not finite in these tiles of shared memory, 64 rows each, to 0: a warpgroup, its own rows.
 
-    @pl.when(any_not_finite(marks.astype(jnp.float32).sum(axis=1)) > 0)
-    def _():
-        for part in parts:
-            x = load(part).astype(jnp.float32)
+    Returns int32 1 where there was such a thing, else 0.
+    """
+    parts = [ref.at[:, pl.ds(at, 64)] for ref in refs for at in range(0, ref.shape[-1], 64)]
+    marks = functools.reduce(jnp.add, (plgpu.load(part, layout=TILE) * 0 for part in parts))  # 0, or NaN; two an instruction
+    found = any_not_finite(marks.astype(jnp.float32).sum(axis=1))
+    pl.when(found > 0)(lambda: scrub(refs))
+    return found
+
+
+def scrub(refs):
+    """`clean` that does not look first."""
+    for ref in refs:
+
+        @pl.loop(0, ref.shape[-1] // 64)
+        def _part(n, ref=ref):
+            part = ref.at[:, pl.ds(64 * n, 64)]
+            x = plgpu.load(part, layout=TILE).astype(jnp.float32)
             part[...] = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0).astype(part.dtype)
-        plgpu.commit_smem()
+
+    plgpu.commit_smem()

@@ -294,6 +294,8 @@ def grid() -> list[Case]:
         Case('softcap', T=500, H=128, mask=plain(causal), score=softcap(5.0)),
         Case('softcap H=64', T=500, mask=plain(causal), score=softcap(5.0)),
         Case('alibi', T=500, N=8, H=128, mask=plain(causal), score=lambda r, c: alibi(2.0 ** -jnp.arange(1.0, 9))),
+        # each tile of keys raises the running maximum
+        Case('rising', T=600, N=8, H=128, sinks=True, score=lambda r, c: ew.as_score(lambda s, i: s + 0.05 * i.k)),
         Case('gelu score', T=200, H=128, score=lambda r, c: ew.as_score(lambda s, i: jax.nn.gelu(s))),
         Case('row operand', T=200, H=128, score=_random('bq')),
         Case('column operand', T=200, H=128, score=_random('hk')),

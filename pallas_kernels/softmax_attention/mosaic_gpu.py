@@ -147,10 +147,9 @@ def softmax_attention(
     reason = unsupported(query, key, value, mask=mask, score=score, bias=bias, scale=scale, sinks=sinks, dropout=dropout)
     if reason:
         raise ValueError(f'softmax_attention on mosaic_gpu: {reason}')
-    sign, scale = positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
+    _, query, scale = positive(query, scale)
     mask, score, dropout = ew.as_mask(mask), _with_bias(score, bias), _seeded(dropout)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    query = query if sign == 1 else sign * query
     out, lse, rows = _attention(scale, return_stats, query, key, value, mask, score, sinks, dropout)
     results = [out, *([lse] if return_lse else [])]
     if return_stats:
@@ -166,17 +165,18 @@ def softmax_attention_backward(query, key, value, *, seen, mask=None, score=None
       The rest as there; no sinks.
     """
     out, lse, dout, dlse = seen
-    sign, scale = positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
-    query = query if sign == 1 else sign * query
+    sign, query, scale = positive(query, scale)
     options = ew.as_mask(mask), ew.as_score(score), None, _seeded(dropout)
     saved = query, key, value, *options, out, lse * common.LOG2E
     dq, dk, dv, _, dscore, *_ = _backward(scale, False, saved, (dout.astype(value.dtype), dlse, None))
     return dq if sign == 1 else sign * dq, dk, dv, dscore
 
 
-def positive(scale: float) -> tuple[int, float]:
-    """(sign, scale > 0), the sign for the query: the kernels' running maximum wants a positive scale."""
-    return int(np.sign(scale)), abs(scale) or 1.0
+def positive(query, scale):
+    """(sign, sign * query, scale > 0), by default 1 / sqrt(H): the kernels' running maximum wants a positive scale."""
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    sign = int(np.sign(scale))
+    return sign, query if sign == 1 else sign * query, abs(scale) or 1.0
 
 
 def _seeded(dropout):
@@ -310,13 +310,14 @@ def _over_batches(kernel, spec):
 def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
     """As `_fused`, by one sweep a gradient."""
     (B, T, N, H), S = q.shape, k.shape[1]
-    arrays = [jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, do)]
     own, other = wide.OWN, wide.STREAMED
     Tp, Sp = (common.cdiv(n, own) * own for n in (T, S))
     fit = lambda x, fill: jnp.pad(x, [(0, 0), (0, 0), (0, Tp - T)], constant_values=fill)
-    rows = fit(base, HIDDEN), fit(delta, 0.0)
-    found = []
-    for which in ('dq', 'dk', 'dv'):
+    rows = fit(base, PADDING), fit(delta, 0.0)
+    marked = lambda tiles: jnp.concatenate([tiles.any(-1, keepdims=True), tiles], -1).astype(jnp.int32)
+    unclean = marked((~(rows[0] < HIDDEN / 2)).reshape(B, N, -1, other).any(-1))
+    found = {}
+    for which in ('dv', 'dk', 'dq'):  # that of dk says which keys and values hold what is not finite
         by_key = which != 'dq'
         spec = functions.make_spec(mask, score, dropout, T, S, bool(S % (own if by_key else other)))
         classes = blocks.classify(mask, B, N, T, S, *((other, own) if by_key else (own, other)))
@@ -328,8 +329,9 @@ def _wide(scale, q, k, v, do, base, delta, mask, score, dropout):
         together = max(1, 2**24 // bytes_) * (1 if by_key else N // k.shape[2])
         order = plan.longest_first(lists[..., 0], B, N, together)
         run = functools.partial(wide.sweep, which, spec=spec, scale=scale)
-        found.append(run(*map(_pad, arrays), *rows, lists, order, operands))
-    return found[0][:, :T, :, :H], *found[1:]
+        found[which], keys = run(*map(_pad, (q, k, v, do)), *rows, unclean, lists, order, operands)
+        unclean = unclean if keys is None else marked(keys > 0)
+    return found['dq'][:, :T, :, :H], found['dk'], found['dv']
 
 
 def _score_gradient(scale, q, k, v, do, base, delta, mask, score, dropout):

@@ -113,8 +113,8 @@ def attend(query, key, value, *, mask=None, score=None, bias=None, scale=None, s
     options = {'mask': mask, 'score': score, 'bias': bias}
     if reason := unsupported(query, key, value, **options):
         raise ValueError(f'softmax_attention on mosaic_tpu: {reason}')
-    sign, scale = mosaic_gpu.positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
-    query, dropout = query if sign == 1 else sign * query, _seeded(dropout)
+    _, query, scale = mosaic_gpu.positive(query, scale)
+    dropout = _seeded(dropout)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
     mask, score = ew.as_mask(mask), mosaic_gpu._with_bias(score, bias)
     return _attention(_Static(scale, sides), query, key, value, mask, score, sinks, dropout)
@@ -128,8 +128,7 @@ def softmax_attention_backward(query, key, value, *, seen, mask=None, score=None
       The rest as there; no sinks.
     """
     out, lse, dout, dlse = seen
-    sign, scale = mosaic_gpu.positive(query.shape[-1] ** -0.5 if scale is None else float(scale))
-    query = query if sign == 1 else sign * query
+    sign, query, scale = mosaic_gpu.positive(query, scale)
     options = ew.as_mask(mask), ew.as_score(score), None, _seeded(dropout)
     saved = query, key, value, *options, out, lse * LOG2E
     dq, dk, dv, _, dscore, *_ = _backward(_Static(scale, None), saved, (dout.astype(value.dtype), dlse))

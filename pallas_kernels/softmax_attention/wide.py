@@ -10,8 +10,12 @@ place, so a second run is bit-equal.
     dk          k v    q do      [k, q]     dS^T Q
     dv          k      q do      [k, q]     P^T dO
 
-q, k, v, do come here finite: NaN comes in by `lse` alone.
+What is not finite counts as 0, and NaN comes in by `lse` alone: a block cleans its own rows, and of the other side the tiles
+that hold such a thing. Rows of q or do that do have no weight or lse NaN; which keys and values do, the sweep of dk says,
+whose blocks own them.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +30,15 @@ from pallas_kernels.softmax_attention import functions
 OWN, STREAMED = 128, 64  # rows a block owns, rows a step
 
 
-def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale):
+def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, spec, scale):
     """One gradient of the logits' inputs: 'dq' [B, T', N, H], 'dk' [B, S', N, H] or 'dv' [B, S', N, Hv], per query head.
+
+    Returns it and, with 'dk', int32 [B, N, tiles]: whether a tile of keys or values holds what is not finite; else None.
 
     Args:
       which: 'dq', 'dk' or 'dv'.
       q, k, v, do, lse, delta: as in `backward.backward`, lse and delta padded to whole tiles of 128.
+      unclean: int32 [B, N, 1 + tiles]: whether a tile of the other side may hold what is not finite, first whether any may.
       lists: int32 [B or 1, N or 1, own tiles, 2 + n]: how many tiles to stream, how many of them with the mask, which.
       order: int32 [B * N * own tiles]: the blocks as they are launched, each (b * N + h) * own tiles + tile.
       operands: arrays of the functions, laid out by `functions.prepare(..., transposed=which != 'dq')`.
@@ -47,8 +54,9 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
     stages = 2, 2 if used + 4 * STREAMED * Hv + 1024 <= common.SMEM_LIMIT else 1
     cols = lambda x: common.col(x, shape)
 
-    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, lists_ref, order_ref, operand_refs, out_ref, scratch):
-        own_smem, streamed_smem, out_smem, lse_smem, delta_smem, own_bar, full, free = scratch
+    def kernel(own_refs, streamed_refs, lse_ref, delta_ref, unclean_ref, lists_ref, order_ref, operand_refs, *rest):
+        out_ref, found_ref, scratch = rest
+        own_smem, streamed_smem, out_smem, lse_smem, delta_smem, own_bar, full, free, cleaned = scratch
         item, wg = order_ref[lax.axis_index('block')], lax.axis_index('wg')
         head, i = lax.div(item, tiles), lax.rem(item, tiles)
         b, h = lax.div(head, N), lax.rem(head, N)
@@ -66,9 +74,12 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
                     plgpu.load(ref.at[b, h, pl.ds(r0, 64)], layout=ROW, optimized=False) for ref in (lse_ref, delta_ref)
                 )
             plgpu.barrier_wait(own_bar)
+            found = common.clean([smem.at[0, mine] for smem in own_smem if smem is not None])
+            if found_ref is not None:
+                found_ref[b, h, 2 * i + wg] = found
 
             def accumulate(acc):
-                def step(j, tile):
+                def step(careful, j, tile):
                     then = entry(jnp.minimum(j + 1, count - 1))
                     one, two = (lax.rem(j, n) for n in stages)
                     zero = common.opaque_zero()
@@ -97,10 +108,21 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
 
                         return lax.cond(j < partial, hide, lambda *x: x, p, slope) if spec.mask else (p, slope)
 
-                    def products(s_acc, *dp_acc):
-                        plgpu.barrier_wait(full[0].at[one])
-                        plgpu.wgmma(s_acc, own_smem[0].at[zero, mine], streamed_smem[0].at[one].T)
+                    def scrub():
+                        for n, slot in enumerate((one, two)):
+                            pl.when(wg == n)(lambda n=n, slot=slot: common.scrub([streamed_smem[n].at[slot]]))
+                        plgpu.barrier_arrive(cleaned)
+                        plgpu.barrier_wait(cleaned)
+
+                    plgpu.barrier_wait(full[0].at[one])
+                    if careful:
                         plgpu.barrier_wait(full[1].at[two])
+                        pl.when(unclean_ref[b, h, tile + 1] > 0)(scrub)
+
+                    def products(s_acc, *dp_acc):
+                        plgpu.wgmma(s_acc, own_smem[0].at[zero, mine], streamed_smem[0].at[one].T)
+                        if not careful:
+                            plgpu.barrier_wait(full[1].at[two])
                         if with_dp:
                             plgpu.wgmma(dp_acc[0], own_smem[1].at[zero, mine], streamed_smem[1].at[two].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if with_dp else 0)
@@ -109,7 +131,9 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
                         dropped = lambda x: jnp.where(keep, x * spec.dropout.inverse_keep, 0.0) if spec.dropout else x
                         if not with_dp:
                             return dropped(p).astype(dtype)
-                        dp = dropped(dp_acc[0][...]) - less()
+                        dp = dp_acc[0][...]
+                        plgpu.barrier_arrive(free[1].at[two])
+                        dp = dropped(dp) - less()
                         ds = p * dp if slope is None else p * dp * slope
                         return ds.astype(dtype)
 
@@ -117,10 +141,14 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
                     plgpu.wgmma(acc, x, streamed_smem[1].at[two] if which == 'dv' else streamed_smem[0].at[one])
                     plgpu.wgmma_wait(0)
                     plgpu.barrier_arrive(free[0].at[one])
-                    plgpu.barrier_arrive(free[1].at[two])
+                    if not with_dp:
+                        plgpu.barrier_arrive(free[1].at[two])
                     return then
 
-                lax.fori_loop(0, count, step, entry(0))
+                usual = jnp.where(unclean_ref[b, h, 0] > 0, 0, count)
+                # Apart, as a branch between two products would keep them from overlapping.
+                lax.fori_loop(0, usual, functools.partial(step, False), entry(0))
+                lax.fori_loop(usual, count, functools.partial(step, True), entry(0))
                 return acc[...]
 
             out = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))
@@ -178,12 +206,16 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
             plgpu.Barrier(num_arrivals=1 + with_dp),
             (plgpu.Barrier(num_arrivals=1 + 2 * by_key, num_barriers=stages[0]), plgpu.Barrier(num_barriers=stages[1])),
             tuple(plgpu.Barrier(num_arrivals=2, num_barriers=n) for n in stages),
+            plgpu.Barrier(num_arrivals=2),
             collective_axes='wg',
         )
 
     return plgpu.kernel(
         entry_point,
-        out_type=jax.ShapeDtypeStruct((B, own[0].shape[1], N, width), dtype),
+        out_type=(
+            jax.ShapeDtypeStruct((B, own[0].shape[1], N, width), dtype),
+            jax.ShapeDtypeStruct((B, N, 2 * tiles), jnp.int32) if which == 'dk' else None,
+        ),
         grid=order.shape,
         grid_names=('block',),
         num_threads=3,
@@ -194,4 +226,4 @@ def sweep(which, q, k, v, do, lse, delta, lists, order, operands, *, spec, scale
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
-    )(own, streamed, lse, delta, lists, order, operands)
+    )(own, streamed, lse, delta, unclean, lists, order, operands)

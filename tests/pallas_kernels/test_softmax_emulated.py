@@ -99,6 +99,25 @@ def test_what_is_not_finite_is_cleaned(dtype, bad, monkeypatch):
 
 
 @pytest.mark.slow
+def test_wide_counts_what_is_not_finite_as_zero(monkeypatch):
+    """Above width 128, NaN comes in by the log-sum-exp alone: as if zeros stood in its place, bit for bit."""
+    nan, inf = jnp.nan, jnp.inf
+    rng = np.random.default_rng(0)
+    q, k, v, do = (jnp.asarray(rng.standard_normal((1, 200, 2, 136)), jnp.bfloat16) for _ in range(4))
+    lse, delta = (jnp.asarray(rng.standard_normal((1, 2, 200)) + middle, jnp.float32) for middle in (8, 0))
+    q, do = q.at[0, 10, 0].set(nan).at[0, 140, 1, 2].set(inf), do.at[0, 12, 0, 7].set(nan).at[0, 150].set(-inf)
+    k, v = k.at[0, 130].set(nan).at[0, 20, 1, 3].set(inf), v.at[0, 131, 1, 5].set(nan).at[0, 60, 0].set(inf)
+    lse = lse.at[0, 0, 10].set(nan).at[0, 1, 140].set(backward.HIDDEN).at[0, 0, 12].set(nan).at[0, :, 150].set(nan)
+    mask = ew.as_mask(lambda i: (i.k <= i.q) & (i.k > i.q - 30) & (i.k != 130) & (i.k != 60))
+    zeros = [jnp.where(jnp.isfinite(x), x, 0) for x in (q, k, v, do)]
+    with emulation.emulated(monkeypatch, common, functions, wide):
+        found, want = (mosaic_gpu._wide(0.1, *x, lse, delta, mask, None, None) for x in ((q, k, v, do), zeros))
+    for x, y in zip(found, want):
+        assert jnp.isnan(y).any()
+        np.testing.assert_array_equal(x.astype(jnp.float32), y.astype(jnp.float32))
+
+
+@pytest.mark.slow
 def test_emulated_backward_of_parts(monkeypatch):
     """Gradients of two parts of the keys, from output and log-sum-exp over both: together those of one call."""
     case = check.Case('', B=1, T=140, N=2, H=64, mask=causal)
