@@ -322,7 +322,7 @@ def run_twin(
     N = max(x.shape[2] for x in (q, k, v))
     cut = Pieces(T, pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
-    exact = grouped or last and cut.count == 1
+    exact = grouped or (last and cut.count == 1)
     terms = TERMS if exact else 1 if q.shape[2] == k.shape[2] == v.shape[2] else 2
     options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped, 'terms': terms}
     if cut.count > 1:
