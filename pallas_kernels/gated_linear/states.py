@@ -24,8 +24,8 @@ def takes(K: int, V: int) -> bool:
 def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
     """The last state of `sweep(None, k, v, decay, None)`, float32 [B, N, 1, K, V]: of the same arrays, with a decay.
 
-    A consumer warpgroup owns 64 rows of the state. Keys are decayed in registers, where the tensor core takes them from, so that
-    shared memory is read for values alone; while one warpgroup decays, another's products run.
+    A consumer warpgroup owns 64 rows of the state. Keys are decayed in registers, where the tensor core takes them from, so
+    that shared memory is read for values alone; while one warpgroup decays, another's products run.
     """
     (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
     N = max(heads, k.shape[2], v.shape[2])
