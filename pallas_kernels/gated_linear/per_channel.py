@@ -14,7 +14,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gated_linear import decays, scaling
@@ -80,19 +79,19 @@ def chained(within, anchors, segment_ids, T: int):
     size = groups * decays.GROUP * CHUNK
     within = jnp.pad(within, [(0, 0), (0, size - within.shape[1]), (0, 0), (0, 0)])
     within = within.reshape(B, groups, decays.GROUP, CHUNK, N, H)
-    silence, silent = None, np.zeros((B, groups, decays.GROUP * CHUNK), bool)
+    silence, heard = None, jnp.ones((B, groups, decays.GROUP * CHUNK), bool)
     if segment_ids is not None:
         reset = jnp.pad(_resets(segment_ids), [(0, 0), (0, size - T)])
         count = jnp.cumsum(reset.reshape(B, groups, decays.GROUP, CHUNK), 3)
         silence = (count[..., -1:] - count + reset.reshape(count.shape))[..., None, None]
-        silent = reset.reshape(silent.shape) > 0
+        heard = jnp.cumsum(reset.reshape(heard.shape), axis=-1) == 0
     following, chunks = anchors[:, 1:], []
     for c in reversed(range(decays.GROUP)):
         felt = following[:, :, None]
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
     each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
-    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * decays.bridge(silent, T)[..., None, None]
+    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * decays.bridge(heard, T)[..., None, None]
     each = each.reshape(B, -1, N, H)[:, :T]
     return each if segment_ids is None else jnp.where(_resets(segment_ids)[..., None, None] > 0, 0.0, each)
 
