@@ -25,7 +25,7 @@ from pallas_kernels.gated_linear import mosaic_gpu
 FACTOR = 2.0
 FEW, DRAWS = 16, 8
 NAMES = ('query', 'key', 'value', 'log_decay', 'state')
-FLOORS = {'state': 2e-6, 'dstate': 2e-6, 'dlog_decay': 2e-5}
+FLOORS = {'state': 5e-7, 'dstate': 5e-7, 'dlog_decay': 3e-6}
 
 
 def oracle(query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, dtype=jnp.float64):
