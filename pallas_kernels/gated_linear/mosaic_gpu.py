@@ -162,12 +162,12 @@ def _backward(static, saved, cotangents):
     if takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
         dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False, last=False)
-        against, wanted = states if grouped else None, initial_state is not None
-        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=wanted)
+        against, started = states if grouped else None, initial_state is not None
+        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=started)
         if grouped:
             first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
             felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
-        dstates = dstates.swapaxes(3, 4) if wanted or grouped else None
+        dstates = dstates.swapaxes(3, 4) if started or grouped else None
     else:
         sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
         dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
@@ -334,7 +334,8 @@ def run_twin(
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
         out, other = (x if x is None else x[:, :T] for x in (join(out, 1), join(other, 1)))
-        states, met, dots = join(states, 2) if exact else end[:, :, None], join(met, 2), join(dots, 3)
+        states = cut.join(states, 2) if exact else end[:, :, None]
+        met, dots = join(met, 2), join(dots, 3)
     if exact and (against is not None or not grouped):
         states = states[:, :, :1] if reverse else states[:, :, -1:]
     return out, other, states, met, dots
