@@ -109,3 +109,11 @@ class Decay:
     def total(self):
         """Of the state over the chunk, a scalar."""
         return self._to_end((0.0, 0.0))
+
+
+class Kept:
+    """The same of decays that all chunks share, computed once."""
+
+    def __init__(self, decay: Decay):
+        pairs, read, write, total = decay.pairs(), decay.read(), decay.write(ROW), decay.total()
+        self.pairs, self.read, self.write, self.total = (lambda: pairs), (lambda: read), (lambda layout: write), (lambda: total)

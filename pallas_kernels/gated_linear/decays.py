@@ -74,7 +74,8 @@ def decay_gradient(each, anchors, step):
     cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
     each, silent = cut(each), cut(silent).astype(jnp.int32)
     t = np.arange(CHUNK)
-    count = jnp.where(t[:, None] >= t, silent[..., None, :], 0).sum(-1)  # silent steps of the chunk up to each, inclusive
+    upto = jnp.asarray(t[:, None] <= t, jnp.bfloat16)
+    count = jnp.dot(silent.astype(jnp.bfloat16), upto).astype(jnp.int32)  # silent steps of the chunk up to each, inclusive
     heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
     within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
     silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []

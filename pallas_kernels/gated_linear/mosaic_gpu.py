@@ -17,7 +17,7 @@ from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import states as of_pieces
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
-from pallas_kernels.gated_linear.twin import takes, twin
+from pallas_kernels.gated_linear.twin import TERMS, takes, twin
 
 WIDEST = 256
 
@@ -161,13 +161,13 @@ def _backward(static, saved, cotangents):
     transposed = None if dstate is None else dstate.swapaxes(2, 3)
     if takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
-        dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False)
-        against = states if grouped else None
-        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True)
+        dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False, last=False)
+        against, started = states if grouped else None, initial_state is not None
+        dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=started)
         if grouped:
             first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
             felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
-        dstates = dstates.swapaxes(3, 4)
+        dstates = dstates.swapaxes(3, 4) if started or grouped else None
     else:
         sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
         dq, states, reads = sweep_(do8, v8, k8, decay, state, q8 if grouped else None, grouped=grouped)
@@ -302,7 +302,7 @@ def run(
     scales = cut.cut(scales, 2, CHUNK, fill=1)
     against = cut.cut(against, 2, decays.GROUP * CHUNK)
     shared['by_columns'] = options['by_columns'] = by_columns
-    starts = _first_states(cut, N, k, v, local_decay, state, scales, **shared)
+    starts, _ = _first_states(cut, N, k, v, local_decay, state, scales, **shared)
     out, states, dots = sweep(q, k, v, local_decay, starts, partner, scales, against=against, **options)
     states = cut.join(states, 2)
     if not grouped:
@@ -310,30 +310,39 @@ def run(
     return cut.join(out)[:, :T], states, None if dots is None else cut.join(dots, 3)
 
 
-def run_twin(q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, interpret=False, **options):
-    """`twin` by the schedule that the shape asks for."""
+def run_twin(
+    q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, last=True, interpret=False, **options
+):
+    """`twin` by the schedule that the shape asks for; last: whether the last state is wanted.
+
+    In pieces that one is the chain's, so unless log_decay's gradient is wanted only 16-bit results leave the sweep, and its own
+    state is no better: of one term, of two where heads are shared and what is rounded is summed over them.
+    """
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(x.shape[2] for x in (q, k, v))
     cut = Pieces(T, pieces(B, T, N, K, V))
     shared = {'reverse': reverse, 'interpret': interpret}
-    options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped}
+    exact = grouped or (last and cut.count == 1)
+    terms = TERMS if exact else 1 if q.shape[2] == k.shape[2] == v.shape[2] else 2
+    options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped, 'terms': terms}
     if cut.count > 1:
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, (q, k, v, partner))
         against = cut.cut(against, 2, decays.GROUP * CHUNK)
-        state = _first_states(cut, N, (k,), (v,), decay, state, **shared)
+        state, end = _first_states(cut, N, (k,), (v,), decay, state, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
         out, other = (x if x is None else x[:, :T] for x in (join(out, 1), join(other, 1)))
-        states, met, dots = join(states, 2), join(met, 2), join(dots, 3)
-    if against is not None or not grouped:
+        states = cut.join(states, 2) if exact else end[:, :, None]
+        met, dots = join(met, 2), join(dots, 3)
+    if exact and (against is not None or not grouped):
         states = states[:, :, :1] if reverse else states[:, :, -1:]
     return out, other, states, met, dots
 
 
 def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):
-    """The state that each piece starts with, of arrays that are cut: [pieces of the batch, N, K, V]."""
+    """The state that each piece starts with, of arrays that are cut, [pieces of the batch, N, K, V]; the last, [B, N, K, V]."""
     K, V = k[0].shape[3], v[0].shape[3]
     shared = {'reverse': reverse, 'interpret': interpret, 'by_columns': by_columns}
     if decay is not None and scales is None and len(k + v) == 2 and of_pieces.takes(K, V):
@@ -351,8 +360,11 @@ def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret
         by_channel = jnp.moveaxis(by_channel.reshape(-1, cut.count, N, by_channel.shape[2]), 1, 3)
         total = by_channel if total is None else by_channel + total
     turn = (lambda x: x.swapaxes(-1, -2)) if by_columns else lambda x: x  # the channels that decay come first
-    starts = _starts(turn(local.reshape(-1, cut.count, N, K, V)), total, None if state is None else turn(state), reverse)
-    return turn(starts).reshape(-1, N, K, V)
+    local = turn(local.reshape(-1, cut.count, N, K, V))
+    starts = _starts(local, total, None if state is None else turn(state), reverse)
+    end = 0 if reverse else -1
+    kept = 1.0 if total is None else jnp.exp2(total[..., end, None])
+    return turn(starts).reshape(-1, N, K, V), turn(local[:, end] + kept * starts[:, end])
 
 
 def _starts(local, total, state, reverse):

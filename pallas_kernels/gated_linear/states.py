@@ -7,7 +7,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import ROW, TILE
+from pallas_kernels.common import COL, TILE
 from pallas_kernels.gated_linear import accumulate
 from pallas_kernels.gated_linear.sweep import CHUNK, SQUARE
 
@@ -24,15 +24,17 @@ def takes(K: int, V: int) -> bool:
 def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
     """The last state of `sweep(None, k, v, decay, None)`, float32 [B, N, 1, K, V]: of the same arrays, with a decay.
 
-    While a chunk's products run the next one's values are decayed.
+    A consumer warpgroup owns 64 rows of the state. Keys are decayed in registers, where the tensor core takes them from, so
+    that shared memory is read for values alone; while one warpgroup decays, another's products run.
     """
     (B, T, _, K), V, dtype = k.shape, v.shape[3], k.dtype
     N = max(heads, k.shape[2], v.shape[2])
-    chunks, depth, W = common.cdiv(T, CHUNK), K // 64, V // 64
-    ring = min(4, (common.SMEM_LIMIT - 3072 - 4 * CHUNK * V * TERMS) // (2 * CHUNK * (K + V)))
+    chunks, W, shape = common.cdiv(T, CHUNK), K // 64, (64, V)
+    constant = decay.shape[2] == 1
+    ring = min(6, (common.SMEM_LIMIT - 4096) // (2 * CHUNK * (K + V)))
 
     def kernel(k_ref, v_ref, decay_ref, out_ref, scratch):
-        k_smem, v_smem, g_smem, w_smem, full, free = scratch
+        k_smem, v_smem, g_smem, full, free = scratch
         b, h, wg = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('wg')
         place = lambda step: chunks - 1 - step if reverse else step
 
@@ -41,40 +43,30 @@ def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
             if W > 1 and not interpret:
                 plgpu.set_max_registers(232, action='increase')
 
-            def decays(s):
-                return accumulate.Decay(g_smem.at[lax.rem(s, ring)], reverse)
+            def kept(decay):
+                return decay.write(COL), decay.total()
 
-            def keep_values(s, at):
-                """What the keys of a chunk write, decayed to its end."""
-                plgpu.barrier_wait(full.at[lax.rem(s, ring)])
-                values = plgpu.load(v_smem.at[lax.rem(s, ring), :, block(at)], layout=TILE).astype(jnp.float32)
-                terms = accumulate.split(values * common.row(decays(s).write(ROW), SQUARE), TERMS, dtype, nearest=False)
-                if not interpret:
-                    common.together()  # products have read what was there
-                for term, part in enumerate(terms):
-                    w_smem.at[at, lax.rem(s, 2), term][...] = part
-                plgpu.commit_smem()
+            shared = kept(accumulate.Decay(common.entry(decay_ref, b, h, 0), reverse)) if constant else None
 
             def step(s, S):
-                here = wg if interpret else wg + common.opaque_zero()
+                slot = lax.rem(s, ring)
+                plgpu.barrier_wait(full.at[slot])
+                factor, total = shared or kept(accumulate.Decay(g_smem.at[slot], reverse))
+                keys = plgpu.load(k_smem.at[slot, :, block(wg)].T, layout=TILE).astype(jnp.float32)
+                terms = accumulate.split(keys * common.col(factor, SQUARE), TERMS, dtype, nearest=False)
 
-                def write(*accumulators):
-                    for i, acc in enumerate(accumulators):
-                        for term in reversed(range(TERMS)):
-                            acc.add(k_smem.at[lax.rem(s, ring), :, block(i)].T, w_smem.at[here, lax.rem(s, 2), term])
-                    pl.when(s + 1 < chunks)(lambda: keep_values(s + 1, here))
-                    total = decays(s).total()
+                def write(acc):
+                    for term in reversed(terms):
+                        acc.add(term, v_smem.at[slot])
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
-                    return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
+                    return total * S + acc.load()
 
-                S = accumulate.scoped(write, *[SQUARE] * depth, interpret=interpret)
-                plgpu.barrier_arrive(free.at[lax.rem(s, ring)])
+                S = accumulate.scoped(write, shape, interpret=interpret)
+                plgpu.barrier_arrive(free.at[slot])
                 return S
 
-            keep_values(0, wg)
-            S = tuple(plgpu.layout_cast(jnp.zeros(SQUARE, jnp.float32), TILE) for _ in range(depth))
-            for i, x in enumerate(lax.fori_loop(0, chunks, step, S)):
-                out_ref.at[b, h, 0, block(i), block(wg)][...] = x
+            S = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
+            out_ref.at[b, h, 0, block(wg)][...] = lax.fori_loop(0, chunks, step, S)
 
         @pl.when(wg == W)
         def _produce():
@@ -85,7 +77,8 @@ def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
                 for ref, to in ((k_ref, k_smem), (v_ref, v_smem)):
                     source = ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // ref.shape[2])]
                     plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
-                plgpu.copy_gmem_to_smem(common.entry(decay_ref, b, h, c), g_smem.at[slot], full.at[slot])
+                if not constant:
+                    plgpu.copy_gmem_to_smem(common.entry(decay_ref, b, h, c), g_smem.at[slot], full.at[slot])
 
             common.feed(chunks, ring, place, free, lambda: load)
 
@@ -94,9 +87,8 @@ def states(k, v, decay, *, reverse=False, heads=0, interpret=False):
             lambda *scratch: kernel(*refs, scratch),
             common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, V), dtype),
-            plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
-            common.swizzled((W, 2, TERMS, CHUNK, 64), dtype),
-            plgpu.Barrier(num_arrivals=3, num_barriers=ring),
+            None if constant else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
+            plgpu.Barrier(num_arrivals=3 - constant, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             collective_axes='wg',
         )

@@ -30,7 +30,7 @@ def takes(K: int, V: int) -> bool:
     return K == V and K <= 128
 
 
-@common.lowered_once('both', 'reverse', 'precise', 'every', 'scale', 'interpret')
+@common.lowered_once('both', 'reverse', 'precise', 'terms', 'every', 'scale', 'interpret')
 def twin(
     q,
     k,
@@ -43,6 +43,7 @@ def twin(
     both=True,
     reverse=False,
     precise=False,
+    terms=TERMS,
     every=None,
     scale=1.0,
     interpret=False,
@@ -54,10 +55,12 @@ def twin(
       partner: p, [B, T', Np, V], or None where neither r nor dots are wanted.
       both: r is wanted.
       precise: the state is multiplied by q as three 16-bit terms, and dots are wanted.
+      terms: 16-bit terms that decayed values enter the state as: three are float32, one or two good for results of 16 bits, and
+        states are not emitted.
 
     Returns:
       out, r: [B, T', N, V], [B, T', N, K], bfloat16; r is None without `both`.
-      states: as of `sweep`; with `against` the last, float32 [B, N, 1, K, V].
+      states: as of `sweep`; with `against` the last, float32 [B, N, 1, K, V]; None where terms are fewer than three.
       met: with `against`, float32 [B, N, groups, V / 64, 64], as of `sweep`; else None.
       dots: if precise, as of `sweep`; else None.
     """
@@ -66,7 +69,8 @@ def twin(
     N = max(x.shape[2] for x in arrays)
     chunks, W = common.cdiv(T, CHUNK), V // 64
     every = min(every or chunks, chunks)
-    copies, decayed = TERMS if precise else 1, TERMS * (decay is not None)
+    constant = decay is not None and decay.shape[2] == 1 and not (both or precise)  # else there are no registers to keep it in
+    copies, decayed = TERMS if precise else 1, terms * (decay is not None)
     per = max(copies, common.cdiv(decayed + 1 + both, W))  # where copies lay, decayed values and results come
     ring = min(4, chunks, (common.SMEM_LIMIT - 3072 - 2 * per * K * V) // (2 * CHUNK * sum(x.shape[3] for x in arrays)))
 
@@ -86,6 +90,8 @@ def twin(
             spot = lambda at, n: s_smem.at[at, n % per, block(n // per)]  # where decayed values and results are kept
             split = functools.partial(accumulate.split, dtype=dtype)
 
+            shared = accumulate.Kept(accumulate.Decay(common.entry(decay_ref, b, h, 0), reverse)) if constant else None
+
             def within(strict):
                 i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE) for dim in (0, 1))
                 later = j if reverse else i
@@ -97,7 +103,7 @@ def twin(
                 here = wg if interpret else wg + common.opaque_zero()
                 mine = block(here)
                 plgpu.barrier_wait(full.at[slot])
-                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+                decays = shared if g_smem is None else accumulate.Decay(g_smem.at[slot], reverse)
 
                 def keep_copy():
                     for i in range(W):
@@ -167,7 +173,7 @@ def twin(
                     if decays is None:
                         return []
                     values = plgpu.load(v_smem.at[slot, :, mine], layout=TILE).astype(jnp.float32)
-                    return split(values * common.row(decays.write(ROW), SQUARE), TERMS, nearest=False)
+                    return split(values * common.row(decays.write(ROW), SQUARE), terms, nearest=terms < TERMS)
 
                 def keep(terms):
                     for n, term in enumerate(terms):
@@ -193,7 +199,7 @@ def twin(
                 plgpu.commit_smem()
                 S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
-                if against_ref is None:
+                if against_ref is None and states_ref is not None:
                     passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)
 
                     @pl.when(passed)
@@ -222,7 +228,7 @@ def twin(
                 for ref, to in zip(sources, smem):
                     source = ref.at[b, pl.ds(c * CHUNK, CHUNK), h // (N // ref.shape[2])]
                     plgpu.copy_gmem_to_smem(source, to.at[slot], full.at[slot])
-                if decay_ref is not None:
+                if g_smem is not None:
                     plgpu.copy_gmem_to_smem(common.entry(decay_ref, b, h, c), g_smem.at[slot], full.at[slot])
 
             common.feed(chunks, ring, place, free, lambda: load)
@@ -231,9 +237,9 @@ def twin(
         pl.run_scoped(
             lambda *scratch: kernel(*refs, scratch),
             tuple(common.swizzled((ring, CHUNK, x.shape[3]), dtype) for x in arrays),
-            None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
+            None if decay is None or constant else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             common.swizzled((W, per, K, 64), dtype),
-            plgpu.Barrier(num_arrivals=len(arrays) + (decay is not None), num_barriers=ring),
+            plgpu.Barrier(num_arrivals=len(arrays) + (decay is not None and not constant), num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W),
             plgpu.Barrier(num_arrivals=W),
@@ -245,7 +251,7 @@ def twin(
     out_type = (
         jax.ShapeDtypeStruct((B, T, N, V), dtype),
         jax.ShapeDtypeStruct((B, T, N, K), dtype) if both else None,
-        f32((B, N, common.cdiv(chunks, every) if against is None else 1, K, V)),
+        f32((B, N, common.cdiv(chunks, every) if against is None else 1, K, V)) if terms == TERMS else None,
         None if against is None else f32((B, N, common.cdiv(chunks, every), W, 64)),
         f32((B, N, W, chunks * CHUNK)) if precise else None,
     )
