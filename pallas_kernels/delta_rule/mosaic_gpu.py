@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import apart
 from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
+from pallas_kernels.delta_rule.felt import felt
 from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.delta_rule.joint import joint
 from pallas_kernels.delta_rule.products import TERMS, WHOLE, strengths
@@ -115,12 +116,17 @@ def _run(static, keep, q, k, v, beta, log_decay, initial_state, segment_ids):
     state, transitions = first_states(interpret, cut, k8, v8, shared, initial_state)
     write = functools.partial(sweeps.write, q8, k8, v8, *shared, state, scale=scale, interpret=interpret)
     if keep:
-        (out, *u), states = write(every=decays.GROUP, both=True)
+        (out, *u), states = write(every=between(terms, log_decay), both=True)
         kept = kept_once((shared, state, transitions, tuple(u), states))
     else:
         (out, states), kept = write(), None
     last = cut.join(states, 2)[:, :, -1, : k.shape[3], : v.shape[3]]
     return (cut.join(out)[:, : v.shape[1], :, : v.shape[3]], last), kept
+
+
+def between(terms, log_decay):
+    """Chunks between states that are kept: `felt` wants every one."""
+    return decays.GROUP if terms == TERMS or log_decay is None else 1
 
 
 def _prepare(terms, interpret, arrays, beta, log_decay, segment_ids):
@@ -182,26 +188,33 @@ def _backward(static, saved, cotangents):
     if cut.count > 1:
         _, asked = sweeps.reach(q8, k8, do8, *shared, None, only_states=True, interpret=interpret)
         dstate = chain(interpret, cut, turn(transitions), asked[:, :, 0], dlast, reverse=True)
-    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, every=decays.GROUP, interpret=interpret)
+    w, dstates = sweeps.reach(q8, k8, do8, *shared, dstate, every=between(terms, log_decay), interpret=interpret)
     # dk_t = u_t D_t^T - w_t (exp(g_t) S_{t-1})^T, and D_t holds what q_t and later tokens ask for and later keys erase
-    both = functools.partial(joint, dots=wanted is not None, scale=scale, interpret=interpret)
-    (dq, dk), reads = both(((do8,), w), (u,), (k8,), decay, turn(state), q8)
-    (dk,), asks = both((u,), ((do8,), w), (q8, k8), decay, turn(dstate), base=dk, reverse=True)
+    both = functools.partial(joint, dots=wanted is not None and terms == TERMS, scale=scale, interpret=interpret)
+    u16, w16 = u[:TERMS], w[:TERMS]
+    (dq, dk), reads = both(((do8,), w16), (u16,), (k8,), decay, turn(state), q8)
+    (dk,), asks = both((u16,), ((do8,), w16), (q8, k8), decay, turn(dstate), base=dk, reverse=True)
     dq, dk = (linear.over_groups(cut.join(x)[:, :T, :, :K], heads) for x in (dq, dk))
     wide = lambda terms: sum(cut.join(x)[:, :T, :, :V].astype(jnp.float32) for x in terms)
     dv = wide(w) * scale
     dbeta = (wide(u) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST[terms]) ** 2
+    if wanted is not None and terms == WHOLE:
+        edge = lambda x: jnp.zeros_like(states[:, :, :1]) if x is None else x[:, :, None]
+        before = jnp.concatenate([edge(state), states[:, :, :-1]], axis=2)
+        after = jnp.concatenate([dstates[:, :, 1:], edge(dstate)], axis=2)
+        each = cut.join(felt(q8, k8, do8, u, w, decay, before, after), 2)[..., :T] * scale
     states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
     if initial_state is not None:
         dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
-        first = None if initial_state is None else linear.pad_state(initial_state)
-        anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
-        each = cut.join((reads - asks).sum(2), 2)[..., :T] * scale
         step = decays.steps(log_decay, segment_ids)
-        each = decays.decay_gradient(each, anchors, step)
+        if terms == TERMS:
+            first = None if initial_state is None else linear.pad_state(initial_state)
+            anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
+            each = cut.join((reads - asks).sum(2), 2)[..., :T] * scale
+            each = decays.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
