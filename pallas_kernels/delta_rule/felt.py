@@ -18,16 +18,19 @@ from pallas_kernels import common
 from pallas_kernels.gated_linear.sweep import CHUNK, terms_of
 
 
-def felt(q, k, do, u, w, decay, before, after):
+def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
     """d without the scale, float32 [B, N, T'].
 
     Args:
       q, k, do, u, w: [B, T', heads, H], T' a multiple of 64, heads divisors of N; each may be a tuple of terms.
       decay: as the sweeps take it.
-      before: float32 [B, N, chunks, K, V], the state that each chunk finds.
-      after: likewise the adjoint, decayed to the token after the chunk.
+      state, states: float32 [B, N, K, V] before the first chunk, None for zero, and [B, N, chunks, K, V] after each.
+      dstate, dstates: likewise the adjoint after the last chunk and before each, decayed to the token that follows.
     """
-    B, N, chunks = before.shape[:3]
+    B, N, chunks = states.shape[:3]
+    edge = lambda x: jnp.zeros_like(states[:, :, :1]) if x is None else x[:, :, None]
+    before = jnp.concatenate([edge(state), states[:, :, :-1]], axis=2)
+    after = jnp.concatenate([dstates[:, :, 1:], edge(dstate)], axis=2)
 
     def cut(x):
         x = sum(term.astype(jnp.float32) for term in terms_of(x))

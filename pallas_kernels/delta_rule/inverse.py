@@ -6,8 +6,8 @@ Blocks of 1, 2, 4, ... tokens are merged, all of one size at once:
 
 with A = diag(p) L diag(s) and M the mask of the corners c, which are 0 before. Each factor is a true inverse, of moderate size;
 a series in powers of A would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One
-step of Newton's, Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error. Where Z is to be as good as float32 a second
-one follows, Z <- Z + (I - Z (I + A)) Z, of bfloat16 terms, whose exponents are those of float32: beta may be tiny.
+step of Newton's, Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error. Where Z is to be as good as float32 a
+second one follows, Z <- Z + (I - Z (I + A)) Z, of bfloat16 terms, whose exponents are those of float32: beta may be tiny.
 """
 
 import jax

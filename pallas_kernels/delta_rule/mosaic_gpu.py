@@ -181,7 +181,8 @@ def _backward(static, saved, cotangents):
     do, dlast = cotangents
     (_, T, heads, K), V = k.shape, v.shape[3]
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    cut, (q8, k8, _, do8), _ = _prepare(terms, interpret, (q, k, v, do), beta, log_decay, segment_ids)  # XLA: unused, not computed
+    arrays = q, k, v, do
+    cut, (q8, k8, _, do8), _ = _prepare(terms, interpret, arrays, beta, log_decay, segment_ids)  # XLA: unused, not computed
     decay, turn = shared[2], lambda x: None if x is None else x.swapaxes(2, 3)
     dlast = None if isinstance(dlast, SymbolicZero) else linear.pad_state(dlast) / scale
     dstate = dlast
@@ -198,21 +199,18 @@ def _backward(static, saved, cotangents):
     wide = lambda terms: sum(cut.join(x)[:, :T, :, :V].astype(jnp.float32) for x in terms)
     dv = wide(w) * scale
     dbeta = (wide(u) * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), FAINTEST[terms]) ** 2
-    if wanted is not None and terms == WHOLE:
-        edge = lambda x: jnp.zeros_like(states[:, :, :1]) if x is None else x[:, :, None]
-        before = jnp.concatenate([edge(state), states[:, :, :-1]], axis=2)
-        after = jnp.concatenate([dstates[:, :, 1:], edge(dstate)], axis=2)
-        each = cut.join(felt(q8, k8, do8, u, w, decay, before, after), 2)[..., :T] * scale
-    states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     dstate0 = None
     if initial_state is not None:
-        dstate0 = (dstates[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
+        dstate0 = (cut.join(dstates, 2)[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
         step = decays.steps(log_decay, segment_ids)
-        if terms == TERMS:
+        if terms == WHOLE:
+            each = felt(q8, k8, do8, u, w, decay, state, states, dstate, dstates)
+            each = cut.join(each, 2)[..., :T] * scale
+        else:
             first = None if initial_state is None else linear.pad_state(initial_state)
-            anchors = linear.anchors('bngkv,bngkv->bng', first, states, dlast, dstates) * scale
+            anchors = linear.anchors('bngkv,bngkv->bng', first, cut.join(states, 2), dlast, cut.join(dstates, 2)) * scale
             each = cut.join((reads - asks).sum(2), 2)[..., :T] * scale
             each = decays.decay_gradient(each, anchors, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)

@@ -62,7 +62,8 @@ def delta_rule(
     """
     if reason := unsupported(query, key, value, beta, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'delta_rule on mosaic_tpu: {reason}')
-    return chunked_tpu.run(_delta_rule, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk, precision == 'highest')
+    arrays = query, key, value, beta, log_decay, initial_state, segment_ids
+    return chunked_tpu.run(_delta_rule, *arrays, scale, chunk, precision == 'highest')
 
 
 def _delta_rule(state, query, chunk, value, beta):

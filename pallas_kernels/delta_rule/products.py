@@ -9,7 +9,7 @@ WHOLE = 3  # bfloat16 terms that make a float32
 
 
 def multiply(acc, lefts, rights, terms: int, lead=None):
-    """Adds what `terms` terms of each are worth, least first: the tensor core cuts sums off; the largest to `lead`, if given."""
+    """Adds what `terms` terms of each are worth, least first: sums are cut; the largest to `lead`, if given."""
     places = [(i, j) for i in range(len(lefts)) for j in range(len(rights)) if i + j < terms]
     for i, j in sorted(places, key=sum, reverse=True):
         (acc if lead is None or i + j else lead).add(lefts[i], rights[j])
@@ -18,8 +18,8 @@ def multiply(acc, lefts, rights, terms: int, lead=None):
 def product(lefts, rights, terms: int, base=None, *, interpret: bool):
     """base + left @ right, a float32 tile.
 
-    Of three terms the product of the largest has a sum of its own: of two numbers of 8 bits, it hardly needs to be cut, and what
-    is cut off the others is nothing. base is added where additions round.
+    The tensor core cuts sums off. Of three terms the product of the largest has a sum of its own, which has few bits, and what
+    is cut off the others is nothing; base is added where additions round.
     """
 
     def run(acc, *lead):

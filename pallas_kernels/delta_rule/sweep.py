@@ -9,8 +9,8 @@ A chunk's u (or w) solve a triangular system whose inverse, the same for both, i
     u = diag(s) Z diag(p) (V - K S)       w = diag(p) Z^T diag(s) (K D)
 
 p a power of two near the root of b, so that u / b, what a token would have written, is exact however little it writes. The
-inverse comes as two 16-bit terms, high and low. Its right side, the state that the keys read, and u (w) where it enters the state
-are split likewise: a key that repeats makes large terms cancel. Blocks, rings and the state are those of
+inverse comes as two 16-bit terms, high and low. Its right side, the state that the keys read, and u (w) where it enters the
+state are split likewise: a key that repeats makes large terms cancel. Blocks, rings and the state are those of
 `pallas_kernels.gated_linear.sweep`.
 
 An inverse of three terms, less I, asks for three of everything, and the sweeps are as good as float32 (`products.product`).
