@@ -33,7 +33,7 @@ def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
     after = jnp.concatenate([dstates[:, :, 1:], edge(dstate)], axis=2)
 
     def cut(x):
-        x = sum(term.astype(jnp.float32) for term in terms_of(x))
+        x = functools.reduce(jnp.add, (term.astype(jnp.float32) for term in terms_of(x)))
         x = jnp.repeat(x, N // x.shape[2], axis=2)
         return jnp.moveaxis(x.reshape(B, chunks, CHUNK, N, -1), 3, 1)
 

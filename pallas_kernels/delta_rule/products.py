@@ -23,13 +23,11 @@ def product(lefts, rights, terms: int, base=None, *, interpret: bool):
     """
 
     def run(acc, *lead):
-        if base is not None and terms < WHOLE:
-            acc.set(base)
         multiply(acc, lefts, rights, terms, *lead)
         found = acc.load(0)
         for other in lead:
             found += other.load(0)
-        return found if base is None or terms < WHOLE else found + base
+        return found if base is None else found + base
 
     shape = lefts[0].shape[0], rights[0].shape[1]
     apart = terms >= WHOLE and max(len(lefts), len(rights)) > 1
