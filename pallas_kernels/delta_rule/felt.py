@@ -14,7 +14,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import common
+from pallas_kernels.delta_rule.products import power
 from pallas_kernels.gated_linear.sweep import CHUNK, terms_of
 
 
@@ -42,9 +42,7 @@ def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
 
     def between(begin, end):
         """The decay between two places, of sums up to them; differences of the coarse ones are exact."""
-        x = end(coarse) - begin(coarse)
-        whole = jnp.round(x)
-        return common.power_of_two(whole) * jnp.exp2((x - whole) + (end(fine) - begin(fine)))
+        return power(end(coarse) - begin(coarse), end(fine) - begin(fine))
 
     start, last = (lambda x: 0.0), (lambda x: x[..., -1:])
     row, column = (lambda x: x[..., :, None]), (lambda x: x[..., None, :])

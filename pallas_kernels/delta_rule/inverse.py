@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
-from pallas_kernels.delta_rule.products import TERMS, WHOLE, product
+from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, product
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
@@ -102,7 +102,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, term
         A *= common.col(plgpu.load(strength_ref.at[b, h, c, 1], layout=COL, optimized=False), SQUARE)
         if decay_ref is not None:
             at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
-            A *= accumulate.Decay(decay_ref.at[*at], reverse=False).pairs()
+            A *= decay_of(terms)(decay_ref.at[*at], reverse=False).pairs()
         A = jnp.where(tile(0) > tile(1), -A, 0.0)
         if n_smem is not None:
             keep(n_smem, A)

@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
-from pallas_kernels.delta_rule.products import TERMS, WHOLE, multiply, product
+from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, multiply, product
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
@@ -151,7 +151,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
-                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+                decays = None if decay_ref is None else decay_of(terms)(g_smem.at[slot], reverse)
                 factor = lambda n: plgpu.load(b_smem.at[slot, 1 - n if reverse else n], layout=ROW, optimized=False)
                 strong = lambda x, n: x * common.row(factor(n), SQUARE)
                 found = lambda x: x if decays is None else x * common.row(decays.read(), SQUARE)
@@ -250,8 +250,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 def precise_update(i):
                     x = S[i] if decays is None else S[i] * decays.total()
+                    early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
                     for keys, rights in entering(i):
-                        x = products(keys, rights, base=x)
+                        none = jnp.zeros_like(keys[0])
+                        halves = jnp.where(early, keys[0], none), jnp.where(early, none, keys[0])
+                        x = products(keys, rights, base=x, parts=halves)
                     return x
 
                 if precise:
