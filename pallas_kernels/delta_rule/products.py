@@ -15,7 +15,7 @@ WHOLE = 3  # bfloat16 terms that make a float32
 
 
 def multiply(acc, lefts, rights, terms: int, least: int = 0):
-    """Adds the products that `terms` terms of each are worth, small ones first, as sums are cut; the largest too unless `least`."""
+    """Adds the products that `terms` terms of each are worth, least first, as sums are cut; without the first if `least`."""
     places = [(i, j) for i in range(len(lefts)) for j in range(len(rights)) if least <= i + j < terms]
     for i, j in sorted(places, key=sum, reverse=True):
         acc.add(lefts[i], rights[j])
