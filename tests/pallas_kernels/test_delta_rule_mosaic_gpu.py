@@ -236,12 +236,12 @@ def test_interpreted_per_channel_in_pieces(monkeypatch):
     assert good, errors
 
 
-@pytest.mark.quick('channels1')
-@pytest.mark.parametrize('channels', [(), (128,)])
-def test_lowers_for_hopper(channels):
+@pytest.mark.quick('channels2-None')
+@pytest.mark.parametrize('channels, precision', [((), None), ((), 'highest'), ((128,), None)])
+def test_lowers_for_hopper(channels, precision):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     f32 = x(1, 1000, 4, dtype=jnp.float32)
-    loss = lambda *a: mosaic_gpu.delta_rule(*a)[0].astype(jnp.float32).sum()
+    loss = lambda *a: mosaic_gpu.delta_rule(*a, precision=precision)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     decay = x(1, 1000, 4, *channels, dtype=jnp.float32)
     arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, decay
