@@ -175,19 +175,20 @@ class Static(NamedTuple):
     chunk: int
     scale: float
     heads: int  # of value, a grid step
+    highest: bool  # six passes for 16-bit arrays too
 
 
-def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
+def run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk, highest=False):
     """The recurrence over all tokens, differentiable once: out [B, T, N, V] and the last state [B, N, H, V], float32.
 
     body(state [H, V], query [C, H], chunk, value [C, V], beta (1, C) or None) -> (state, out), float32. What is not finite
     stays in its document.
     """
-    once = lambda *arrays: _run(body, *arrays, segment_ids, scale, chunk)
+    once = lambda *arrays: _run(body, *arrays, segment_ids, scale, chunk, highest)
     return apart.documents(once, query, key, value, beta, log_decay, initial_state, segment_ids)
 
 
-def _run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk):
+def _run(body, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk, highest):
     (B, T, _, H), (N, V) = query.shape, value.shape[2:]
     per_channel = log_decay is not None and log_decay.ndim == 4
     C = chunk or min(64 if per_channel else 128, max(16, 1 << (T - 1).bit_length()))
@@ -207,7 +208,8 @@ def _run(body, query, key, value, beta, log_decay, initial_state, segment_ids, s
         resets = jnp.concatenate([first, segment_ids[:, 1:] != segment_ids[:, :-1]], 1).astype(jnp.int32)
         resets = jnp.cumsum(fit(resets).reshape(B, 1, count, 1, C), -1).astype(jnp.float32)
     state = jnp.zeros((B, N, H, V), jnp.float32) if initial_state is None else initial_state.astype(jnp.float32)
-    static = Static(body, C, 1.0 if scale is None else float(scale), _together(N, N // query.shape[2], H * V))
+    heads = _together(N, N // query.shape[2], H * V)
+    static = Static(body, C, 1.0 if scale is None else float(scale), heads, highest)
     arrays = *(heads_first(x) for x in (query, key, value)), beta, log_decay
     out, last = _recurrence(static, *arrays, state, resets)
     return jnp.moveaxis(out, 1, 2)[:, :T], last
@@ -281,8 +283,8 @@ def _cost(static, function, arrays, state, operands, outs):
     return pl.CostEstimate(times * one.flops, times * one.transcendentals, moved)
 
 
-def _precision(dtype):
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else lax.Precision.HIGH
+def _precision(static, dtype):
+    return lax.Precision.HIGHEST if static.highest or dtype == jnp.float32 else lax.Precision.HIGH
 
 
 _PARAMETERS = pltpu.CompilerParams(
@@ -294,7 +296,7 @@ def _forward(static, query, key, value, beta, log_decay, state, resets, save):
     (B, N, T, V), H, C, heads = value.shape, query.shape[3], static.chunk, static.heads
     chunks = T // C
     arrays = query, key, value, beta, log_decay, resets
-    read, call = _reader(static, N, arrays), _call(static, _precision(value.dtype))
+    read, call = _reader(static, N, arrays), _call(static, _precision(static, value.dtype))
 
     def kernel(*refs):
         values, (first_ref, out_ref, last_ref, *saved, state_ref) = read(refs)
@@ -343,7 +345,7 @@ def _backward(static, saved, cotangents):
     (B, N, T, V), H, C, heads = value.shape, query.shape[3], static.chunk, static.heads
     chunks = T // C
     arrays = query, key, value, beta, log_decay, resets
-    read, call = _reader(static, N, arrays), _call(static, _precision(value.dtype))
+    read, call = _reader(static, N, arrays), _call(static, _precision(static, value.dtype))
 
     def kernel(*refs):
         values, (begin_ref, dout_ref, dlast_ref, *outs, dfirst_ref, dstate_ref) = read(refs)

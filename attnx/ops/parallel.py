@@ -160,7 +160,7 @@ def gated_linear(local, query, key, value, log_decay=None, *, initial_state, seg
     )
 
 
-def delta_rule(local, query, key, value, beta, log_decay=None, *, initial_state, segment_ids, scale, chunk):
+def delta_rule(local, query, key, value, beta, log_decay=None, *, initial_state, segment_ids, **options):
     """`attnx.ops.delta_rule` on each device's part."""
 
     def response(where, q, k, v, beta, g, ids):
@@ -168,15 +168,13 @@ def delta_rule(local, query, key, value, beta, log_decay=None, *, initial_state,
         width = k.shape[-1]
         nothing = jnp.zeros((*v.shape[:3], width), v.dtype)
         eye = jnp.broadcast_to(jnp.eye(width, dtype=chunks.accumulator(q, k, v)), (v.shape[0], v.shape[2], width, width))
-        reads, change = local(q, k, nothing, beta, g, initial_state=eye, segment_ids=ids, scale=scale, chunk=chunk)
+        reads, change = local(q, k, nothing, beta, g, initial_state=eye, segment_ids=ids, **options)
         return kept_once(reads), change
 
     def apply(state, last, change):
         return chunks.matmul(change, state) + last
 
-    return _recurrence(
-        local, response, apply, query, key, value, beta, log_decay, initial_state, segment_ids, scale=scale, chunk=chunk
-    )
+    return _recurrence(local, response, apply, query, key, value, beta, log_decay, initial_state, segment_ids, **options)
 
 
 def _recurrence(local, response, apply, query, key, value, beta, log_decay, initial_state, segment_ids, **options):

@@ -8,10 +8,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import TILE
+from pallas_kernels.delta_rule.products import WHOLE, product
 from pallas_kernels.gated_linear import accumulate
 
-TERMS = 3  # bfloat16 terms of a float32
-PAIRS = [(i, j) for i in range(TERMS) for j in range(TERMS) if i + j < TERMS]
+TERMS = WHOLE
 SIDE = 64  # columns of a block, rows of a warpgroup
 
 
@@ -47,13 +47,7 @@ def chain(transitions, written, first, *, reverse=False, interpret=False):
             lefts = accumulate.split(transition, TERMS, jnp.bfloat16)
             plgpu.barrier_wait(bar)  # the slot before was read by all
 
-            def run(acc):
-                acc.set(added)
-                for i, j in PAIRS:
-                    acc.add(lefts[i], smem.at[slot, j])
-                return acc.load(0)
-
-            return accumulate.scoped(run, (SIDE, SIDE), interpret=interpret)
+            return product(lefts, [smem.at[slot, term] for term in range(TERMS)], TERMS, added, interpret=interpret)
 
         nothing = plgpu.layout_cast(jnp.zeros((SIDE, SIDE), jnp.float32), TILE)
         lax.fori_loop(0, pieces, step, nothing if first_ref is None else load(first_ref.at[b, h, rows, columns]))

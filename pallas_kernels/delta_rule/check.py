@@ -48,6 +48,7 @@ def oracle(query, key, value, beta, log_decay=None, *, initial_state=None, segme
 class Case(linear.Case):
     beta: tuple = (0.0, 1.0)  # range; a seventh of the tokens each has its two ends
     collinear: float = 0.0  # how near keys are to one direction, below 1
+    precision: str | None = None
 
     def arrays(self, draw=0):
         """As `linear.Case.arrays`, with beta after value."""
@@ -89,11 +90,15 @@ CASES = [
     Case('widths 128, 64', T=200, K=128, V=64),
     Case('widths 40, 80', T=200, K=40, V=80),
 ]
+precise = [c for c in CASES if c.decay != 'channel' and c.T > 1]
+CASES += [dataclasses.replace(c, name=f'{c.name}, highest', precision='highest') for c in precise]
 
 
 def check(case: Case, interpret=False, form=None, kernel=mosaic_gpu.delta_rule) -> tuple[bool, dict]:
     """(passes, {result: (error, error of the float32 form)})."""
-    return linear.compare(kernel, oracle, case, NAMES, FLOORS, interpret, form)
+    floors = {} if case.precision else FLOORS
+    kernel = functools.partial(kernel, precision=case.precision)
+    return linear.compare(kernel, oracle, case, NAMES, floors, interpret, form)
 
 
 if __name__ == '__main__':

@@ -1,12 +1,13 @@
-"""Z = (I + diag(s) L diag(s))^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one block a chunk.
+"""Z = (I + diag(p) L diag(s))^-1 of every chunk, L_ij = k_i . k_j decayed from j to i for j < i; one block a chunk.
 
 Blocks of 1, 2, 4, ... tokens are merged, all of one size at once:
 
     [[X, 0], [c, Y]]^-1 = [[X^-1, 0], [-Y^-1 c X^-1, Y^-1]]        Z <- Z - (Z A Z) o M
 
-with A = diag(s) L diag(s) and M the mask of the corners c, which are 0 before. Each factor is a true inverse, of moderate size;
+with A = diag(p) L diag(s) and M the mask of the corners c, which are 0 before. Each factor is a true inverse, of moderate size;
 a series in powers of A would cancel all digits for keys that repeat. These products are of float16 terms and float32 sums. One
-step of Newton's, Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error.
+step of Newton's, Z <- Z + Z (I - (I + A) Z), A as two terms, then squares the error. Where Z is to be as good as float32 a
+second one follows, Z <- Z + (I - Z (I + A)) Z, of bfloat16 terms, whose exponents are those of float32: beta may be tiny.
 """
 
 import jax
@@ -17,24 +18,25 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, product
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
 
 
-@common.lowered_once('interpret')
-def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, interpret=False):
+@common.lowered_once('terms', 'interpret')
+def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, terms=TERMS, interpret=False):
     """The inverses of all chunks.
 
     Args:
-      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 s^2 far below 65504.
-      strength: s, the square root of beta, float32 [B, N, chunks, 64], N a multiple of heads.
+      k: [B, T', heads, K], bfloat16, T' a multiple of 8, K of 64, |k|^2 beta far below 65504.
+      strength: p and s, p s = beta, float32 [B, N, chunks, 2, 64], N a multiple of heads.
       decay: as in the gated linear sweep, or None.
       k_low, other, other_low: L_ij = (k_i + k_low_i) . (other_j + other_low_j) where given, else k_i . k_j.
 
     Returns:
-      bfloat16 [B, N, chunks, 2, 64, 64]: high and low terms, whose sum is Z to 16 bits.
+      bfloat16 [B, N, chunks, terms, 64, 64]: of two terms, high and low, the sum is Z to 16 bits; of three Z - I.
     """
     (B, _, heads, K), (N, chunks), dtype = k.shape, strength.shape[1:3], k.dtype
     f16, f32 = jnp.float16, jnp.float32
@@ -43,7 +45,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
 
     def kernel(*refs_and_scratch):
         key_refs, (strength_ref, decay_ref, out_ref, *scratch) = refs_and_scratch[:4], refs_and_scratch[4:]
-        *key_smem, a_smem, t_smem, o_smem, bar = scratch
+        *key_smem, a_smem, t_smem, o_smem, n_smem, bar = scratch
         b, h, c = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('c')
         for ref, smem in zip(key_refs, key_smem):
             if ref is not None:
@@ -57,7 +59,7 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             """What keeps the compiler from preparing the next levels' masks and addresses, for which registers are few."""
             return 0 if interpret else common.opaque_zero()
 
-        def product(base, *lefts):
+        def add(base, *lefts):
             """base + left @ what is stored."""
 
             def run(acc):
@@ -80,6 +82,13 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
             t_smem.at[0][...] = x.astype(f16)
             plgpu.commit_smem()
 
+        def keep(smem, x):
+            if not interpret:
+                common.together()
+            for term, part in enumerate(accumulate.split(x, terms, dtype)):
+                smem.at[term][...] = part
+            plgpu.commit_smem()
+
         def pairs(acc):
             acc.add(k_smem, other_smem.T)
             for left, right in ((kl_smem, other_smem), (k_smem, ol_smem)):
@@ -89,39 +98,46 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, inte
 
         plgpu.barrier_wait(bar)
         A = accumulate.scoped(pairs, SQUARE, interpret=interpret)
-        A *= common.row(plgpu.load(strength_ref.at[b, h, c], layout=ROW, optimized=False), SQUARE)
-        A *= common.col(plgpu.load(strength_ref.at[b, h, c], layout=COL, optimized=False), SQUARE)
+        A *= common.row(plgpu.load(strength_ref.at[b, h, c, 0], layout=ROW, optimized=False), SQUARE)
+        A *= common.col(plgpu.load(strength_ref.at[b, h, c, 1], layout=COL, optimized=False), SQUARE)
         if decay_ref is not None:
             at = [x if n > 1 else 0 for x, n in zip((b, h, c), decay_ref.shape)]
-            A *= accumulate.Decay(decay_ref.at[*at], reverse=False).pairs()
+            A *= decay_of(terms)(decay_ref.at[*at], reverse=False).pairs()
         A = jnp.where(tile(0) > tile(1), -A, 0.0)
+        if n_smem is not None:
+            keep(n_smem, A)
         high = A.astype(f16)
         a_smem[...] = (A - high.astype(f32)).astype(f16)
 
         rough = jnp.where(corner(0), A, identity())  # rounded whole: choices among float16 take a step each
         for level in range(1, 6):
             store(rough)
-            store(product(None, high))
-            rough = jnp.where(corner(level), product(None, rough.astype(f16)), rough)
+            store(add(None, high))
+            rough = jnp.where(corner(level), add(None, rough.astype(f16)), rough)
         rough = rough.astype(f16)
         store(rough)
-        store(product(identity() - rough.astype(f32), high, a_smem))
-        inverse = product(rough.astype(f32), rough)
-        for term, part in enumerate(accumulate.split(inverse, 2, dtype)):
-            o_smem.at[term][...] = part
-        plgpu.commit_smem()
+        store(add(identity() - rough.astype(f32), high, a_smem))
+        inverse = add(rough.astype(f32), rough)
+        if n_smem is not None:
+            keep(o_smem, inverse)
+            parts = lambda smem: [smem.at[term] for term in range(terms)]
+            residual = product(parts(o_smem), parts(n_smem), terms, identity() - inverse, interpret=interpret)
+            residual = accumulate.split(residual, TERMS, dtype)
+            inverse = product(residual, parts(o_smem)[:TERMS], TERMS, inverse - identity(), interpret=interpret)
+        keep(o_smem, inverse)
         plgpu.copy_smem_to_gmem(o_smem, out_ref.at[b, h, c])
         plgpu.wait_smem_to_gmem(0)
 
     kernel.__name__ = 'inverses'  # what profilers show
     return plgpu.kernel(
         kernel,
-        out_type=jax.ShapeDtypeStruct((B, N, chunks, 2, CHUNK, CHUNK), dtype),
+        out_type=jax.ShapeDtypeStruct((B, N, chunks, terms, CHUNK, CHUNK), dtype),
         scratch_types=(
             *(None if x is None else common.swizzled((CHUNK, K), dtype) for x in keys),
             common.swizzled((CHUNK, CHUNK), f16),
             common.swizzled((1, CHUNK, CHUNK), f16),
-            common.swizzled((2, CHUNK, CHUNK), dtype),
+            common.swizzled((terms, CHUNK, CHUNK), dtype),
+            common.swizzled((terms, CHUNK, CHUNK), dtype) if terms >= WHOLE else None,
             plgpu.Barrier(num_arrivals=sum(x is not None for x in keys)),
         ),
         grid=(B, N, chunks),

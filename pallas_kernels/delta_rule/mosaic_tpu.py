@@ -13,13 +13,35 @@ from pallas_kernels import chunked_tpu
 
 
 def unsupported(
-    query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    scale=None,
+    chunk=None,
+    precision=None,
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     return chunked_tpu.refuse(query, key, value, log_decay, scale, chunk)
 
 
-def delta_rule(query, key, value, beta, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):
+def delta_rule(
+    query,
+    key,
+    value,
+    beta,
+    log_decay=None,
+    *,
+    initial_state=None,
+    segment_ids=None,
+    scale=None,
+    chunk=None,
+    precision=None,
+):
     """The (gated) delta rule.
 
     Args:
@@ -30,6 +52,7 @@ def delta_rule(query, key, value, beta, log_decay=None, *, initial_state=None, s
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None, 16, 32, 64 or 128.
+      precision: None, or 'highest': products with float32 arrays take six passes, not three, for 16-bit inputs too.
 
     Returns:
       out [B, T, N, V] in value's dtype and the last state [B, N, H, V] float32. First derivatives only.
@@ -39,7 +62,8 @@ def delta_rule(query, key, value, beta, log_decay=None, *, initial_state=None, s
     """
     if reason := unsupported(query, key, value, beta, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'delta_rule on mosaic_tpu: {reason}')
-    return chunked_tpu.run(_delta_rule, query, key, value, beta, log_decay, initial_state, segment_ids, scale, chunk)
+    arrays = query, key, value, beta, log_decay, initial_state, segment_ids
+    return chunked_tpu.run(_delta_rule, *arrays, scale, chunk, precision == 'highest')
 
 
 def _delta_rule(state, query, chunk, value, beta):

@@ -14,6 +14,7 @@ import functools
 import jax.numpy as jnp
 
 from pallas_kernels.delta_rule import mosaic_gpu as scalar
+from pallas_kernels.delta_rule import products
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as linear
@@ -85,7 +86,7 @@ def _gradients(static, made, q, k, v, beta, log_decay, initial_state, segment_id
     own = scale * cut.join(own[:, :, 0], 2)
     dq, dk, within = channel.unscaled(static, q, k, log_decay, segment_ids, *map(tokens, (dq, entered)), own, tokens(read))
     dq, dk = (linear.over_groups(x, heads).astype(like.dtype) for x, like in ((dq, q), (dk, k)))
-    dbeta = (u * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), scalar.FAINTEST) ** 2
+    dbeta = (u * dv).sum(-1) / jnp.maximum(beta.astype(jnp.float32), scalar.FAINTEST[products.TERMS]) ** 2
     states, dstates = cut.join(states, 2), cut.join(dstates, 2)
     first, dstate0 = None, None
     if initial_state is not None:

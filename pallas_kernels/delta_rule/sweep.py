@@ -5,12 +5,15 @@
 
 A chunk's u (or w) solve a triangular system whose inverse, the same for both, is computed before, for all chunks at once:
 
-    Z = (I + diag(s) L diag(s))^-1        s^2 = b        L_ij = k_i . k_j decayed from j to i, j < i
-    u = diag(s) Z diag(s) (V - K S)       w = diag(s) Z^T diag(s) (K D)
+    Z = (I + diag(p) L diag(s))^-1        p s = b        L_ij = k_i . k_j decayed from j to i, j < i
+    u = diag(s) Z diag(p) (V - K S)       w = diag(p) Z^T diag(s) (K D)
 
-so that u / b, what a token would have written, is exact however little it writes. The inverse comes as two 16-bit terms, high
-and low. Its right side, the state that the keys read, and u (w) where it enters the state are split likewise: a key that
-repeats makes large terms cancel. Blocks, rings and the state are those of `pallas_kernels.gated_linear.sweep`.
+p a power of two near the root of b, so that u / b, what a token would have written, is exact however little it writes. The
+inverse comes as two 16-bit terms, high and low. Its right side, the state that the keys read, and u (w) where it enters the
+state are split likewise: a key that repeats makes large terms cancel. Blocks, rings and the state are those of
+`pallas_kernels.gated_linear.sweep`.
+
+An inverse of three terms, less I, asks for three of everything, and the sweeps are as good as float32 (`products.product`).
 
 With a decay per channel (`Channels`) the key that reads the state and the key that enters it differ, both and q come as two
 terms, and the state's rows are scaled before and after each chunk, as `pallas_kernels.gated_linear.per_channel` explains.
@@ -27,6 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
+from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, multiply, product
 from pallas_kernels.gated_linear import accumulate
 
 CHUNK = 64
@@ -55,8 +59,8 @@ def write(
     Args:
       q, k: [B, T', heads, K], bfloat16, K 64 or 128, T' a multiple of 8; heads divide N.
       v: [B, T', N, V], V a multiple of 64; None is zero.
-      strength: s, float32 [B, N, chunks, 64], 0 past the end.
-      inverse: bfloat16 [B, N, chunks, 2, 64, 64], the high and the low term of Z.
+      strength: p and s, float32 [B, N, chunks, 2, 64], 0 past the end.
+      inverse: bfloat16 [B, N, chunks, terms, 64, 64], the terms of Z, two, or three of Z - I.
       decay: as in the gated linear sweep, or None.
       channels: `Channels`; `SHARED` without a decay per channel.
       state: float32 [B, N, K, V] or None.
@@ -66,16 +70,16 @@ def write(
       both: with q, u too.
 
     Returns:
-      With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its two 16-bit terms, each as v, and states.
+      With q: out [B, T', N, V] and states [B, N, groups, K, V]. Without: u as its 16-bit terms, each as v, and states.
       Both: (out and u's terms) and states.
     """
-    results = () if only_states else ('u', 'low') if q is None else ('out', 'u', 'low') if both else ('out',)
+    results = () if only_states else ('u',) if q is None else ('out', 'u') if both else ('out',)
     return _sweep(q, k, v, strength, inverse, decay, channels, state, False, every, scale, results, interpret)
 
 
 def reach(q, k, do, strength, inverse, decay, channels, state, *, every=None, only_states=False, interpret=False):
-    """Backward in time: w as its two terms, and the states D, before each group of chunks and decayed to its first token."""
-    results = () if only_states else ('u', 'low')
+    """Backward in time: w as its terms, and the states D, before each group of chunks and decayed to its first token."""
+    results = () if only_states else ('u',)
     return _sweep(q, k, do, strength, inverse, decay, channels, state, True, every, 1.0, results, interpret)
 
 
@@ -87,9 +91,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
     groups = common.cdiv(chunks, every)
     k_low, other, other_low, q_low, scales = channels
     q_low = q_low if reverse else None
+    terms = inverse.shape[3]
+    precise = terms >= WHOLE
     W = 2 if V % 128 == 0 and scales is None else 1  # a decay per channel has more to keep in shared memory
     width, depth = 64 * W, K // 64
-    parts, ring = V // width, min(RING if scales is None else 1, chunks)
+    parts, ring = V // width, min(RING if scales is None and not (precise and K == width == 128) else 1, chunks)
     has_out = 'out' in results
     arrivals = 3 + sum(x is not None for x in (q, v, decay, k_low, other, other_low, q_low, scales))
     registers = W == 2 and not interpret
@@ -97,7 +103,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
     def kernel(*refs_and_scratch):
         *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, *extra, full, free) = refs_and_scratch
         q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, *refs = refs
-        *extra_refs, out_ref, u_ref, low_ref, states_ref = refs
+        *extra_refs, out_ref, u_refs, states_ref = refs
         ql_smem, kl_smem, e_smem, el_smem, c_smem = extra
         e_smem = k_smem if e_smem is None else e_smem  # the key that enters the state
         b, h, part = lax.axis_index('b'), lax.axis_index('h'), lax.axis_index('v')
@@ -112,7 +118,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             cols = pl.ds(part * width + wg * 64, 64)
             wide = lambda x: x.astype(jnp.float32)
 
-            split = functools.partial(accumulate.split, terms=2, dtype=dtype)
+            split = functools.partial(accumulate.split, terms=terms, dtype=dtype)
+            products = functools.partial(product, terms=terms, interpret=interpret)
 
             def read_by_all():
                 """Before memory is written that products have read."""
@@ -144,8 +151,9 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
-                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
-                strong = lambda x: x * common.row(plgpu.load(b_smem.at[slot], layout=ROW, optimized=False), SQUARE)
+                decays = None if decay_ref is None else decay_of(terms)(g_smem.at[slot], reverse)
+                factor = lambda n: plgpu.load(b_smem.at[slot, 1 - n if reverse else n], layout=ROW, optimized=False)
+                strong = lambda x, n: x * common.row(factor(n), SQUARE)
                 found = lambda x: x if decays is None else x * common.row(decays.read(), SQUARE)
                 value = None if v_smem is None else v_smem.at[slot, :, mine]
                 Z_of = lambda term: i_smem.at[slot, term].T if reverse else i_smem.at[slot, term]
@@ -166,14 +174,17 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 def right_side():
                     """What the inverse multiplies, before diag(s): V - K S, or K D with D as the token finds it."""
 
+                    keys = [x.at[slot] for x in (k_smem, kl_smem) if x is not None]
+                    copies = [s_smem.at[here, term] for term in range(terms)]
+                    if not reverse:
+                        predicted = found(products(keys, copies))
+                        return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
+                    if precise:
+                        within = products(split(weigh(k_smem, q_smem, kl_smem, ql_smem)), [value])
+                        return found(products(keys, copies)) + within
+
                     def run(acc):
-                        for term in range(2):
-                            acc.add(k_smem.at[slot], s_smem.at[here, term])
-                        if kl_smem is not None:
-                            acc.add(kl_smem.at[slot], s_smem.at[here, 0])
-                        if not reverse:
-                            predicted = found(acc.load(0))
-                            return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
+                        multiply(acc, keys, copies, terms)
                         weights = split(weigh(k_smem, q_smem, kl_smem, ql_smem))
                         if decays is not None:
                             acc.set(found(acc.load(0)))
@@ -183,33 +194,26 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
-                def solve():
-                    def run(acc):
-                        acc.add(Z_of(0), r_smem.at[here, 0])
-                        acc.add(Z_of(1), r_smem.at[here, 0])
-                        acc.add(Z_of(0), r_smem.at[here, 1])
-                        return acc.load(0)
+                kept = [r_smem.at[here, term] for term in range(terms)]
 
-                    return accumulate.scoped(run, SQUARE, interpret=interpret)
-
-                def keep(terms):
+                def keep(x):
                     read_by_all()
-                    for term, part in enumerate(terms):
+                    for term, part in enumerate(split(x)):
                         r_smem.at[wg, term][...] = part
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                keep(split(strong(right_side())))
-                keep(split(strong(solve())))
+                right = strong(right_side(), 0)
+                keep(right)
+                keep(strong(products([Z_of(term) for term in range(terms)], kept, base=right if precise else None), 1))
                 rows = pl.ds(c * CHUNK, CHUNK)
-                for term, ref in enumerate((u_ref, low_ref)):
-                    if ref is not None:
-                        plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
+                for term, ref in enumerate(u_refs):
+                    plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
 
                 def output():
                     def run(out):
                         out.add(q_smem.at[slot], s_smem.at[here, 0])
-                        high, low = split(weigh(q_smem, e_smem, None, el_smem))
+                        high, low = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
                         if decays is not None:
                             out.set(found(out.load(0)))
                         out.add(high, r_smem.at[here, 0])
@@ -224,29 +228,43 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 written = None if decays is None else decays.write(COL)
 
+                def entering(i):
+                    """Terms of the keys, i-th rows of the state, and of what they write."""
+                    sources = [(e_smem, el_smem, kept, -1.0 if reverse else 1.0)]
+                    sources += [(q_smem, ql_smem, [value], 1.0)] if reverse else []
+                    for smem, low_smem, rights, sign in sources:
+                        part = (slot, slice(None), pl.ds(64 * i, 64))
+                        lefts = [plgpu.load(x.at[*part].T, layout=TILE) for x in (smem, low_smem) if x is not None]
+                        keys = sum(map(wide, lefts)) * sign
+                        exact = written is None and low_smem is None
+                        keys = split(keys if written is None else keys * common.col(written, SQUARE))
+                        yield keys[: 1 if exact else terms], rights
+
                 def update(*accumulators):
                     for i, acc in enumerate(accumulators):
                         acc.set(S[i] if decays is None else S[i] * decays.total())
                     for i, acc in enumerate(accumulators):
-                        high_of_u, low_of_u = r_smem.at[here, 0], r_smem.at[here, 1]
-                        sources = [(e_smem, el_smem, high_of_u, low_of_u, -1.0 if reverse else 1.0)]
-                        sources += [(q_smem, ql_smem, value, None, 1.0)] if reverse else []
-                        for smem, low_smem, high_right, low_right, sign in sources:
-                            part = (slot, slice(None), pl.ds(64 * i, 64))
-                            terms = [plgpu.load(x.at[*part].T, layout=TILE) for x in (smem, low_smem) if x is not None]
-                            keys = sum(map(wide, terms)) * sign
-                            high, low = split(keys if written is None else keys * common.col(written, SQUARE))
-                            acc.add(high, high_right)
-                            if written is not None or low_smem is not None:
-                                acc.add(low, high_right)
-                            if low_right is not None:
-                                acc.add(high, low_right)
+                        for keys, rights in entering(i):
+                            multiply(acc, keys, rights, terms)
                     return tuple(acc.load(0) for acc in accumulators)
 
-                S = rescale(accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret), slot)
+                def precise_update(i):
+                    x = S[i] if decays is None else S[i] * decays.total()
+                    early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
+                    for keys, rights in entering(i):
+                        none = jnp.zeros_like(keys[0])
+                        halves = jnp.where(early, keys[0], none), jnp.where(early, none, keys[0])
+                        x = products(keys, rights, base=x, parts=halves)
+                    return x
+
+                if precise:
+                    S = tuple(map(precise_update, range(depth)))
+                else:
+                    S = accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret)
+                S = rescale(S, slot)
                 plgpu.barrier_arrive(free.at[slot])
                 if o is not None:
-                    if u_ref is not None:
+                    if u_refs:
                         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     read_by_all()
                     r_smem.at[wg, 0][...] = o
@@ -308,11 +326,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             None if q is None else common.swizzled((ring, CHUNK, K), dtype),
             common.swizzled((ring, CHUNK, K), dtype),
             None if v is None else common.swizzled((ring, CHUNK, width), dtype),
-            plgpu.SMEM((ring, CHUNK), jnp.float32),
-            common.swizzled((ring, 2, CHUNK, CHUNK), dtype),
+            plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
+            common.swizzled((ring, terms, CHUNK, CHUNK), dtype),
             None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
-            common.swizzled((W, 2, K, 64), dtype),
-            common.swizzled((W, 2, CHUNK, 64), dtype),
+            common.swizzled((W, terms, K, 64), dtype),
+            common.swizzled((W, terms, CHUNK, 64), dtype),
             *(None if x is None else common.swizzled((ring, CHUNK, K), dtype) for x in (q_low, k_low, other, other_low)),
             None if scales is None else plgpu.SMEM((ring, K), jnp.float32),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
@@ -323,10 +341,10 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
     entry_point.__name__ = '_'.join(('reach' if reverse else 'write', *results))  # what profilers show
     array = jax.ShapeDtypeStruct((B, T, N, V), dtype)
     out_type = (
-        *(array if name in results else None for name in ('out', 'u', 'low')),
+        array if has_out else None,
+        (array,) * terms if 'u' in results else (),
         jax.ShapeDtypeStruct((B, N, groups, K, V), jnp.float32),
     )
     run = common.launch(entry_point, out_type, {'b': B, 'h': N, 'v': parts}, W + 1, interpret)
-    *found, states = run(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)
-    found = [x for x in found if x is not None]
-    return (found[0] if len(found) == 1 else tuple(found)), states
+    out, u, states = run(q, k, v, strength, inverse, decay, state, q_low, k_low, other, other_low, scales)
+    return (u if out is None else (out, *u) if u else out), states

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart, common
-from pallas_kernels.delta_rule import chain, check, inverse, joint, mosaic_gpu, sweep
+from pallas_kernels.delta_rule import chain, check, inverse, joint, mosaic_gpu, products, sweep
 from pallas_kernels.gated_linear import accumulate, decays, scaling
 from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
@@ -35,7 +35,7 @@ def plain_delta(
     reverse=False,
 ):
     """What `write` (and `reach`, in reverse) promise, token by token in float64."""
-    del inverses, interpret
+    terms, _ = inverses.shape[3], interpret
     (B, T, _, K), N, V = k.shape, strength.shape[1], (state if v is None else v).shape[3]
     v = jnp.zeros((B, T, N, V)) if v is None else v
     has_q, q = q is not None, k if q is None else q
@@ -47,7 +47,7 @@ def plain_delta(
     first, last = (lambda t: t % 64 == 0), (lambda t: t % 64 == 63 or t == T - 1)
     begins, ends = (last, first) if reverse else (first, last)
     chunks = strength.shape[2]
-    beta = np.square(np.asarray(strength, np.float64)).reshape(B, N, -1)
+    beta = np.asarray(strength, np.float64).prod(3).reshape(B, N, -1)
     step = np.zeros((B, N, chunks, 64)) if decay is None else np.diff(np.asarray(decay, np.float64).sum(-2), axis=-1, prepend=0)
     step = np.exp2(np.broadcast_to(step, (B, N, chunks, 64)).reshape(B, N, -1))
     S = np.zeros((B, N, K, V)) if state is None else np.asarray(state, np.float64)
@@ -72,8 +72,8 @@ def plain_delta(
     as_input = lambda x: jnp.asarray(x, jnp.float32)
     if only_states:
         return (), as_input(states)
-    terms = as_input(u), jnp.zeros_like(as_input(u))
-    found = (as_input(out), *terms) if both else as_input(out) if has_q and not reverse else terms
+    u = as_input(u), *(jnp.zeros_like(as_input(u)),) * (terms - 1)
+    found = (as_input(out), *u) if both else as_input(out) if has_q and not reverse else u
     return found, as_input(states)
 
 
@@ -119,6 +119,7 @@ def plain_joint(
         check.Case('channel, none', T=70, N=1, K=40, V=64, decay='channel', state=False),
         check.Case('channel, strong', T=40, N=1, K=64, V=64, decay='channel', strength=(0.0, 50.0)),
         check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head', strength=(0.01, 0.05)),
+        check.Case('highest', T=150, N=2, heads=1, K=64, V=64, resets=0.02, scale=0.5, precision='highest'),
     ],
     ids=lambda c: c.name,
 )
@@ -128,7 +129,7 @@ def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(decays, 'GROUP', 1)
-    monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, **__: None)
+    monkeypatch.setattr(mosaic_gpu, 'inverses', lambda *_, terms=2, **__: np.zeros((0, 0, 0, terms)))
     monkeypatch.setattr(chain, 'chain', plain_chain)
     monkeypatch.setattr(sweep, 'write', plain_delta)
     monkeypatch.setattr(sweep, 'reach', functools.partial(plain_delta, reverse=True))
@@ -137,7 +138,7 @@ def test_derivatives(monkeypatch, case):
     arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     run = lambda f: linear_check.gradients(f, arrays, ids, cotangents, case.scale, names=check.NAMES)
     with emulated(monkeypatch, common, scaling):
-        got = run(mosaic_gpu.delta_rule)
+        got = run(functools.partial(mosaic_gpu.delta_rule, precision=case.precision))
     with jax.enable_x64(True):
         want = run(functools.partial(check.oracle, dtype=jnp.float64))
     assert got.keys() == want.keys()
@@ -185,22 +186,25 @@ def test_joint_interpreted_with_race_detection(reverse):
     assert_joint(joint.joint(*arguments, **options, interpret=True), plain_joint(*arguments, **options))
 
 
+@pytest.mark.parametrize('terms', [2, 3])
 @pytest.mark.parametrize('collinear', [0.0, 0.95])
-def test_inverse(collinear):
+def test_inverse(collinear, terms):
     case = check.Case('inverse', T=104, N=2, heads=1, K=64, beta=(0.9, 1.0), collinear=collinear)
     k = case.arrays()[0][1]
     beta = np.random.default_rng(0).uniform(0.9, 1, (1, 2, 2, 64)).astype(np.float32)
     steps = np.random.default_rng(1).uniform(-0.1, 0, (1, 128, 2)).astype(np.float32)
     sums = decays.cumulative(jnp.asarray(steps), 128)
     decay = np.asarray(sums, np.float64).sum(3)
-    strength = np.sqrt(beta)
-    got = np.asarray(inverse.inverses(k, jnp.asarray(strength), sums, interpret=True), np.float64).sum(3)
+    strength = jnp.stack(products.strengths(jnp.asarray(beta)), axis=3)
+    got = np.asarray(inverse.inverses(k, strength, sums, terms=terms, interpret=True), np.float64).sum(3)
+    later, earlier = np.moveaxis(np.asarray(strength, np.float64), 3, 0)
     rows = np.zeros((128, 64))
     rows[:104] = np.asarray(k, np.float64)[0, :, 0]
     rows = rows.reshape(2, 64, 64)
     between = np.exp2(np.minimum(decay[..., :, None] - decay[..., None, :], 0))
-    A = np.tril((rows @ rows.swapaxes(1, 2)) * strength[..., None] * strength[..., None, :] * between, -1)
-    np.testing.assert_allclose(got, np.linalg.inv(np.eye(64) + A), atol=1e-5)
+    A = np.tril((rows @ rows.swapaxes(1, 2)) * later[..., None] * earlier[..., None, :] * between, -1)
+    want = np.linalg.inv(np.eye(64) + A) - (terms > 2) * np.eye(64)
+    np.testing.assert_allclose(got, want, atol=1e-5 if terms == 2 else 5e-7)
 
 
 @pytest.mark.parametrize('K, V, pieces, reverse, given', [(128, 64, 3, False, True), (64, 128, 4, True, False)])
@@ -212,15 +216,16 @@ def test_chain(K, V, pieces, reverse, given):
     np.testing.assert_allclose(got, want, rtol=0, atol=5e-7 * float(jnp.abs(want).max()))
 
 
-def test_interpreted_with_race_detection():
+@pytest.mark.parametrize('precision', [None, 'highest'])
+def test_interpreted_with_race_detection(precision):
     (q, k, v, beta, g, state), ids, _ = check.Case('small', T=72, N=1, K=64, V=64, resets=0.05).arrays()
     options = {'initial_state': state, 'segment_ids': ids}
-    run = lambda *arrays: mosaic_gpu.delta_rule(*arrays, interpret=True, **options)
+    run = lambda *arrays: mosaic_gpu.delta_rule(*arrays, precision=precision, interpret=True, **options)
     (out, last), _ = jax.vjp(run, q, k, v, beta, g)  # the forward pass that keeps u
     want, want_last = check.oracle(q, k, v, beta, g, dtype=jnp.float32, **options)
     error = lambda x, y: np.linalg.norm(np.float32(x) - np.float32(y)) / np.linalg.norm(np.float32(y))
     assert error(out, want) < 4e-3
-    assert error(last, want_last) < check.FLOORS['state']
+    assert error(last, want_last) < (2e-7 if precision else check.FLOORS['state'])
 
 
 @pytest.mark.slow
@@ -231,12 +236,12 @@ def test_interpreted_per_channel_in_pieces(monkeypatch):
     assert good, errors
 
 
-@pytest.mark.quick('channels1')
-@pytest.mark.parametrize('channels', [(), (128,)])
-def test_lowers_for_hopper(channels):
+@pytest.mark.quick('channels2-None')
+@pytest.mark.parametrize('channels, precision', [((), None), ((), 'highest'), ((128,), None)])
+def test_lowers_for_hopper(channels, precision):
     x = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(shape, dtype)
     f32 = x(1, 1000, 4, dtype=jnp.float32)
-    loss = lambda *a: mosaic_gpu.delta_rule(*a)[0].astype(jnp.float32).sum()
+    loss = lambda *a: mosaic_gpu.delta_rule(*a, precision=precision)[0].astype(jnp.float32).sum()
     allowed = [jax.export.DisabledSafetyCheck.custom_call('mosaic_gpu_v2')]
     decay = x(1, 1000, 4, *channels, dtype=jnp.float32)
     arguments = x(1, 1000, 2, 128), x(1, 1000, 2, 128), x(1, 1000, 4, 128), f32, decay
@@ -247,6 +252,7 @@ def test_refusals():
     x = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
     beta = jnp.zeros((1, 64, 2))
     assert mosaic_gpu.unsupported(x, x, x, beta) is None
+    assert 'a decay per channel' in mosaic_gpu.unsupported(x, x, x, beta, jnp.zeros(x.shape), precision='highest')
     assert 'widths up to 128, given 192' in mosaic_gpu.unsupported(x, x, jnp.zeros((1, 64, 2, 192), x.dtype), beta)
     assert mosaic_gpu.unsupported(x, x, x, beta, jnp.zeros((1, 64, 2, 64))) is None
     f32 = x.astype(jnp.float32)

@@ -238,6 +238,7 @@ def test_error_is_taken_against_the_decayed_state():
         ({'log_decay': np.full((4,), 0.1)}, r'log_decay holds 0.1, expected values in \[-inf, 0.001\]'),
         ({'initial_state': np.zeros((2, 4, 5, 3))}, r'initial_state has shape .* \[B, N, H, Hv\] = \(2, 4, 3, 5\)'),
         ({'chunk': -4}, 'chunk is -4, expected a power of two, such as 64'),
+        ({'precision': 'high'}, "precision is 'high', expected None or 'highest'"),
         ({'impl': 'refrence'}, "did you mean 'reference'"),
     ],
 )
