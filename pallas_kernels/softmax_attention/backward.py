@@ -315,6 +315,7 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
         )
 
     keys = lambda rows: [jax.ShapeDtypeStruct((B, rows, N, width), dtype) if rows else None for width in (H, Hv)]
+    entry_point.__name__ = 'softmax_backward'  # what profilers show
     found = plgpu.kernel(
         entry_point,
         out_type=(*(jax.ShapeDtypeStruct((B, nq * bq, N, H), x) for x in (dtype, jnp.float32)), *keys(S), *keys(parts * KEYS)),

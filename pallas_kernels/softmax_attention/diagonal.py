@@ -167,6 +167,7 @@ def diagonal(q, k, v, do, lse, delta, todo, operands, *, spec, which, scale):
             collective_axes='wg',
         )
 
+    entry_point.__name__ = 'softmax_diagonal'  # what profilers show
     return plgpu.kernel(
         entry_point,
         out_type=jax.ShapeDtypeStruct((N, X, QUERIES, KEYS), jnp.float32),

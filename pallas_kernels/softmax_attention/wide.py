@@ -210,6 +210,7 @@ def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, sp
             collective_axes='wg',
         )
 
+    entry_point.__name__ = f'softmax_{which}'  # what profilers show
     return plgpu.kernel(
         entry_point,
         out_type=(
