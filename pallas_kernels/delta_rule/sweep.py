@@ -251,11 +251,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 def precise_update(i):
                     x = S[i] if decays is None else S[i] * decays.total()
-                    early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
                     for keys, rights in entering(i):
-                        none = jnp.zeros_like(keys[0])
-                        halves = jnp.where(early, keys[0], none), jnp.where(early, none, keys[0])
-                        x = products(keys, rights, base=x, parts=halves)
+                        x = products(keys, rights, base=x, parts=accumulate.halves(keys[0]))
                     return x
 
                 if precise:

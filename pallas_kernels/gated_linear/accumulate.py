@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, ROW
+from pallas_kernels.common import COL, ROW, TILE
 
 WHOLE = 3  # bfloat16 terms that make a float32
 
@@ -113,12 +113,15 @@ def product(lefts, rights, terms: int, base=None, parts=None, *, interpret: bool
     return found if base is None else found + base
 
 
-def by_halves(base, lefts, rights, terms: int, *, interpret: bool):
-    """base + left.T @ right, sums over half of the tokens at a time, as `product`."""
-    half = lefts[0].shape[0] // 2
-    for tokens in (pl.ds(0, half), pl.ds(half, half)):
-        base = product([x.at[tokens].T for x in lefts], [x.at[tokens] for x in rights], terms, base, interpret=interpret)
-    return base
+def halves(tile):
+    """What adds up to it, half of the columns each: `parts` of a product with short sums."""
+    early = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=TILE) < tile.shape[1] // 2
+    return jnp.where(early, tile, jnp.zeros_like(tile)), jnp.where(early, jnp.zeros_like(tile), tile)
+
+
+def exactly(base, lefts, rights, interpret: bool):
+    """base + left @ right, left a tile in registers, as near as float32 comes."""
+    return product(lefts, rights, WHOLE, base, halves(lefts[0]), interpret=interpret)
 
 
 def power(coarse, fine):

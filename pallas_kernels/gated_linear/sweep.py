@@ -8,8 +8,6 @@ memory; each consumer warpgroup owns 64 columns of v, so that warpgroups exchang
 float32 registers; a 16-bit copy in shared memory is the right operand of q S.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -225,9 +223,8 @@ def sweep(
                     right = decayed_values()
                     total = 1.0 if decays is None else decays.total()
                     if exact:
-                        lefts = lambda i: [x.at[slot, :, pl.ds(64 * i, 64)] for x in k_smem]
-                        add = functools.partial(accumulate.by_halves, rights=right, terms=best, interpret=interpret)
-                        return tuple(add(total * x, lefts(i)) for i, x in enumerate(S))
+                        keys_of = lambda i: [plgpu.load(x.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE) for x in k_smem]
+                        return tuple(accumulate.exactly(total * x, keys_of(i), right, interpret) for i, x in enumerate(S))
 
                     def of_rows(first):
                         def run(*accumulators):

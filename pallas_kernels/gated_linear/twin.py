@@ -184,16 +184,16 @@ def twin(
 
                 def write_state(*accumulators):
                     right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(decayed)]
-                    lefts = [k_smem.at[slot, :, block(i)] for i in range(W)]
-                    for left, acc in zip(lefts, accumulators):
+                    keys = [k_smem.at[slot, :, block(i)].T for i in range(W)]
+                    for left, acc in zip(keys, accumulators):
                         for term in reversed(right):
-                            acc.add(left.T, term)
+                            acc.add(left, term)
                     for n, ref in enumerate((out_ref, other_ref) if both else (out_ref,)):
                         plgpu.copy_smem_to_gmem(spot(here, decayed + n), ref.at[b, rows, h, mine])
                     total = 1.0 if decays is None else decays.total()
                     if exact:
-                        add = functools.partial(accumulate.by_halves, rights=right, terms=terms, interpret=interpret)
-                        return tuple(add(total * x, [left]) for x, left in zip(S, lefts))
+                        keys = [[plgpu.load(x, layout=TILE)] for x in keys]
+                        return tuple(accumulate.exactly(total * x, left, right, interpret) for x, left in zip(S, keys))
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
 
