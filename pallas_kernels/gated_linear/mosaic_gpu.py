@@ -214,8 +214,8 @@ def plain_sweeps(q, k, v, do, decay, state, dstate, *, grouped, **options):
     state, dstate: transposed, [B, N, V, K], before the first token and after the last, or None for zero.
 
     Returns:
-      (dq, dk, dv), the states after every chunk, [B, N, chunks, V, K], and their adjoints before it, [B, N, chunks, K, V]; if not
-      `grouped` the last ones only.
+      (dq, dk, dv), the states after every chunk, [B, N, chunks, V, K], and their adjoints before it, [B, N, chunks, K, V], of
+      the last chunk only if not `grouped`.
     """
     every = functools.partial(run_twin if takes(k.shape[3], v.shape[3]) else run, decay=decay, grouped=grouped, **options)
     if takes(k.shape[3], v.shape[3]):

@@ -40,7 +40,9 @@ def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) ->
     return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
-@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'exact', 'wide', 'own', 'every', 'scale', 'heads', 'interpret')
+@common.lowered_once(
+    'by_columns', 'reverse', 'strict', 'precise', 'exact', 'wide', 'own', 'every', 'scale', 'heads', 'interpret'
+)
 def sweep(
     q,
     k,

@@ -280,6 +280,14 @@ def test_refusals(change, words):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
 
 
+def test_highest_wants_no_decay_per_channel():
+    x = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    assert 'decay per channel' in mosaic_gpu.unsupported(x, x, x, jnp.zeros(x.shape), precision='highest')
+    assert 'decay per channel' not in (mosaic_gpu.unsupported(x, x, x, jnp.zeros(x.shape[:3]), precision='highest') or '')
+    one = x[:, :1]
+    assert 'decay per channel' not in (mosaic_gpu.unsupported(one, one, one, jnp.zeros(one.shape), precision='highest') or '')
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize('case', check.CASES, ids=lambda c: c.name)
 def test_grid(case):
