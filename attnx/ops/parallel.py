@@ -136,7 +136,7 @@ def shift(x, axis: str, by: int = 1):
 # Recurrences --------------------------------------------------------------------------------------------------------
 
 
-def gated_linear(local, query, key, value, log_decay=None, *, initial_state, segment_ids, scale, chunk):
+def gated_linear(local, query, key, value, log_decay=None, *, initial_state, segment_ids, scale, **options):
     """`attnx.ops.gated_linear` on each device's part."""
 
     def response(where, q, k, v, _, g, ids):
@@ -156,7 +156,7 @@ def gated_linear(local, query, key, value, log_decay=None, *, initial_state, seg
         return change * state + last
 
     return _recurrence(
-        local, response, apply, query, key, value, None, log_decay, initial_state, segment_ids, scale=scale, chunk=chunk
+        local, response, apply, query, key, value, None, log_decay, initial_state, segment_ids, scale=scale, **options
     )
 
 

@@ -8,8 +8,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import TILE
-from pallas_kernels.delta_rule.products import WHOLE, product
 from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear.accumulate import WHOLE, product
 
 TERMS = WHOLE
 SIDE = 64  # columns of a block, rows of a warpgroup

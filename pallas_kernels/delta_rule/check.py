@@ -48,7 +48,6 @@ def oracle(query, key, value, beta, log_decay=None, *, initial_state=None, segme
 class Case(linear.Case):
     beta: tuple = (0.0, 1.0)  # range; a seventh of the tokens each has its two ends
     collinear: float = 0.0  # how near keys are to one direction, below 1
-    precision: str | None = None
 
     def arrays(self, draw=0):
         """As `linear.Case.arrays`, with beta after value."""

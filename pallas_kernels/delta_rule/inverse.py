@@ -18,8 +18,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
-from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, product
+from pallas_kernels.delta_rule.products import TERMS, decay_of
 from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear.accumulate import WHOLE, product
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)

@@ -36,14 +36,6 @@ def slots(budget: int, *sizes: int) -> list[int]:
     return found
 
 
-def multiply(acc, left, right):
-    """Adds the products that two terms of each are worth, least first: sums are cut, not rounded; returns how many."""
-    places = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < TERMS]
-    for i, j in sorted(places, key=sum, reverse=True):
-        acc.add(left[i], right[j])
-    return len(places)
-
-
 @common.lowered_once('dots', 'reverse', 'scale', 'interpret')
 def joint(
     queries, keys, values, decay, state, partner=None, base=None, *, dots=False, reverse=False, scale=1.0, interpret=False
@@ -89,6 +81,7 @@ def joint(
             if W > 1 and not interpret:
                 plgpu.set_max_registers(232, action='increase')
             split = functools.partial(accumulate.split, terms=TERMS, dtype=dtype)
+            multiply = functools.partial(accumulate.multiply, terms=TERMS)
             wide = lambda ref: plgpu.load(ref, layout=TILE).astype(jnp.float32)
 
             def fresh(n):

@@ -16,12 +16,13 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import apart
 from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
-from pallas_kernels.delta_rule.felt import felt
 from pallas_kernels.delta_rule.inverse import inverses
 from pallas_kernels.delta_rule.joint import joint
-from pallas_kernels.delta_rule.products import TERMS, WHOLE, strengths
+from pallas_kernels.delta_rule.products import TERMS, strengths
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
+from pallas_kernels.gated_linear.accumulate import WHOLE
+from pallas_kernels.gated_linear.felt import felt
 from pallas_kernels.gated_linear.sweep import CHUNK
 from pallas_kernels.kept import kept_once
 

@@ -13,7 +13,7 @@ inverse comes as two 16-bit terms, high and low. Its right side, the state that 
 state are split likewise: a key that repeats makes large terms cancel. Blocks, rings and the state are those of
 `pallas_kernels.gated_linear.sweep`.
 
-An inverse of three terms, less I, asks for three of everything, and the sweeps are as good as float32 (`products.product`).
+An inverse of three terms, less I, asks for three of everything, and the sweeps are as good as float32 (`accumulate.product`).
 
 With a decay per channel (`Channels`) the key that reads the state and the key that enters it differ, both and q come as two
 terms, and the state's rows are scaled before and after each chunk, as `pallas_kernels.gated_linear.per_channel` explains.
@@ -30,8 +30,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
-from pallas_kernels.delta_rule.products import TERMS, WHOLE, decay_of, multiply, product
+from pallas_kernels.delta_rule.products import TERMS, decay_of
 from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear.accumulate import WHOLE, multiply, product
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
@@ -250,11 +251,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 def precise_update(i):
                     x = S[i] if decays is None else S[i] * decays.total()
-                    early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
                     for keys, rights in entering(i):
-                        none = jnp.zeros_like(keys[0])
-                        halves = jnp.where(early, keys[0], none), jnp.where(early, none, keys[0])
-                        x = products(keys, rights, base=x, parts=halves)
+                        x = products(keys, rights, base=x, parts=accumulate.halves(keys[0]))
                     return x
 
                 if precise:

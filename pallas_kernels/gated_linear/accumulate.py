@@ -1,8 +1,11 @@
-"""What the sweeps share: accumulators of tensor-core products, float32 numbers as 16-bit terms, the decays of a chunk.
+"""What the sweeps share: tensor-core products and their accumulators, float32 numbers as 16-bit terms, the decays of a chunk.
 
 The interpreter knows no register accumulator that is set, and no product whose left operand is in registers. Kernels that
 take their accumulators from here run in both.
 """
+
+import functools
+import math
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,7 +13,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import common
-from pallas_kernels.common import COL, ROW
+from pallas_kernels.common import COL, ROW, TILE
+
+WHOLE = 3  # bfloat16 terms that make a float32
 
 
 class _Registers:
@@ -68,6 +73,67 @@ def split(x, terms: int, dtype, nearest=True) -> list:
     return [*found, x.astype(dtype)] if terms else []
 
 
+def multiply(acc, lefts, rights, terms: int, least: int = 0) -> int:
+    """Adds the products that `terms` terms of each are worth, least first: sums are cut, not rounded; returns how many.
+
+    least: 1 leaves out the first terms' product.
+    """
+    places = [(i, j) for i in range(len(lefts)) for j in range(len(rights)) if least <= i + j < terms]
+    for i, j in sorted(places, key=sum, reverse=True):
+        acc.add(lefts[i], rights[j])
+    return len(places)
+
+
+def product(lefts, rights, terms: int, base=None, parts=None, *, interpret: bool):
+    """base + left @ right, a float32 tile.
+
+    The tensor core cuts sums off, 16 tokens or channels at a time. Of three terms the product of the largest has a sum of its
+    own, which has few bits, and what is cut off the others is nothing; base is added where additions round.
+
+    parts: what adds up to lefts[0], each to have a sum of its own.
+    """
+    first, *more = parts or lefts[:1]
+    apart = terms >= WHOLE and max(len(lefts), len(rights)) > 1
+
+    def run(acc, *lead):
+        multiply(acc, [first, *lefts[1:]] if not lead else lefts, rights, terms, len(lead))
+        if not lead:
+            return acc.load(0)
+        multiply(*lead, [first], rights[:1], terms)
+        return acc.load(1) + lead[0].load(0)
+
+    def alone(left, acc):
+        multiply(acc, [left], rights[:1], terms)
+        return acc.load(0)
+
+    shape = lefts[0].shape[0], rights[0].shape[1]
+    found = scoped(run, *[shape] * (1 + apart), interpret=interpret)
+    for left in more:
+        found += scoped(functools.partial(alone, left), shape, interpret=interpret)
+    return found if base is None else found + base
+
+
+def halves(tile):
+    """What adds up to it, half of the columns each: `parts` of a product with short sums."""
+    early = plgpu.broadcasted_iota(jnp.int32, tile.shape, 1, layout=TILE) < tile.shape[1] // 2
+    return jnp.where(early, tile, jnp.zeros_like(tile)), jnp.where(early, jnp.zeros_like(tile), tile)
+
+
+def exactly(base, lefts, rights, interpret: bool):
+    """base + left @ right, left a tile in registers, as near as float32 comes."""
+    return product(lefts, rights, WHOLE, base, halves(lefts[0]), interpret=interpret)
+
+
+def power(coarse, fine):
+    """2^(coarse + fine) to the last bit, of float32 numbers as `decays.cumulative` makes them: exp2 is off by two or three."""
+    whole = common.whole(coarse)
+    y = (coarse - whole) * common.LN2 + fine * common.LN2
+    series = 1 / math.factorial(7)
+    for n in reversed(range(7)):
+        series = series * y + 1 / math.factorial(n)
+    return series * common.power_of_two(whole)
+
+
 class Decay:
     """What decays within a chunk, in either direction of time, read where it is used: registers are few.
 
@@ -109,6 +175,19 @@ class Decay:
     def total(self):
         """Of the state over the chunk, a scalar."""
         return self._to_end((0.0, 0.0))
+
+
+class Exact(Decay):
+    """To the last bit."""
+
+    def _exp2(self, x, less=(0.0, 0.0)):
+        return power(x[0] - less[0], x[1] - less[1])
+
+    def pairs(self):
+        square = (self.chunk, self.chunk)
+        i = [common.row(x, square) for x in self._vectors(ROW)]
+        j = [common.col(x, square) for x in self._vectors(COL)]
+        return self._exp2(j, i) if self.reverse else self._exp2(i, j)
 
 
 class Kept:

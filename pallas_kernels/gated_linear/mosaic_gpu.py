@@ -16,6 +16,7 @@ from jax.custom_derivatives import SymbolicZero
 from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import states as of_pieces
+from pallas_kernels.gated_linear.felt import felt
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 from pallas_kernels.gated_linear.twin import TERMS, takes, twin
 
@@ -23,9 +24,11 @@ WIDEST = 256
 
 
 def unsupported(
-    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
+    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None, precision=None
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
+    if precision == 'highest' and log_decay is not None and log_decay.ndim == 4 and query.shape[1] > 1:
+        return 'precision="highest" with a decay per channel is not there; use impl="xla"'
     return refuse(query, key, value, scale, chunk)
 
 
@@ -84,6 +87,7 @@ def gated_linear(
     segment_ids=None,
     scale=None,
     chunk=None,
+    precision=None,
     interpret=False,
 ):
     """Linear attention with decay.
@@ -95,6 +99,7 @@ def gated_linear(
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None or 64.
+      precision: None, or 'highest': results of 32 bits as good as float32 makes them, slower.
 
     Returns:
       out [B, T, N, Hv] bfloat16 and the last state [B, N, H, Hv] float32. First derivatives only.
@@ -102,14 +107,16 @@ def gated_linear(
     Raises:
       ValueError: `unsupported` has a reason.
     """
-    if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
+    if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk, precision=precision):
         raise ValueError(f'gated_linear on mosaic_gpu: {reason}')
     scale = 1.0 if scale is None else float(scale)
     if query.shape[1] == 1:
         return decode.one_token((scale, interpret), query, key, value, None, log_decay, initial_state)
-    run, static = _gated_linear, (scale, interpret)
+    run, static = _gated_linear, (scale, precision == 'highest', interpret)
     if log_decay is not None and log_decay.ndim == 4:
-        from pallas_kernels.gated_linear.per_channel import per_channel as run  # it stands on this module
+        from pallas_kernels.gated_linear.per_channel import per_channel  # it stands on this module
+
+        run, static = per_channel, (scale, interpret)
     if segment_ids is None or interpret:
         return run(static, query, key, value, log_decay, initial_state, segment_ids)
     run = functools.partial(_without_beta, run, static)
@@ -122,14 +129,15 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
-    scale, interpret = static
+    scale, exact, interpret = static
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
     q8, k8, v8 = map(pad, (q, k, v))
+    options = {'exact': exact, 'scale': scale, 'interpret': interpret}
     if takes(k8.shape[3], v8.shape[3]):
-        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, scale=scale, interpret=interpret)
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, **options)
     else:
-        out, states, _ = run(q8, k8, v8, decay, state, scale=scale, interpret=interpret)
+        out, states, _ = run(q8, k8, v8, decay, state, **options)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
     return out, last
 
@@ -148,7 +156,7 @@ def is_primal(x) -> bool:
 
 def _backward(static, saved, cotangents):
     q, k, v, log_decay, initial_state, segment_ids, wanted = saved
-    scale, interpret = static
+    scale, exact, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
@@ -158,15 +166,18 @@ def _backward(static, saved, cotangents):
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    transposed = None if dstate is None else dstate.swapaxes(2, 3)
-    if takes(k8.shape[3], v8.shape[3]):
+    transposed, ends = None if dstate is None else dstate.swapaxes(2, 3), None
+    if exact:
+        options = {'grouped': grouped, 'exact': True, 'scale': scale, 'interpret': interpret}
+        (dq, dk, dv), states, dstates = plain_sweeps(q8, k8, v8, do8, decay, state, transposed, **options)
+    elif takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
         dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False, last=False)
         against, started = states if grouped else None, initial_state is not None
         dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=started)
         if grouped:
             first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
-            felt = jnp.concatenate([first, met.sum((3, 4))], axis=2)
+            ends = jnp.concatenate([first, met.sum((3, 4))], axis=2)
         dstates = dstates.swapaxes(3, 4) if started or grouped else None
     else:
         sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
@@ -174,7 +185,7 @@ def _backward(static, saved, cotangents):
         of_values = functools.partial(sweep_, k8, q8, do8, decay, dstate, v8 if grouped else None, reverse=True)
         of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
         back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
-        dv, dstates, writes, dk, felt = back('bng' if grouped else None)
+        dv, dstates, writes, dk, ends = back('bng' if grouped else None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
     dstate0 = None
     if initial_state is not None:
@@ -183,8 +194,11 @@ def _backward(static, saved, cotangents):
     if log_decay is not None:
         dlog_decay = jnp.zeros_like(log_decay)
     if grouped:
-        each = (reads.sum(2) - writes.sum(2)) * scale
-        each = decays.decay_gradient(each[..., :T], felt * scale, step)
+        if exact:  # by states transposed
+            each = felt(do8, v8, q8, k8, None, decay, state, states, transposed, dstates.swapaxes(3, 4))[..., :T] * scale
+        else:
+            each = (reads.sum(2) - writes.sum(2)) * scale
+            each = decays.decay_gradient(each[..., :T], ends * scale, step)
         each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
         each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
         dlog_decay = each.astype(log_decay.dtype)
@@ -192,6 +206,28 @@ def _backward(static, saved, cotangents):
 
 
 _gated_linear.defvjp(_forward, _backward, symbolic_zeros=True)
+
+
+def plain_sweeps(q, k, v, do, decay, state, dstate, *, grouped, **options):
+    """The gradients by sweeps without dots.
+
+    state, dstate: transposed, [B, N, V, K], before the first token and after the last, or None for zero.
+
+    Returns:
+      (dq, dk, dv), the states after every chunk, [B, N, chunks, V, K], and their adjoints before it, [B, N, chunks, K, V], of
+      the last chunk only if not `grouped`.
+    """
+    every = functools.partial(run_twin if takes(k.shape[3], v.shape[3]) else run, decay=decay, grouped=grouped, **options)
+    if takes(k.shape[3], v.shape[3]):
+        dq, _, states, *_ = every(do, v, k, state=state, both=False)
+        dk, dv, dstates, *_ = every(v, do, q, state=dstate, partner=k, reverse=True)
+    else:
+        dq, states, _ = every(do, v, k, state=state)
+        dk, dstates, _ = every(v, do, q, state=dstate, reverse=True)
+        turned = None if dstate is None else dstate.swapaxes(2, 3)
+        dv, *_ = run(k, q, do, decay, turned, reverse=True, **options)
+    chunks = k.shape[1] // CHUNK  # pieces may have more
+    return (dq, dk, dv), states[:, :, :chunks], dstates[:, :, :chunks].swapaxes(3, 4)
 
 
 def anchors(spec: str, state, states, dstate, dstates):
@@ -280,6 +316,7 @@ def run(
     by_columns=False,
     reverse=False,
     grouped=False,
+    exact=False,
     interpret=False,
     parts=None,
     **options,
@@ -293,8 +330,8 @@ def run(
     (B, T, _, K), V = k[0].shape, v[0].shape[3]
     N = max(x.shape[2] for x in q + k + v)
     cut = Pieces(T, parts or pieces(B, T, N, K, V))
-    shared = {'reverse': reverse, 'interpret': interpret}
-    options |= shared | {'every': decays.GROUP if grouped else None}
+    shared = {'reverse': reverse, 'exact': exact, 'interpret': interpret}
+    options |= shared | {'every': between(grouped, exact)}
     if cut.count == 1:
         return sweep(q, k, v, decay, state, partner, scales, against=against, by_columns=by_columns, **options)
     local_decay = cut.cut_decay(decay, B)
@@ -311,7 +348,20 @@ def run(
 
 
 def run_twin(
-    q, k, v, decay, state, partner=None, against=None, *, reverse=False, grouped=False, last=True, interpret=False, **options
+    q,
+    k,
+    v,
+    decay,
+    state,
+    partner=None,
+    against=None,
+    *,
+    reverse=False,
+    grouped=False,
+    exact=False,
+    last=True,
+    interpret=False,
+    **options,
 ):
     """`twin` by the schedule that the shape asks for; last: whether the last state is wanted.
 
@@ -321,10 +371,10 @@ def run_twin(
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(x.shape[2] for x in (q, k, v))
     cut = Pieces(T, pieces(B, T, N, K, V))
-    shared = {'reverse': reverse, 'interpret': interpret}
-    exact = grouped or (last and cut.count == 1)
-    terms = TERMS if exact else 1 if q.shape[2] == k.shape[2] == v.shape[2] else 2
-    options |= shared | {'every': decays.GROUP if grouped else None, 'precise': grouped, 'terms': terms}
+    shared = {'reverse': reverse, 'exact': exact, 'interpret': interpret}
+    wide = grouped or (last and cut.count == 1)
+    terms = TERMS if wide else 1 if q.shape[2] == k.shape[2] == v.shape[2] else 2
+    options |= shared | {'every': between(grouped, exact), 'precise': grouped and not exact, 'terms': terms}
     if cut.count > 1:
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, (q, k, v, partner))
@@ -334,18 +384,23 @@ def run_twin(
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
         out, other = (x if x is None else x[:, :T] for x in (join(out, 1), join(other, 1)))
-        states = cut.join(states, 2) if exact else end[:, :, None]
+        states = cut.join(states, 2) if wide else end[:, :, None]
         met, dots = join(met, 2), join(dots, 3)
-    if exact and (against is not None or not grouped):
+    if wide and (against is not None or not grouped):
         states = states[:, :, :1] if reverse else states[:, :, -1:]
     return out, other, states, met, dots
 
 
-def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, interpret, by_columns=False):
+def between(grouped, exact):
+    """Chunks between states that are kept; `felt` wants every one."""
+    return None if not grouped else 1 if exact else decays.GROUP
+
+
+def _first_states(cut, N, k, v, decay, state, scales=None, *, reverse, exact, interpret, by_columns=False):
     """The state that each piece starts with, of arrays that are cut, [pieces of the batch, N, K, V]; the last, [B, N, K, V]."""
     K, V = k[0].shape[3], v[0].shape[3]
-    shared = {'reverse': reverse, 'interpret': interpret, 'by_columns': by_columns}
-    if decay is not None and scales is None and len(k + v) == 2 and of_pieces.takes(K, V):
+    shared = {'reverse': reverse, 'exact': exact, 'interpret': interpret, 'by_columns': by_columns}
+    if decay is not None and not exact and scales is None and len(k + v) == 2 and of_pieces.takes(K, V):
         local = of_pieces.states(*k, *v, decay, reverse=reverse, heads=N, interpret=interpret)
     else:
         _, local, _ = sweep(None, k, v, decay, None, None, scales, heads=N, **shared)

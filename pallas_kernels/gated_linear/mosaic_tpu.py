@@ -10,13 +10,15 @@ from pallas_kernels import chunked_tpu
 
 
 def unsupported(
-    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None
+    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None, precision=None
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     return chunked_tpu.refuse(query, key, value, log_decay, scale, chunk)
 
 
-def gated_linear(query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None):
+def gated_linear(
+    query, key, value, log_decay=None, *, initial_state=None, segment_ids=None, scale=None, chunk=None, precision=None
+):
     """Linear attention with decay.
 
     Args:
@@ -26,6 +28,7 @@ def gated_linear(query, key, value, log_decay=None, *, initial_state=None, segme
       segment_ids: integers [B, T] or None; the state is zero before a token whose id differs from the one before.
       scale: a Python number.
       chunk: None, 16, 32, 64 or 128.
+      precision: None, or 'highest': products with float32 arrays take six passes, not three, for 16-bit inputs too.
 
     Returns:
       out [B, T, N, V] in value's dtype and the last state [B, N, H, V] float32. First derivatives only.
@@ -35,7 +38,8 @@ def gated_linear(query, key, value, log_decay=None, *, initial_state=None, segme
     """
     if reason := unsupported(query, key, value, log_decay, scale=scale, chunk=chunk):
         raise ValueError(f'gated_linear on mosaic_tpu: {reason}')
-    return chunked_tpu.run(_gated_linear, query, key, value, None, log_decay, initial_state, segment_ids, scale, chunk)
+    arrays = query, key, value, None, log_decay, initial_state, segment_ids
+    return chunked_tpu.run(_gated_linear, *arrays, scale, chunk, precision == 'highest')
 
 
 def _gated_linear(state, query, chunk, value, beta):

@@ -17,6 +17,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
 from pallas_kernels.gated_linear import accumulate
+from pallas_kernels.gated_linear.accumulate import multiply
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
@@ -39,7 +40,9 @@ def stages(K: int, V: int, keys: int, values: int, copies: int, outputs: int) ->
     return min(4, (common.SMEM_LIMIT - 3072 - fixed) // (2 * CHUNK * (K * keys + width * values)))
 
 
-@common.lowered_once('by_columns', 'reverse', 'strict', 'precise', 'wide', 'own', 'every', 'scale', 'heads', 'interpret')
+@common.lowered_once(
+    'by_columns', 'reverse', 'strict', 'precise', 'exact', 'wide', 'own', 'every', 'scale', 'heads', 'interpret'
+)
 def sweep(
     q,
     k,
@@ -55,6 +58,7 @@ def sweep(
     reverse=False,
     strict=False,
     precise=False,
+    exact=False,
     wide=False,
     own=False,
     every=None,
@@ -81,6 +85,7 @@ def sweep(
       every: chunks between two emitted states; None emits the last only.
       strict: out leaves out the part q_t k_t^T v_t that a token has from itself.
       precise: the state and the weights of pairs are multiplied as two 16-bit terms or more, for what is known so well.
+      exact: states are as good as float32 makes them: decays are to the last bit, and sums of products are short. Slower.
       wide: out is float32.
       own: without partner, dots are the products q_t . k_t, once for every 64 columns.
       scale: multiplies out (not the states).
@@ -111,6 +116,7 @@ def sweep(
     channels = width if by_columns else K
     registers = W == 2 and not interpret
     simple = partner is None and base is None and not precise
+    read_decay = accumulate.Exact if exact else accumulate.Decay
     early, pair = depth <= 2 and simple, 2 if depth <= 2 else 1  # a state of 256 rows leaves few registers
 
     def kernel(*refs_and_scratch):
@@ -188,19 +194,12 @@ def sweep(
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
 
-                decays = None if decay_ref is None else accumulate.Decay(g_smem.at[slot], reverse)
+                decays = None if decay_ref is None else read_decay(g_smem.at[slot], reverse)
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
                 values = [x.at[slot, :, mine] for x in v_smem]
                 queries = [x.at[slot] for x in q_smem]
-
-                def multiply(acc, left, right, terms):
-                    """Adds the products that `terms` terms of each are worth, least first: sums are cut, not rounded."""
-                    places = [(i, j) for i in range(len(left)) for j in range(len(right)) if i + j < terms]
-                    for i, j in sorted(places, key=sum, reverse=True):
-                        acc.add(left[i], right[j])
-                    return len(places)
 
                 def read(out):
                     return multiply(out, queries, [s_smem.at[here, term] for term in range(copies)], copies)
@@ -225,6 +224,9 @@ def sweep(
                     """The state after the chunk."""
                     right = decayed_values()
                     total = 1.0 if decays is None else decays.total()
+                    if exact:
+                        keys_of = lambda i: [plgpu.load(x.at[slot, :, pl.ds(64 * i, 64)].T, layout=TILE) for x in k_smem]
+                        return tuple(accumulate.exactly(total * x, keys_of(i), right, interpret) for i, x in enumerate(S))
 
                     def of_rows(first):
                         def run(*accumulators):

@@ -30,7 +30,7 @@ def takes(K: int, V: int) -> bool:
     return K == V and K <= 128
 
 
-@common.lowered_once('both', 'reverse', 'precise', 'terms', 'every', 'scale', 'interpret')
+@common.lowered_once('both', 'reverse', 'precise', 'exact', 'terms', 'every', 'scale', 'interpret')
 def twin(
     q,
     k,
@@ -43,6 +43,7 @@ def twin(
     both=True,
     reverse=False,
     precise=False,
+    exact=False,
     terms=TERMS,
     every=None,
     scale=1.0,
@@ -55,6 +56,7 @@ def twin(
       partner: p, [B, T', Np, V], or None where neither r nor dots are wanted.
       both: r is wanted.
       precise: the state is multiplied by q as three 16-bit terms, and dots are wanted.
+      exact: as of `sweep`.
       terms: 16-bit terms that decayed values enter the state as: three are float32, one or two good for results of 16 bits, and
         states are not emitted.
 
@@ -69,6 +71,7 @@ def twin(
     N = max(x.shape[2] for x in arrays)
     chunks, W = common.cdiv(T, CHUNK), V // 64
     every = min(every or chunks, chunks)
+    read_decay = accumulate.Exact if exact else accumulate.Decay
     constant = decay is not None and decay.shape[2] == 1 and not (both or precise)  # else there are no registers to keep it in
     copies, decayed = TERMS if precise else 1, terms * (decay is not None)
     per = max(copies, common.cdiv(decayed + 1 + both, W))  # where copies lay, decayed values and results come
@@ -90,7 +93,7 @@ def twin(
             spot = lambda at, n: s_smem.at[at, n % per, block(n // per)]  # where decayed values and results are kept
             split = functools.partial(accumulate.split, dtype=dtype)
 
-            shared = accumulate.Kept(accumulate.Decay(common.entry(decay_ref, b, h, 0), reverse)) if constant else None
+            shared = accumulate.Kept(read_decay(common.entry(decay_ref, b, h, 0), reverse)) if constant else None
 
             def within(strict):
                 i, j = (plgpu.broadcasted_iota(jnp.int32, SQUARE, dim, layout=TILE) for dim in (0, 1))
@@ -103,7 +106,7 @@ def twin(
                 here = wg if interpret else wg + common.opaque_zero()
                 mine = block(here)
                 plgpu.barrier_wait(full.at[slot])
-                decays = shared if g_smem is None else accumulate.Decay(g_smem.at[slot], reverse)
+                decays = shared if g_smem is None else read_decay(g_smem.at[slot], reverse)
 
                 def keep_copy():
                     for i in range(W):
@@ -181,12 +184,16 @@ def twin(
 
                 def write_state(*accumulators):
                     right = [v_smem.at[slot, :, mine]] if decays is None else [spot(here, n) for n in range(decayed)]
-                    for i, acc in enumerate(accumulators):
+                    keys = [k_smem.at[slot, :, block(i)].T for i in range(W)]
+                    for left, acc in zip(keys, accumulators):
                         for term in reversed(right):
-                            acc.add(k_smem.at[slot, :, block(i)].T, term)
+                            acc.add(left, term)
                     for n, ref in enumerate((out_ref, other_ref) if both else (out_ref,)):
                         plgpu.copy_smem_to_gmem(spot(here, decayed + n), ref.at[b, rows, h, mine])
                     total = 1.0 if decays is None else decays.total()
+                    if exact:
+                        keys = [[plgpu.load(x, layout=TILE)] for x in keys]
+                        return tuple(accumulate.exactly(total * x, left, right, interpret) for x, left in zip(S, keys))
                     # Not summed onto the state by the tensor core, which cuts digits off where an addition would round.
                     return tuple(total * x + acc.load() for x, acc in zip(S, accumulators))
 
@@ -197,7 +204,7 @@ def twin(
                 if both:
                     keep(decayed_values())
                 plgpu.commit_smem()
-                S = accumulate.scoped(write_state, *[SQUARE] * W, interpret=interpret)
+                S = accumulate.scoped(write_state, *[SQUARE] * (0 if exact else W), interpret=interpret)
                 plgpu.barrier_arrive(free.at[slot])
                 if against_ref is None and states_ref is not None:
                     passed = lax.rem(c, every) == 0 if reverse else (lax.rem(c + 1, every) == 0) | (c == chunks - 1)

@@ -27,6 +27,7 @@ def plain_sweep(
     reverse=False,
     strict=False,
     precise=False,
+    exact=False,
     wide=False,
     own=False,
     every=None,
@@ -35,7 +36,7 @@ def plain_sweep(
     interpret=False,
 ):
     """What `sweep` promises, token by token in float64."""
-    del interpret, precise, wide
+    del interpret, precise, exact, wide
     exact = lambda terms: sum(np.asarray(x, np.float64) for x in terms) if terms else None
     q, k, v = (exact(mosaic_gpu.terms_of(x)) for x in (q, k, v))
     (B, T, _, K), V = k.shape, v.shape[3]
@@ -123,6 +124,9 @@ CASES = [
     check.Case('pieces', T=150, N=1, K=64, V=64, resets=0.02),
     check.Case('constant, pieces', T=128, N=1, K=64, V=64, decay='head'),
     check.Case('constant, pieces, not trained', T=128, N=1, K=64, V=64, decay='head', trained=False),
+    check.Case('highest', T=150, N=2, heads=1, K=64, V=64, resets=0.02, scale=0.5, precision='highest'),
+    check.Case('highest, constant, widths 64, 128', T=100, N=1, K=64, V=128, decay='head', precision='highest'),
+    check.Case('highest, not trained', T=70, N=1, K=64, V=64, state=False, trained=False, precision='highest'),
     check.Case('channel', T=150, N=2, heads=1, K=64, V=64, decay='channel', resets=0.03, scale=0.5),
     check.Case('channel, pieces', T=150, N=1, K=64, V=64, decay='channel', resets=0.02),
     check.Case('channel, near the span', T=70, N=1, K=64, V=64, decay='channel', strength=(1.9, 2.05)),
@@ -130,11 +134,11 @@ CASES = [
 ]
 
 
-@pytest.mark.quick('shared heads', 'none', 'constant, pieces', 'channel', 'channel, strong')
+@pytest.mark.quick('shared heads', 'none', 'constant, pieces', 'highest', 'channel', 'channel, strong')
 @pytest.mark.parametrize('case', CASES, ids=lambda case: case.name)
 def test_derivatives_and_pieces(plain, monkeypatch, case):
     with emulated(monkeypatch, common, scaling):
-        got = gradients(mosaic_gpu.gated_linear, case)
+        got = gradients(functools.partial(mosaic_gpu.gated_linear, precision=case.precision), case)
     with jax.enable_x64(True):
         want = gradients(functools.partial(check.oracle, dtype=jnp.float64), case)
     assert got.keys() == want.keys()
@@ -191,8 +195,10 @@ def test_one_token(monkeypatch, decay, beta):
 
 
 @pytest.mark.parametrize('width', [64, pytest.param(128, marks=pytest.mark.slow)])
-def test_interpreted_with_race_detection(width):
-    good, errors = check.check(check.Case('small', T=70, N=1, K=width, V=width, resets=0.05), interpret=True)
+@pytest.mark.parametrize('precision', [None, 'highest'])
+def test_interpreted_with_race_detection(width, precision):
+    case = check.Case('small', T=70, N=1, K=width, V=width, resets=0.05, precision=precision)
+    good, errors = check.check(case, interpret=True)
     assert good, errors
 
 
@@ -240,7 +246,7 @@ def test_a_few_numbers_are_drawn_several_times():
     """The draws count as one result, and a single run that is wrong fails."""
     runs = []
 
-    def kernel(*arrays, interpret, **options):
+    def kernel(*arrays, interpret, precision, **options):
         out, state = check.oracle(*arrays, dtype=jnp.float32, **options)
         runs.append(len(runs))
         return out * (1 + spoilt.get(len(runs), 0.0)), state
@@ -272,6 +278,14 @@ def test_refusals(change, words):
     assert words in reason
     with pytest.raises(ValueError, match='gated_linear on mosaic_gpu'):
         mosaic_gpu.gated_linear(x, x, jnp.zeros((1, T, 2, V), dtype), **options)
+
+
+def test_highest_wants_no_decay_per_channel():
+    x = jnp.zeros((1, 64, 2, 64), jnp.bfloat16)
+    assert 'decay per channel' in mosaic_gpu.unsupported(x, x, x, jnp.zeros(x.shape), precision='highest')
+    assert 'decay per channel' not in (mosaic_gpu.unsupported(x, x, x, jnp.zeros(x.shape[:3]), precision='highest') or '')
+    one = x[:, :1]
+    assert 'decay per channel' not in (mosaic_gpu.unsupported(one, one, one, jnp.zeros(one.shape), precision='highest') or '')
 
 
 @pytest.mark.gpu

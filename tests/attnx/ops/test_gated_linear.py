@@ -211,6 +211,7 @@ def test_normalized_rows_sum_to_one():
         ({'scale': 'a'}, 'scale must be one number'),
         ({'query': [[1.0]]}, 'query must be an array, given list'),
         ({name: np.ones((0, 6, 2, 3)) for name in ('query', 'key', 'value')}, 'a dimension is 0'),
+        ({'precision': 'high'}, "precision is 'high', expected None or 'highest'"),
         ({'chunk': 100}, 'chunk is 100, expected a power of two, such as 128'),
         ({'impl': 'xlaa'}, "did you mean 'xla'"),
     ],

@@ -3,7 +3,7 @@
 A token's log-decay is felt through all that earlier tokens wrote and that it or later ones read,
 
     d_t = <exp(g_t) S_{t-1}, what is asked of it> = sum over j < t <= i of X_ij
-    X_ij = ((q_i . k_j) (do_i . u_j) - (k_i . k_j) (w_i . u_j)) decayed from j to i
+    X_ij = ((q_i . k_j) (do_i . u_j) - (k_i . k_j) (w_i . u_j)) decayed from j to i        w = 0, u = v but in the delta rule
 
 with a chunk's first state in place of the j before it, and the adjoint of its last one in place of the i after it. Sums from
 token to token, d_t = d_{t+1} + a_t - b_t, would carry rounding errors through steps that let nothing else through.
@@ -14,7 +14,7 @@ import functools
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.delta_rule.products import power
+from pallas_kernels.gated_linear.accumulate import power
 from pallas_kernels.gated_linear.sweep import CHUNK, terms_of
 
 
@@ -29,7 +29,7 @@ def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
     """d without the scale, float32 [B, N, T'].
 
     Args:
-      q, k, do, u, w: [B, T', heads, H], T' a multiple of 64, heads divisors of N; each may be a tuple of terms.
+      q, k, do, u, w: [B, T', heads, H], T' a multiple of 64, heads divisors of N; each may be a tuple of terms. w may be None.
       decay: as the sweeps take it.
       state, states: float32 [B, N, K, V] before the first chunk, None for zero, and [B, N, chunks, K, V] after each.
       dstate, dstates: likewise the adjoint after the last chunk and before each, decayed to the token that follows.
@@ -40,6 +40,8 @@ def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
     after = jnp.concatenate([dstates[:, :, 1:], edge(dstate)], axis=2)
 
     def cut(x):
+        if x is None:
+            return None
         x = functools.reduce(jnp.add, (term.astype(jnp.float32) for term in terms_of(x)))
         x = jnp.repeat(x, N // x.shape[2], axis=2)
         return jnp.moveaxis(x.reshape(B, chunks, CHUNK, N, -1), 3, 1)
@@ -55,10 +57,12 @@ def felt(q, k, do, u, w, decay, state, states, dstate, dstates):
     row, column = (lambda x: x[..., :, None]), (lambda x: x[..., None, :])
     upper, strict = np.triu(np.ones((CHUNK, CHUNK), np.float32)), np.tri(CHUNK, k=-1, dtype=bool)
     pair = lambda x, y: matmul(x, y.swapaxes(-1, -2))
-    pairs = (pair(q, k) * pair(do, u) - pair(k, k) * pair(w, u)) * between(column, row)
-    later = matmul(upper, jnp.where(strict, pairs, 0))
     read = lambda x, state, y: (matmul(x, state) * y).sum(-1)
-    reads = between(start, lambda x: x) * (read(q, before, do) - read(k, before, w))
+    pairs, reads = pair(q, k) * pair(do, u), read(q, before, do)
+    if w is not None:
+        pairs, reads = pairs - pair(k, k) * pair(w, u), reads - read(k, before, w)
+    later = matmul(upper, jnp.where(strict, pairs * between(column, row), 0))
+    reads = between(start, lambda x: x) * reads
     writes = between(lambda x: x, last) * read(k, after, u)
     through = between(start, last) * (before * after).sum((3, 4))[..., None]
     inside = jnp.where(strict, later, 0).sum(-1)
