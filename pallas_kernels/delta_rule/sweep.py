@@ -212,13 +212,13 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 def output():
                     def run(out):
-                        out.add(q_smem.at[slot], s_smem.at[here, 0])
-                        high, low = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
+                        heard = TERMS if precise else 1
+                        multiply(out, [q_smem.at[slot]], [s_smem.at[here, term] for term in range(heard)], heard)
+                        weights = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
                         if decays is not None:
                             out.set(found(out.load(0)))
-                        out.add(high, r_smem.at[here, 0])
-                        if c_smem is not None:  # q and the key were rounded once more already, by their decays
-                            out.add(low, r_smem.at[here, 0])
+                        # With c, q and the key were rounded once more already, by their decays.
+                        multiply(out, weights, kept[:heard], heard if c_smem is None else TERMS)
                         o = out.load(0)
                         return (o * scale if scale != 1 else o).astype(dtype)
 
