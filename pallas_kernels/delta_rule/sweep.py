@@ -144,6 +144,11 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 factor = lambda i: plgpu.load(c_smem.at[slot, pl.ds(64 * i, 64)], layout=ROW, optimized=False)
                 return tuple(x * common.row(factor(i), SQUARE) for i, x in enumerate(S))
 
+            def halves(x):
+                """Of earlier tokens (columns) and of later ones."""
+                early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
+                return jnp.where(early, x, jnp.zeros_like(x)), jnp.where(early, jnp.zeros_like(x), x)
+
             def step(s, S):
                 slot, c = lax.rem(s, ring), place(s)
                 here = wg if interpret else wg + common.opaque_zero()
@@ -205,7 +210,9 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 right = strong(right_side(), 0)
                 keep(right)
-                keep(strong(products([Z_of(term) for term in range(terms)], kept, base=right if precise else None), 1))
+                inverse = [Z_of(term) for term in range(terms)]
+                parts = halves(plgpu.load(inverse[0], layout=TILE)) if precise else None
+                keep(strong(products(inverse, kept, base=right if precise else None, parts=parts), 1))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate(u_refs):
                     plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
@@ -250,11 +257,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 def precise_update(i):
                     x = S[i] if decays is None else S[i] * decays.total()
-                    early = plgpu.broadcasted_iota(jnp.int32, SQUARE, 1, layout=TILE) < CHUNK // 2
                     for keys, rights in entering(i):
-                        none = jnp.zeros_like(keys[0])
-                        halves = jnp.where(early, keys[0], none), jnp.where(early, none, keys[0])
-                        x = products(keys, rights, base=x, parts=halves)
+                        x = products(keys, rights, base=x, parts=halves(keys[0]))
                     return x
 
                 if precise:
