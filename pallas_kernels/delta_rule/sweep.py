@@ -208,11 +208,12 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                right = strong(right_side(), 0)
-                keep(right)
-                inverse = [Z_of(term) for term in range(terms)]
-                parts = halves(plgpu.load(inverse[0], layout=TILE)) if precise else None
-                keep(strong(products(inverse, kept, base=right if precise else None, parts=parts), 1))
+                keep(strong(right_side(), 0))
+                Z = [Z_of(term) for term in range(terms)]
+                solved = products(Z, kept, parts=halves(plgpu.load(Z[0], layout=TILE)) if precise else None)
+                if precise:  # Z is less I, and three terms are the number
+                    solved += sum(wide(plgpu.load(term, layout=TILE)) for term in kept)
+                keep(strong(solved, 1))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate(u_refs):
                     plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
