@@ -32,7 +32,7 @@ from pallas_kernels import common
 from pallas_kernels.common import COL, ROW, TILE
 from pallas_kernels.delta_rule.products import TERMS, decay_of
 from pallas_kernels.gated_linear import accumulate
-from pallas_kernels.gated_linear.accumulate import WHOLE, multiply, product
+from pallas_kernels.gated_linear.accumulate import WHOLE, halves, multiply, product
 
 CHUNK = 64
 SQUARE = (CHUNK, CHUNK)
@@ -204,22 +204,25 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                right = strong(right_side(), 0)
-                keep(right)
-                keep(strong(products([Z_of(term) for term in range(terms)], kept, base=right if precise else None), 1))
+                keep(strong(right_side(), 0))
+                Z = [Z_of(term) for term in range(terms)]
+                solved = products(Z, kept, parts=halves(plgpu.load(Z[0], layout=TILE)) if precise else None)
+                if precise:  # Z is less I, and three terms are the number
+                    solved += sum(wide(plgpu.load(term, layout=TILE)) for term in kept)
+                keep(strong(solved, 1))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate(u_refs):
                     plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
 
                 def output():
                     def run(out):
-                        out.add(q_smem.at[slot], s_smem.at[here, 0])
-                        high, low = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
+                        heard = TERMS if precise else 1
+                        multiply(out, [q_smem.at[slot]], [s_smem.at[here, term] for term in range(heard)], heard)
+                        weights = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
                         if decays is not None:
                             out.set(found(out.load(0)))
-                        out.add(high, r_smem.at[here, 0])
-                        if c_smem is not None:  # q and the key were rounded once more already, by their decays
-                            out.add(low, r_smem.at[here, 0])
+                        # With c, q and the key were rounded once more already, by their decays.
+                        multiply(out, weights, kept[:heard], heard if c_smem is None else TERMS)
                         o = out.load(0)
                         return (o * scale if scale != 1 else o).astype(dtype)
 
@@ -252,7 +255,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 def precise_update(i):
                     x = S[i] if decays is None else S[i] * decays.total()
                     for keys, rights in entering(i):
-                        x = products(keys, rights, base=x, parts=accumulate.halves(keys[0]))
+                        x = products(keys, rights, base=x, parts=halves(keys[0]))
                     return x
 
                 if precise:

@@ -223,6 +223,13 @@ def test_a_recurrent_step(interpreted, name):
     close(jax.jit(lambda arrays: op(**arrays))(arrays), recurrences.forward(name, 'reference')(arrays, None), FLOAT32)
 
 
+def test_highest_takes_six_passes():
+    # Interpreted, three passes and six are the same.
+    program = lambda **options: str(jax.make_jaxpr(functools.partial(delta.delta_rule, **options))(*BF16, beta))
+    beta = jax.ShapeDtypeStruct((1, 64, 2), jnp.float32)
+    assert 'Precision.HIGH,' in program() and 'Precision.HIGH,' not in program(precision='highest')
+
+
 BF16 = [jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)] * 3
 LONG = [jax.ShapeDtypeStruct((1, 2**21, 1, 8), jnp.bfloat16)] * 3
 
