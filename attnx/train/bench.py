@@ -54,7 +54,7 @@ LLAMA = {
 }  # fmt: skip
 CUT = {'kind': 'scaling', 'preset': 'fsdp_context', 'mesh': 'context', 'grow': 'length'}
 SHORT = LLAMA | {'num_layers': 4, 'remat': 'dots'}
-LONG = LLAMA | {'unroll': 0}  # a loop's stacks would be zeroed and copied into, beside nothing; remat saves a tenth of the memory
+LONG = LLAMA | {'unroll': 0}  # a loop's stacks would be zeroed and copied into, beside nothing
 HYBRID = LONG | {'pattern': ('d', 'd', 'd', 'a')}
 WIDE = LONG | {'pattern': ('w', 'w', 'w', 'a')}
 # A recurrent layer has more parameters, its gates; with narrower MLPs the model has as many, as in ablations (`ablate.match`).
