@@ -77,6 +77,7 @@ def test_figures_are_of_the_ops_own_pass(monkeypatch):
     found = health.figures(model.trace(params, BATCH, None))
     given = {name: calls[0].inputs[name] for name in ('query', 'key', 'mask', 'score', 'scale', 'sinks')}
     for name, value in statistics.softmax(**given).items():
-        np.testing.assert_allclose(found[f'layer_0/softmax_attention/{name}'], value, rtol=1e-5)
+        # An entropy near 0 is a difference of numbers near 1, rounded by the order of their sums.
+        np.testing.assert_allclose(found[f'layer_0/softmax_attention/{name}'], value, rtol=1e-5, atol=1e-6)
     monkeypatch.setattr(statistics, 'softmax', None)
     assert health.figures(model.trace(params, BATCH, None)).keys() == found.keys()
