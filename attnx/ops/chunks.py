@@ -58,7 +58,7 @@ def require_range(op: str, name: str, array, low: float, high: float, hint: str)
         raise ValueError(f'{op}: {name} holds {float(outside.flat[0]):.6g}, expected values in [{low}, {high:.6g}]: {hint}')
 
 
-def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, scale, chunk) -> None:
+def require_recurrence(op, query, key, value, log_decay, initial_state, segment_ids, scale, chunk, precision) -> None:
     """The checks that gated_linear and delta_rule share; N value heads may share K query and key heads."""
     sizes = {}
     require_shape(op, 'value', value, 'B T N Hv', sizes)
@@ -78,6 +78,8 @@ def require_recurrence(op, query, key, value, log_decay, initial_state, segment_
         require_shape(op, 'initial_state', initial_state, 'B N H Hv', sizes)
     if segment_ids is not None:
         require_shape(op, 'segment_ids', segment_ids, 'B T', sizes, floating=False)
+    if precision not in (None, 'highest'):
+        raise ValueError(f"{op}: precision is {precision!r}, expected None or 'highest'")
     if scale is not None and (jnp.ndim(scale) or isinstance(scale, str)):
         raise ValueError(f'{op}: scale must be one number, given {scale!r}')
     if chunk is not None and (not isinstance(chunk, int) or chunk < 1 or chunk & (chunk - 1)):

@@ -57,15 +57,14 @@ def delta_rule(
 
     Memory: O(T), forward and backward. Paper: 2406.06484, 2412.06464.
     """
-    chunks.require_recurrence('delta_rule', query, key, value, log_decay, initial_state, segment_ids, scale, chunk)
+    arrays = query, key, value, log_decay, initial_state, segment_ids
+    chunks.require_recurrence('delta_rule', *arrays, scale, chunk, precision)
     sizes = dict(zip('BTN', value.shape))
     chunks.require_shape('delta_rule', 'beta', beta, 'B T N', sizes)
     chunks.require_range('delta_rule', 'beta', beta, 0, 2 + 1e-3, 'beyond it a unit key makes the state grow')
-    if precision not in (None, 'highest'):
-        raise ValueError(f"delta_rule: precision is {precision!r}, expected None or 'highest'")
     forms = {'reference': reference, 'xla': xla}
-    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    options['precision'] = precision
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale}
+    options |= {'chunk': chunk, 'precision': precision}
     out, state = parallel.run('delta_rule', impl, forms, (query, key, value, beta, log_decay), options)
     return kept_once(out), state
 

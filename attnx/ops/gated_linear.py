@@ -54,12 +54,11 @@ def gated_linear(
 
     Memory: O(T), forward and backward. Paper: 2006.16236, 2307.08621, 2312.06635, 2405.21060.
     """
-    chunks.require_recurrence('gated_linear', query, key, value, log_decay, initial_state, segment_ids, scale, chunk)
-    if precision not in (None, 'highest'):
-        raise ValueError(f"gated_linear: precision is {precision!r}, expected None or 'highest'")
+    arrays = query, key, value, log_decay, initial_state, segment_ids
+    chunks.require_recurrence('gated_linear', *arrays, scale, chunk, precision)
     forms = {'reference': reference, 'xla': xla}
-    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale, 'chunk': chunk}
-    options['precision'] = precision
+    options = {'initial_state': initial_state, 'segment_ids': segment_ids, 'scale': scale}
+    options |= {'chunk': chunk, 'precision': precision}
     out, state = parallel.run('gated_linear', impl, forms, (query, key, value, log_decay), options)
     return kept_once(out), state
 

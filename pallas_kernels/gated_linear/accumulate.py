@@ -159,7 +159,9 @@ class Decay:
         square = (self.chunk, self.chunk)
         i = [common.row(x, square) for x in self._vectors(ROW)]
         j = [common.col(x, square) for x in self._vectors(COL)]
-        i, j = (j, i) if self.reverse else (i, j)
+        return self._between(j, i) if self.reverse else self._between(i, j)
+
+    def _between(self, i, j):
         return jnp.exp2((i[0] - j[0]) + (i[1] - j[1]))
 
     def read(self):
@@ -183,11 +185,7 @@ class Exact(Decay):
     def _exp2(self, x, less=(0.0, 0.0)):
         return power(x[0] - less[0], x[1] - less[1])
 
-    def pairs(self):
-        square = (self.chunk, self.chunk)
-        i = [common.row(x, square) for x in self._vectors(ROW)]
-        j = [common.col(x, square) for x in self._vectors(COL)]
-        return self._exp2(j, i) if self.reverse else self._exp2(i, j)
+    _between = _exp2
 
 
 class Kept:

@@ -28,7 +28,7 @@ def unsupported(
 ) -> str | None:
     """Why this call can't run on the kernel, with the nearest choice that can; or None."""
     if precision == 'highest' and log_decay is not None and log_decay.ndim == 4 and query.shape[1] > 1:
-        return 'precision="highest" with a decay per channel is not there; use impl="xla"'
+        return 'precision="highest" with a decay per channel has no kernel; use impl="xla"'
     return refuse(query, key, value, scale, chunk)
 
 
