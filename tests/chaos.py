@@ -27,7 +27,7 @@ os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
 
 import jax
 
-from tests.faults import FAULTS
+from tests.faults import FAULTS, operations
 from tests.trainers import (
     EVERY,
     PAIR,
@@ -83,12 +83,12 @@ def prepare_pair(places: Places) -> None:
 
 def attempt(job):
     """One fault: (kind, what happened, None or what was lost, seconds)."""
-    number, kind, seed, root, deadline = job
+    number, kind, seed, options, root, deadline = job
     if time.monotonic() > deadline:
         return kind, '', 'skipped', 0.0
     began, run_dir = time.monotonic(), pathlib.Path(root, f'fault_{number}')
     try:
-        told, lost = FAULTS[kind][1](run_dir, Places(pathlib.Path(root)), random.Random(seed)), None
+        told, lost = FAULTS[kind][1](run_dir, Places(pathlib.Path(root)), random.Random(seed), **options), None
     except Exception as error:
         told, lost = '', f'{type(error).__name__}: {error}' + ('' if isinstance(error, Lost) else traceback.format_exc())
     if lost is None:
@@ -116,13 +116,18 @@ def main() -> int:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--workers', type=int, default=2, help='faults at a time')
     parser.add_argument('--kinds', nargs='*', default=list(FAULTS), choices=list(FAULTS), metavar='KIND')
+    parser.add_argument('--operations', action='store_true', help='instead: a kill at every file operation of a run')
     given = parser.parse_args()
     rng, began = random.Random(given.seed), time.monotonic()
     root = pathlib.Path(tempfile.mkdtemp(prefix='chaos_'))
-    places, kinds = prepare_places(root), plan(given.faults, given.kinds, rng)
+    places = prepare_places(root)
+    planned = [(kind, {}) for kind in plan(given.faults, given.kinds, rng)]
+    if given.operations:
+        planned = [('kill at a file operation', {'at': n}) for n in range(1, operations(places))]
+    kinds = [kind for kind, _ in planned]
     if any('of two' in kind or 'processes' in kind for kind in kinds):
         prepare_pair(places)
-    jobs = [(n, kind, rng.random(), str(root), began + given.seconds) for n, kind in enumerate(kinds)]
+    jobs = [(n, kind, rng.random(), options, str(root), began + given.seconds) for n, (kind, options) in enumerate(planned)]
     table = {kind: [0, 0, 0.0] for kind in FAULTS if kind in kinds}
     skipped, losses = 0, []
     with multiprocessing.get_context('fork').Pool(given.workers) as pool:

@@ -45,8 +45,13 @@ def kill_any_time(run_dir, places, rng):
     return 'killed' if done is None else 'was done'
 
 
-def kill_at_file_operation(run_dir, places, rng):
-    left = rng.randrange(1, int((places.root / 'operations').read_text()))
+def operations(places) -> int:
+    """File operations of the undisturbed run."""
+    return int((places.root / 'operations').read_text())
+
+
+def kill_at_file_operation(run_dir, places, rng, at=None):
+    left = at or rng.randrange(1, operations(places))
 
     def prepare():
         count = left

@@ -23,6 +23,7 @@ FORMAT = 2
 REMOTE = ('gs://', 's3://')
 QUICK = 1 << 28  # bytes that are read before jax is imported
 THREADS = 4  # that read files for their digests
+DRAFT = '.tmp'  # ends the name of what is not written yet
 
 
 class CheckpointError(ValueError):
@@ -31,7 +32,7 @@ class CheckpointError(ValueError):
 
 def replace(path: epath.Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    draft = path.parent / (path.name + '.tmp')
+    draft = path.parent / (path.name + DRAFT)
     with draft.open('w') as stream:
         stream.write(text)
         stream.flush()
@@ -46,7 +47,7 @@ def digest(folder: epath.Path) -> dict[str, str]:
     Raises:
       ValueError: something below is a link, so it may lie elsewhere.
     """
-    paths = [path for path in sorted(_files(folder)) if path.name not in (SEAL, SEAL + '.tmp')]
+    paths = [path for path in sorted(_files(folder)) if path.name not in (SEAL, SEAL + DRAFT)]
     with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
         return dict(zip((str(path.relative_to(folder)) for path in paths), pool.map(_digest, paths)))
 
@@ -122,7 +123,8 @@ def listed(folder: epath.Path) -> tuple[set[int], str]:
     Raises:
       CheckpointError: the folder holds what this project, or this version of it, did not write.
     """
-    inside = sorted(path.name for path in folder.iterdir()) if folder.exists() else []
+    names = {path.name for path in folder.iterdir()} if folder.exists() else set()
+    inside = sorted(names - {MARK + DRAFT})  # killed before MARK was first there
     if inside and MARK not in inside:
         raise CheckpointError(
             f'{folder} holds foreign files ({", ".join(inside[:3])}): no {MARK}, so they are no checkpoints '

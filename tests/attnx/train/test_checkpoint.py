@@ -20,7 +20,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
-from attnx.train import checkpoint
+from attnx.train import checkpoint, seal
 
 SETTINGS = {'model.width': 64, 'model.pattern': ('gla', 'gqa'), 'train.steps': 10, 'optim.decay': None}
 
@@ -141,6 +141,14 @@ def test_a_foreign_folder_is_refused(opened, tmp_path):
     with pytest.raises(checkpoint.CheckpointError, match=r'foreign files \(100\)'):
         opened(tmp_path / 'theirs')
     assert (tmp_path / 'theirs/100').exists()
+
+
+def test_a_folder_whose_first_mark_was_never_finished_is_ours(opened, tiny, tmp_path):
+    folder = tmp_path / 'checkpoints'
+    folder.mkdir()
+    (folder / f'{seal.MARK}{seal.DRAFT}').write_text('{"form')
+    write(opened, tiny, (1,))
+    assert opened().restore(like(state_of(tiny)))[0] == 1
 
 
 def test_other_settings_are_named(opened, tiny):
