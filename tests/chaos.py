@@ -1,10 +1,10 @@
 """Breaks training runs on purpose: `python tests/chaos.py --faults 100 --seconds 900`.
 
-A fault is a kill (at any time, at a file operation, inside the write of a checkpoint), a SIGTERM, damage to a file of a
-checkpoint, a full disk, a lost process of two, a NaN born in a chosen layer, malformed data, or other settings. After each
-the same command must continue to what an undisturbed run gives, bit for bit (every array, every line of metrics.jsonl but
-its times), or stop with the right message and then, the cause removed, continue so. Prints a table; exit code 1 if anything
-was lost.
+With `--operations` it kills a run at each of its file operations, in turn. Else a fault, by chance, is a kill (at any time,
+at a file operation, inside the write of a checkpoint), a SIGTERM, damage to a file of a checkpoint, a full disk, a lost
+process of two, a NaN born in a chosen layer, malformed data, or other settings. After each the same command must continue
+to what an undisturbed run gives, bit for bit (every array, every line of metrics.jsonl but its times), or stop with the
+right message and then, the cause removed, continue so. Prints a table; exit code 1 if anything was lost.
 """
 
 import argparse
@@ -118,12 +118,15 @@ def main() -> int:
     parser.add_argument('--kinds', nargs='*', default=list(FAULTS), choices=list(FAULTS), metavar='KIND')
     parser.add_argument('--operations', action='store_true', help='instead: a kill at every file operation of a run')
     given = parser.parse_args()
+    if given.operations and any(getattr(given, name) != parser.get_default(name) for name in ('faults', 'kinds')):
+        parser.error('--operations kills once at every file operation: it takes no --faults and no --kinds')
     rng, began = random.Random(given.seed), time.monotonic()
     root = pathlib.Path(tempfile.mkdtemp(prefix='chaos_'))
     places = prepare_places(root)
-    planned = [(kind, {}) for kind in plan(given.faults, given.kinds, rng)]
     if given.operations:
         planned = [('kill at a file operation', {'at': n}) for n in range(1, operations(places))]
+    else:
+        planned = [(kind, {}) for kind in plan(given.faults, given.kinds, rng)]
     kinds = [kind for kind, _ in planned]
     if any('of two' in kind or 'processes' in kind for kind in kinds):
         prepare_pair(places)

@@ -5,9 +5,10 @@ import pathlib
 import statistics as mean_of
 from typing import NamedTuple
 
+from attnx.ablate.generators import swapped_in
 from attnx.ablate.results import Result, results
 from attnx.ablate.statistics import pareto
-from attnx.ablate.study import Cell, Study, slug, swapped_in
+from attnx.ablate.study import Cell, Study, slug
 from attnx.train import metrics
 
 COSTS = {'tokens_per_second': 'tokens/s, measured', 'flops': 'training FLOPs a token', 'state': 'bytes of decode state'}

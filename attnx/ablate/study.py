@@ -6,7 +6,6 @@ import importlib.util
 import itertools
 import json
 import pathlib
-import random
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,13 +13,13 @@ from typing import Any, NamedTuple
 from attnx import config as config_lib
 from attnx import tasks
 from attnx.ablate import match as match_lib
+from attnx.ablate.generators import generated
 from attnx.ablate.match import Match
 from attnx.dispatch import nearest
 from attnx.train.config import Config, check_batched, completed
 
 METRICS = {'loss': False, 'accuracy': True, 'nats_per_byte': False}  # name -> whether more is better
 RATES = ('shared', 'transfer')
-GENERATORS = ('swap', 'patterns', 'grid', 'random')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -368,45 +367,3 @@ def slug(text: str) -> str:
     """As part of a file name: letters, digits, dots and underscores; what was replaced stays distinct by a digest."""
     plain = re.sub(r'[^A-Za-z0-9._]+', '_', str(text)).strip('_')
     return plain if plain == text else f'{plain[:40]}_{hashlib.sha256(str(text).encode()).hexdigest()[:6]}'
-
-
-def swapped_in(given) -> tuple[str, str]:
-    """What a swap's arms call the mixer, and its name in the model: `given` is a name, or a mixer's settings."""
-    return (given, given) if isinstance(given, str) else (given['kind'], f'{given["kind"]} swapped in')
-
-
-def generated(entry: Mapping, base: Mapping) -> dict[str, dict]:
-    """Arms of one generator.
-
-    {'swap': 'gqa'}: for every layer, the base with that layer swapped; {'swap': {'kind': 'gqa', …}} for one with settings.
-    {'patterns': {'mixers': ('gla', 'gqa'), 'count':
-    2}}: every placement of `count` layers of the second mixer among layers of the first. {'grid': {setting: values, …}}:
-    every combination. {'random': {'grid': …, 'num': 8, 'seed': 0}}: `num` different ones of them.
-    """
-    if len(entry) != 1 or next(iter(entry)) not in GENERATORS:
-        raise ValueError(f'generate: {dict(entry)!r} is not one of {", ".join(GENERATORS)} with what it takes')
-    kind, given = next(iter(entry.items()))
-    layers = base['model']['num_layers']
-    if kind == 'swap':
-        name, put = swapped_in(given)
-        others, pattern = dict(base['model'].get('overrides') or {}), base['model']['pattern']
-        names = {i: others.get(i, pattern[i % len(pattern)]) for i in range(layers)}
-        change = {} if name == put else {'model.mixers': {**(base['model'].get('mixers') or {}), put: given}}
-        swapped = {i: {'model.overrides': {**others, i: put}, **change} for i in range(layers) if names[i] != put}
-        return {f'layer {i}: {name}': change for i, change in swapped.items()}
-    if kind == 'patterns':
-        (first, second), count = given['mixers'], given['count']
-        if not 0 <= count <= layers:
-            raise ValueError(f'generate: patterns places {count} layers among {layers}')
-        found = {}
-        for chosen in itertools.combinations(range(layers), count):
-            pattern = tuple(second if i in chosen else first for i in range(layers))
-            found[' '.join(pattern)] = {'model.pattern': pattern}
-        return found
-    grid = config_lib.as_dict(given if kind == 'grid' else given['grid'], 'generate.grid')
-    combinations = [dict(zip(grid, values)) for values in itertools.product(*grid.values())]
-    if kind == 'random':
-        if given['num'] > len(combinations):
-            raise ValueError(f'generate: random asks for {given["num"]} of {len(combinations)} combinations')
-        combinations = random.Random(given.get('seed', 0)).sample(combinations, given['num'])
-    return {', '.join(f'{k.rsplit(".", 1)[-1]}={v}' for k, v in c.items()): c for c in combinations}

@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 
 from attnx.derivatives import once, with_forward_mode
+from attnx.ops import tiles
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Index, Operand
@@ -124,7 +125,7 @@ def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats=False
     (k, poison_k), (v, poison_v) = (clean(jnp.moveaxis(_padded(jnp.asarray(x), 1, bk), 1, 2)) for x in (key, value))
     # For each query block: how many key blocks to visit, and which.
     visits = None if nq == nk == 1 else blocks.lists(blocks.union(blocks.classify(mask, B, N, T, S, bq, bk)))[:2]
-    fit = lambda o: Operand(_fitted(o, st), o.index)
+    fit = lambda o: Operand(tiles.fitted(o, st), o.index)
     mask, score = (jax.tree.map(fit, x, is_leaf=lambda y: isinstance(y, Operand)) for x in (mask, score))
     sinks = None if sinks is None else jnp.asarray(sinks, accumulator(q.dtype))
     return st, _same_axes((q, k, v, poison_q, poison_k + poison_v, visits, mask, score, sinks, dropout))
@@ -133,14 +134,6 @@ def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats=False
 def _padded(x, axis, block):
     n = -x.shape[axis] % block
     return jnp.pad(x, [(0, n if a == axis else 0) for a in range(x.ndim)]) if n else x
-
-
-def _fitted(o: Operand, st: _Static):
-    """An operand padded to whole blocks. Block (i, j) then reads a strip from j bk - i bq + (padded T) - bq on."""
-    x = jnp.asarray(o.array)
-    more = {'q': (0, -st.T % st.bq), 'k': (0, -st.S % st.bk), 'd': (-st.T % st.bq, -st.S % st.bk)}
-    pad = [more.get(c, (0, 0)) for c in o.index]
-    return jnp.pad(x, pad) if any(map(any, pad)) else x
 
 
 def _same_axes(tree):
@@ -190,7 +183,7 @@ def _logits(st, i, j, q, k, poison_q, poison_k, mask, score):
     seen = None
     if mask is not None:
         operands, call = elementwise.flatten(mask)
-        seen = call(index, [_spread(o, _slice(o, o.array, st, i, j), st) for o in operands])
+        seen = call(index, [tiles.spread(o, tiles.part(o, o.array, st, i, j), st) for o in operands])
     if st.S % st.bk:
         inside = index.k < st.S
         seen = inside if seen is None else seen & inside
@@ -198,41 +191,12 @@ def _logits(st, i, j, q, k, poison_q, poison_k, mask, score):
 
     def finish(s, slices):
         if call is not None:
-            values = [hidden(seen, _spread(o, x, st), 1) for o, x in zip(operands, slices)]
+            values = [hidden(seen, tiles.spread(o, x, st), 1) for o, x in zip(operands, slices)]
             s = call(hidden(seen, s, 0), index, values)
         return hidden(seen, s, -jnp.inf)
 
-    s, pull = jax.vjp(finish, s, [_slice(o, o.array, st, i, j) for o in operands])
+    s, pull = jax.vjp(finish, s, [tiles.part(o, o.array, st, i, j) for o in operands])
     return _Tile(s, seen, pull, index)
-
-
-def _starts(o, st, i, j):
-    nq = -(-st.T // st.bq)
-    start = {'q': i * st.bq, 'k': j * st.bk, 'd': j * st.bk - i * st.bq + (nq - 1) * st.bq}
-    return [jnp.asarray(start.get(c, 0), jnp.int32) for c in o.index]
-
-
-def _slice(o, array, st, i, j):
-    """An operand's part for block (i, j), in its own dimensions."""
-    size = {'q': st.bq, 'k': st.bk, 'd': st.bq + st.bk - 1}
-    return lax.dynamic_slice(array, _starts(o, st, i, j), [size.get(c, n) for c, n in zip(o.index, array.shape)])
-
-
-def _spread(o, x, st):
-    """An operand's part as a tile that broadcasts against [B, N, bq, bk]."""
-    order = sorted(range(x.ndim), key=lambda a: 'bhqkd'.index(o.index[a]))
-    x, letters = jnp.transpose(x, order), ''.join(sorted(o.index, key='bhqkd'.index))
-    if letters.endswith('d'):
-        # tile[r, c] = x[c - r + bq - 1]: rows of a skewed copy, without a gather, so that its transpose is a plain sum.
-        width = st.bq + st.bk
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, 1)])
-        x = jnp.broadcast_to(x[..., None, :], (*x.shape[:-1], st.bq, width)).reshape(*x.shape[:-1], -1)
-        x = x[..., st.bq - 1 : st.bq * width - 1].reshape(*x.shape[:-1], st.bq, width - 1)[..., : st.bk]
-        letters = letters[:-1] + 'qk'
-    shape = [1] * 4
-    for c, n in zip(letters, x.shape):
-        shape['bhqk'.index(c)] = n
-    return x.reshape(shape)
 
 
 def _fresh(like, *shapes_and_fills):
@@ -356,7 +320,7 @@ def _attend_bwd(st, saved, cotangents):
             dq += jnp.einsum('bkrs,bksh->bkrh', ds, kj, **dots)
             dk = _add_columns(dk, jnp.einsum('bkrs,bkrh->bksh', ds, q.reshape(B, K, G * bq, H), **dots), st, j)
             dv = _add_columns(dv, jnp.einsum('bkrs,bkrv->bksv', weights, dout, **dots), st, j)
-            grads = [_add_slice(g, o, x, st, i, j) if f else g for g, o, x, f in zip(grads, operands, slices, floating)]
+            grads = [tiles.add(g, o, x, st, i, j) if f else g for g, o, x, f in zip(grads, operands, slices, floating)]
             return dq, dk, dv, grads
 
         (dq,) = _fresh(q, ((B, K, G * bq, H), 0, dtype))
@@ -386,10 +350,6 @@ def _attend_bwd(st, saved, cotangents):
 
 def _add_columns(total, part, st, j):
     return lax.dynamic_update_slice_in_dim(total, _columns(total, st, j) + part, j * st.bk, 2)
-
-
-def _add_slice(total, o, part, st, i, j):
-    return lax.dynamic_update_slice(total, _slice(o, total, st, i, j) + part.astype(total.dtype), _starts(o, st, i, j))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
