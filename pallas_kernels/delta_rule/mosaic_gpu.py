@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels import apart
+from pallas_kernels.common import cdiv
 from pallas_kernels.delta_rule import chain as chains
 from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.delta_rule.inverse import inverses
@@ -23,6 +24,7 @@ from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.accumulate import WHOLE
 from pallas_kernels.gated_linear.felt import felt
+from pallas_kernels.gated_linear.log_decay import gradient
 from pallas_kernels.gated_linear.sweep import CHUNK
 from pallas_kernels.kept import kept_once
 
@@ -205,17 +207,17 @@ def _backward(static, saved, cotangents):
         dstate0 = (cut.join(dstates, 2)[:, :, 0, :K, :V] * scale).astype(initial_state.dtype)
     dlog_decay = None if log_decay is None else jnp.zeros_like(log_decay)
     if wanted is not None:
-        step = decays.steps(log_decay, segment_ids)
         if terms == WHOLE:
             each = felt(q8, k8, do8, u, w, decay, state, states, dstate, dstates)
             each = cut.join(each, 2)[..., :T] * scale
+            each = jnp.where(decays.steps(log_decay, segment_ids) > decays.ERASE, jnp.moveaxis(each, 1, 2), 0)
         else:
             first = None if initial_state is None else linear.pad_state(initial_state)
-            anchors = linear.anchors('bngkv,bngkv->bng', first, cut.join(states, 2), dlast, cut.join(dstates, 2)) * scale
-            each = cut.join((reads - asks).sum(2), 2)[..., :T] * scale
-            each = decays.decay_gradient(each, anchors, step)
-        each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
-        each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
+            anchors = linear.anchors('bngkv,bngkv->bng', first, cut.join(states, 2), dlast, cut.join(dstates, 2))
+            dots, ends = (cut.join(x, 3) for x in (reads, asks)), (anchors[:, :, :1], anchors[:, :, 1:, None])
+            decay = decay if decay.shape[2] == 1 else cut.join(decay, 2)[:, :, : cdiv(T, CHUNK)]
+            each = gradient(*dots, *ends, decay, T=T, scale=scale, interpret=interpret)
+        each = each.sum((0, 1)) if log_decay.ndim == 1 else each
         dlog_decay = each.astype(log_decay.dtype)
     return dq, dk, dv.astype(v.dtype), dbeta.astype(beta.dtype), dlog_decay, dstate0, None
 

@@ -55,40 +55,6 @@ def cumulative(step, T: int, log_decay=None):
     return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
 
 
-def decay_gradient(each, anchors, step):
-    """Gradient of the log-decay of every step.
-
-    With a_t = scale q_t (exp(g_t) S_{t-1}) do_t and b_t likewise what v_t k_t feels from later tokens, the gradient obeys
-    d_t = d_{t+1} + a_t - b_t. Summed from the end that would carry rounding errors over the whole sequence, and into steps
-    that decay so much that nothing is felt; so the sum starts anew at every group of chunks, from <S, dS> there, and at every
-    such step, from 0. What it then misses <S, dS> by where the group begins is taken from its tokens in equal steps.
-
-    Args:
-      each: a_t - b_t, float32 [B, N, T].
-      anchors: d of each group's first token and of the one after the last, [B, N, groups + 1].
-      step: `steps`.
-    """
-    (B, N, T), groups = each.shape, anchors.shape[-1] - 1
-    silent = jnp.broadcast_to(step.swapaxes(1, 2), (step.shape[0], step.shape[2], T)) <= NEGLIGIBLE
-    idle = [(0, 0), (0, 0), (0, groups * GROUP * CHUNK - T)]
-    cut = lambda x: jnp.pad(x, idle).reshape(*x.shape[:2], groups, GROUP, CHUNK)
-    each, silent = cut(each), cut(silent).astype(jnp.int32)
-    t = np.arange(CHUNK)
-    upto = jnp.asarray(t[:, None] <= t, jnp.bfloat16)
-    count = jnp.dot(silent.astype(jnp.bfloat16), upto).astype(jnp.int32)  # silent steps of the chunk up to each, inclusive
-    heard = (t[:, None] <= t) & ((count - silent)[..., :, None] == count[..., None, :])
-    within = jnp.where(heard, each[..., None, :], 0.0).sum(-1)
-    silence, following, chunks = count[..., -1:] - count + silent, anchors[..., 1:], []
-    for c in reversed(range(GROUP)):
-        chunks.append(within[..., c, :] + jnp.where(silence[..., c, :] == 0, following[..., None], 0.0))
-        following = chunks[-1][..., 0]
-    each = jnp.stack(chunks[::-1], axis=3).reshape(B, N, groups, GROUP * CHUNK)
-    silences = count[..., -1:]
-    heard = (count + jnp.cumsum(silences, axis=3) - silences == 0).reshape(*silent.shape[:2], *each.shape[2:])
-    each += (anchors[..., :-1] - each[..., 0])[..., None] * bridge(heard, T)
-    return each.reshape(B, N, -1)[..., :T]
-
-
 def bridge(heard, T: int):
     """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
 

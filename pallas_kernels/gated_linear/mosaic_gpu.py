@@ -17,8 +17,10 @@ from pallas_kernels import apart, common
 from pallas_kernels.gated_linear import decays, decode
 from pallas_kernels.gated_linear import states as of_pieces
 from pallas_kernels.gated_linear.felt import felt
+from pallas_kernels.gated_linear.log_decay import gradient
 from pallas_kernels.gated_linear.sweep import CHUNK, columns, sweep, terms_of
 from pallas_kernels.gated_linear.twin import TERMS, takes, twin
+from pallas_kernels.kept import kept
 
 WIDEST = 256
 
@@ -128,7 +130,12 @@ def _without_beta(run, static, query, key, value, beta, *rest):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
+def _gated_linear(static, *args):
+    return _run(static, *args)[0]
+
+
+def _run(static, q, k, v, log_decay, initial_state, segment_ids):
+    """The results, and the decays as the sweeps take them."""
     scale, exact, interpret = static
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
@@ -139,15 +146,15 @@ def _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids):
     else:
         out, states, _ = run(q8, k8, v8, decay, state, **options)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
-    return out, last
+    return (out, last), decay
 
 
 def _forward(static, *args):
-    """The residuals are the arguments; `()` in place of None marks a log_decay that wants its gradient."""
+    """The residuals are the arguments and decays; `()` in place of None marks a log_decay that wants its gradient."""
     q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(lambda x: x.value, args, is_leaf=is_primal)
     wanted = any(x.perturbed for x in jax.tree.leaves(args[3], is_leaf=is_primal))
-    saved = (q, k, v, log_decay, initial_state, segment_ids, () if wanted else None)
-    return _gated_linear(static, q, k, v, log_decay, initial_state, segment_ids), saved
+    results, decay = _run(static, q, k, v, log_decay, initial_state, segment_ids)
+    return results, (q, k, v, log_decay, initial_state, segment_ids, kept(decay), () if wanted else None)
 
 
 def is_primal(x) -> bool:
@@ -155,18 +162,16 @@ def is_primal(x) -> bool:
 
 
 def _backward(static, saved, cotangents):
-    q, k, v, log_decay, initial_state, segment_ids, wanted = saved
+    q, k, v, log_decay, initial_state, segment_ids, decay, wanted = saved
     scale, exact, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
     do = jnp.zeros(v.shape, v.dtype) if isinstance(do, SymbolicZero) else do
-    step = decays.steps(log_decay, segment_ids)
-    decay = decays.cumulative(step, T, log_decay)
     state = None if initial_state is None else pad_state(initial_state).swapaxes(2, 3)
     dstate = None if isinstance(dlast, SymbolicZero) else pad_state(dlast) / scale
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
-    transposed, ends = None if dstate is None else dstate.swapaxes(2, 3), None
+    transposed, first, met = None if dstate is None else dstate.swapaxes(2, 3), None, None
     if exact:
         options = {'grouped': grouped, 'exact': True, 'scale': scale, 'interpret': interpret}
         (dq, dk, dv), states, dstates = plain_sweeps(q8, k8, v8, do8, decay, state, transposed, **options)
@@ -176,8 +181,8 @@ def _backward(static, saved, cotangents):
         against, started = states if grouped else None, initial_state is not None
         dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=started)
         if grouped:
-            first = jnp.zeros_like(met[:, :, :1, 0, 0]) if state is None else (state[:, :, None] * dstates).sum((3, 4))
-            ends = jnp.concatenate([first, met.sum((3, 4))], axis=2)
+            first = None if state is None else (state * dstates[:, :, 0]).sum(2)
+            met = met.reshape(*met.shape[:3], -1)
         dstates = dstates.swapaxes(3, 4) if started or grouped else None
     else:
         sweep_ = functools.partial(run, scale=scale, precise=grouped, interpret=interpret)
@@ -186,6 +191,7 @@ def _backward(static, saved, cotangents):
         of_keys = functools.partial(run, v8, do8, q8, decay, transposed, reverse=True, scale=scale, interpret=interpret)
         back = functools.partial(backward_in_time, of_values, of_keys, state, states, dstate)
         dv, dstates, writes, dk, ends = back('bng' if grouped else None)
+        first, met = (ends[:, :, :1], ends[:, :, 1:, None]) if grouped else (None, None)
     dq, dk = (over_groups(x[:, :T, :, :K], q.shape[2]) for x in (dq, dk))
     dstate0 = None
     if initial_state is not None:
@@ -196,11 +202,10 @@ def _backward(static, saved, cotangents):
     if grouped:
         if exact:  # by states transposed
             each = felt(do8, v8, q8, k8, None, decay, state, states, transposed, dstates.swapaxes(3, 4))[..., :T] * scale
+            each = jnp.where(decays.steps(log_decay, segment_ids) > decays.ERASE, jnp.moveaxis(each, 1, 2), 0)
         else:
-            each = (reads.sum(2) - writes.sum(2)) * scale
-            each = decays.decay_gradient(each[..., :T], ends * scale, step)
-        each = jnp.where(jnp.moveaxis(step, 2, 1) > decays.ERASE, each, 0)
-        each = each.sum((0, 2)) if log_decay.ndim == 1 else jnp.moveaxis(each, 1, 2)
+            each = gradient(reads, writes, first, met, decay, T=T, scale=scale, interpret=interpret)
+        each = each.sum((0, 1)) if log_decay.ndim == 1 else each
         dlog_decay = each.astype(log_decay.dtype)
     return dq, dk, dv[:, :T, :, :V], dlog_decay, dstate0, None
 

@@ -69,7 +69,7 @@ def _resets(segment_ids):
 
 
 def chained(within, anchors, segment_ids, T: int):
-    """As `decays.decay_gradient`, of T tokens whose sums within chunks are given, where only resets are silent.
+    """As `log_decay.gradient`, of T tokens whose sums within chunks are given, where only resets are silent.
 
     Args:
       within: a_t - b_t summed over t and what follows it in its chunk and document, float32 [B, whole chunks, N, H].

@@ -146,7 +146,7 @@ def unscaled(log_decay, q, k, dq, dk, own, resets, dr=None, *, interpret=False):
 
     Returns:
       dq and dk by the N heads, float32 where these share the heads of q and k; the sum of a_t - b_t, which
-      `decays.decay_gradient` explains, over t and what follows it in its chunk and document, 0 where a document begins:
+      `log_decay.gradient` explains, over t and what follows it in its chunk and document, 0 where a document begins:
       float32 [B, T, N, K].
     """
     (B, T, N, K), chunks = log_decay.shape, log_decay.shape[1] // CHUNK

@@ -14,7 +14,7 @@ from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
 from tests.pallas_kernels.emulation import emulated
-from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_sweep
+from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_gradient, plain_sweep
 
 
 def plain_delta(
@@ -134,6 +134,7 @@ def test_derivatives(monkeypatch, case):
     monkeypatch.setattr(sweep, 'write', plain_delta)
     monkeypatch.setattr(sweep, 'reach', functools.partial(plain_delta, reverse=True))
     monkeypatch.setattr(mosaic_gpu, 'joint', plain_joint)
+    monkeypatch.setattr(mosaic_gpu, 'gradient', plain_gradient)
     arrays, ids, cotangents = case.arrays()
     arrays = jax.tree.map(lambda x: x.astype(jnp.float32), arrays)
     run = lambda f: linear_check.gradients(f, arrays, ids, cotangents, case.scale, names=check.NAMES)

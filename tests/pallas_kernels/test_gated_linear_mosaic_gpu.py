@@ -8,7 +8,18 @@ import numpy as np
 import pytest
 
 from pallas_kernels import apart, common
-from pallas_kernels.gated_linear import accumulate, check, decays, decode, mosaic_gpu, per_channel, scaling, states, sweep
+from pallas_kernels.gated_linear import (
+    accumulate,
+    check,
+    decays,
+    decode,
+    log_decay,
+    mosaic_gpu,
+    per_channel,
+    scaling,
+    states,
+    sweep,
+)
 from tests.pallas_kernels.emulation import emulated
 
 
@@ -98,12 +109,32 @@ def plain_twin(q, k, v, decay, state, partner=None, against=None, *, both=True, 
     return out, other, states if terms == 3 else None, met, dots
 
 
+def plain_gradient(reads, writes, first, met, decay, *, T, scale=1.0, interpret=False):
+    """What `log_decay.gradient` promises, token by token in float64."""
+    del interpret
+    each, met = (np.asarray(x, np.float64) * scale for x in (reads.sum(2) - writes.sum(2), met.sum(3)))
+    first = np.zeros(met.shape[:2]) if first is None else np.asarray(first, np.float64).sum(2) * scale
+    step = np.diff(np.float64(decay[..., 0, :]), axis=-1, prepend=0.0)
+    step = np.broadcast_to(step, (*each.shape[:2], -(-T // 64), 64)).reshape(*each.shape[:2], -1)
+    found, size = np.zeros((*each.shape[:2], T)), 64 * decays.GROUP
+    for b, n, begin in np.ndindex(*met.shape):
+        begin *= size
+        end, sum_ = min(begin + size, T), met[b, n, begin // size]
+        for t in reversed(range(begin, end)):
+            found[b, n, t] = sum_ = 0.0 if step[b, n, t] <= decays.NEGLIGIBLE else sum_ + each[b, n, t]
+        heard = int(np.argmax([*(step[b, n, begin:end] <= decays.NEGLIGIBLE), True]))
+        missed = (met[b, n, begin // size - 1] if begin else first[b, n]) - sum_
+        found[b, n, begin : begin + heard] += missed * (1 - np.arange(heard) / max(heard, 1))
+    return jnp.asarray(np.moveaxis(found, 2, 1), jnp.float32)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(decays, 'GROUP', 1)
     monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
     monkeypatch.setattr(mosaic_gpu, 'twin', plain_twin)
+    monkeypatch.setattr(mosaic_gpu, 'gradient', plain_gradient)
     last = lambda k, v, decay, **options: plain_sweep(None, k, v, decay, None, **options)[1]
     monkeypatch.setattr(mosaic_gpu.of_pieces, 'states', last)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
@@ -200,6 +231,24 @@ def test_interpreted_with_race_detection(width, precision):
     case = check.Case('small', T=70, N=1, K=width, V=width, resets=0.05, precision=precision)
     good, errors = check.check(case, interpret=True)
     assert good, errors
+
+
+@pytest.mark.parametrize(
+    'T, N, parts, X, decay, first',
+    [(600, 3, (2, 1), 64, 'token', True), (70, 4, (1, 1), 1, 'token', False), (1024, 1, (1, 2), 40, 'head', True)],
+)
+def test_gradient_of_log_decay(T, N, parts, X, decay, first):
+    """Steps that erase, and such that nothing is felt through."""
+    rng, chunks = np.random.default_rng(T), -(-T // 64)
+    normal = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+    given = -rng.uniform(0.0, 0.5, {'head': N, 'token': (2, T, N)}[decay])
+    given = given if decay == 'head' else np.where(rng.random(given.shape) < 0.01, rng.choice([-np.inf, -50.0]), given)
+    given = jnp.asarray(given, jnp.float32)
+    dots = (normal(2, N, count, 64 * chunks).at[..., T:].set(0.0) for count in parts)
+    ends = normal(2, N, X) if first else None, normal(2, N, -(-chunks // decays.GROUP), X)
+    args = *dots, *ends, decays.cumulative(decays.steps(given, None), T, given)
+    got, want = (f(*args, T=T, scale=0.5, interpret=True) for f in (log_decay.gradient, plain_gradient))
+    np.testing.assert_allclose(got, want, atol=1e-6 * np.abs(want).max())
 
 
 @pytest.mark.parametrize('reverse, decay', [(False, 'token'), (True, 'token'), (False, 'head')])
