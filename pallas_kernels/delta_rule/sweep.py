@@ -94,6 +94,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
     q_low = q_low if reverse else None
     terms = inverse.shape[3]
     precise = terms >= WHOLE
+    by_rows = not (reverse or precise)  # the decay to the chunk's end is on what is written, not on keys, which stay exact
     W = 2 if V % 128 == 0 and scales is None else 1  # a decay per channel has more to keep in shared memory
     width, depth = 64 * W, K // 64
     parts, ring = V // width, min(RING if scales is None and not (precise and K == width == 128) else 1, chunks)
@@ -126,6 +127,10 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 """Before memory is written that products have read."""
                 if not interpret:
                     common.together()
+
+            def copy_of(of, term):
+                """Of the state."""
+                return s_smem.at[of, term, pl.ds(0, K)]
 
             def keep_copy(S):
                 read_by_all()
@@ -176,7 +181,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     """What the inverse multiplies, before diag(s): V - K S, or K D with D as the token finds it."""
 
                     keys = [x.at[slot] for x in (k_smem, kl_smem) if x is not None]
-                    copies = [s_smem.at[here, term] for term in range(terms)]
+                    copies = [copy_of(here, term) for term in range(terms)]
                     if not reverse:
                         predicted = found(products(keys, copies))
                         return -predicted if value is None else wide(plgpu.load(value, layout=TILE)) - predicted
@@ -195,34 +200,45 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                     return accumulate.scoped(run, SQUARE, interpret=interpret)
 
-                kept = [r_smem.at[here, term] for term in range(terms)]
+                aside = by_rows and decays is not None  # u lies where the state's low copy was read, what is left of it is kept
+                kept_at = lambda of, term: r_smem.at[of, term]
+                told_at = (lambda of, term: s_smem.at[of, 1, pl.ds(CHUNK * term, CHUNK)]) if aside else kept_at
+                (kept, mine_kept), (told, mine_told) = (
+                    [[at(of, term) for term in range(terms)] for of in (here, wg)] for at in (kept_at, told_at)
+                )
 
-                def keep(x):
+                def keep(*pairs):
                     read_by_all()
-                    for term, part in enumerate(split(x)):
-                        r_smem.at[wg, term][...] = part
+                    for x, places in pairs:
+                        for part, place in zip(split(x), places):
+                            place[...] = part
                     plgpu.commit_smem()
 
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                keep(strong(right_side(), 0))
+                keep((strong(right_side(), 0), mine_kept))
                 Z = [Z_of(term) for term in range(terms)]
                 solved = products(Z, kept, parts=halves(plgpu.load(Z[0], layout=TILE)) if precise else None)
                 if precise:  # Z is less I, and three terms are the number
                     solved += sum(wide(plgpu.load(term, layout=TILE)) for term in kept)
-                keep(strong(solved, 1))
+                solved = strong(solved, 1)
+                if aside:
+                    left = solved * common.row(decays.write(ROW), SQUARE)
+                    keep((solved, mine_told[: TERMS if u_refs else has_out]), (left, mine_kept))
+                else:
+                    keep((solved, mine_kept))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate(u_refs):
-                    plgpu.copy_smem_to_gmem(r_smem.at[wg, term], ref.at[b, rows, h, cols])
+                    plgpu.copy_smem_to_gmem(mine_told[term], ref.at[b, rows, h, cols])
 
                 def output():
                     def run(out):
                         heard = TERMS if precise else 1
-                        multiply(out, [q_smem.at[slot]], [s_smem.at[here, term] for term in range(heard)], heard)
+                        multiply(out, [q_smem.at[slot]], [copy_of(here, term) for term in range(heard)], heard)
                         weights = accumulate.split(weigh(q_smem, e_smem, None, el_smem), TERMS, dtype)
                         if decays is not None:
                             out.set(found(out.load(0)))
                         # With c, q and the key were rounded once more already, by their decays.
-                        multiply(out, weights, kept[:heard], heard if c_smem is None else TERMS)
+                        multiply(out, weights, told[:heard], heard if c_smem is None else TERMS)
                         o = out.load(0)
                         return (o * scale if scale != 1 else o).astype(dtype)
 
@@ -230,14 +246,17 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
 
                 o = output() if has_out else None
 
-                written = None if decays is None else decays.write(COL)
+                written = None if decays is None or by_rows else decays.write(COL)
 
                 def entering(i):
                     """Terms of the keys, i-th rows of the state, and of what they write."""
+                    part = (slot, slice(None), pl.ds(64 * i, 64))
+                    if by_rows:
+                        yield [plgpu.load(x.at[*part].T, layout=TILE) for x in (e_smem, el_smem) if x is not None], kept
+                        return
                     sources = [(e_smem, el_smem, kept, -1.0 if reverse else 1.0)]
                     sources += [(q_smem, ql_smem, [value], 1.0)] if reverse else []
                     for smem, low_smem, rights, sign in sources:
-                        part = (slot, slice(None), pl.ds(64 * i, 64))
                         lefts = [plgpu.load(x.at[*part].T, layout=TILE) for x in (smem, low_smem) if x is not None]
                         keys = sum(map(wide, lefts)) * sign
                         exact = written is None and low_smem is None
@@ -264,9 +283,9 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     S = accumulate.scoped(update, *[SQUARE] * depth, interpret=interpret)
                 S = rescale(S, slot)
                 plgpu.barrier_arrive(free.at[slot])
+                if u_refs:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 if o is not None:
-                    if u_refs:
-                        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                     read_by_all()
                     r_smem.at[wg, 0][...] = o
                 if c_smem is None:
@@ -330,7 +349,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
             common.swizzled((ring, terms, CHUNK, CHUNK), dtype),
             None if decay is None else plgpu.SMEM((ring, 2, CHUNK), jnp.float32),
-            common.swizzled((W, terms, K, 64), dtype),
+            common.swizzled((W, terms, K if precise else max(K, TERMS * CHUNK), 64), dtype),
             common.swizzled((W, terms, CHUNK, 64), dtype),
             *(None if x is None else common.swizzled((ring, CHUNK, K), dtype) for x in (q_low, k_low, other, other_low)),
             None if scales is None else plgpu.SMEM((ring, K), jnp.float32),
