@@ -103,7 +103,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
     registers = W == 2 and not interpret
 
     def kernel(*refs_and_scratch):
-        *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, *extra, full, free) = refs_and_scratch
+        *refs, (q_smem, k_smem, v_smem, b_smem, i_smem, g_smem, s_smem, r_smem, *extra, full, free, half) = refs_and_scratch
         q_ref, k_ref, v_ref, strength_ref, inverse_ref, decay_ref, state_ref, *refs = refs
         *extra_refs, out_ref, u_refs, states_ref = refs
         ql_smem, kl_smem, e_smem, el_smem, c_smem = extra
@@ -154,6 +154,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                 slot, c = lax.rem(s, ring), place(s)
                 here = wg if interpret else wg + common.opaque_zero()
                 plgpu.barrier_wait(full.at[slot])
+                if W > 1:  # half a chunk behind the first, whose arithmetic is under these products, and these are under its
+                    pl.when(wg > 0)(lambda: plgpu.barrier_wait(half.at[slot]))
                 if c_smem is not None:
                     S = rescale(S, slot)
                     keep_copy(S)
@@ -226,6 +228,8 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
                     keep((solved, mine_told[: TERMS if u_refs else has_out]), (left, mine_kept))
                 else:
                     keep((solved, mine_kept))
+                if W > 1:
+                    pl.when(wg == 0)(lambda: plgpu.barrier_arrive(half.at[slot]))
                 rows = pl.ds(c * CHUNK, CHUNK)
                 for term, ref in enumerate(u_refs):
                     plgpu.copy_smem_to_gmem(mine_told[term], ref.at[b, rows, h, cols])
@@ -355,6 +359,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             None if scales is None else plgpu.SMEM((ring, K), jnp.float32),
             plgpu.Barrier(num_arrivals=arrivals, num_barriers=ring),
             plgpu.Barrier(num_arrivals=W, num_barriers=ring),
+            None if W == 1 else plgpu.Barrier(num_arrivals=1, num_barriers=ring),
             collective_axes='wg',
         )
 
