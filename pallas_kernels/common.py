@@ -217,6 +217,29 @@ def toeplitz(strip, shape):
     return load(strip)
 
 
+def rounded(x):
+    """A float32 tile in bfloat16, and that in float32: one instruction for two neighbours, and one each for the way back."""
+
+    @plgpu.inline_mgpu(
+        arg_types=(TILE,),
+        return_type=(plgpu.ShapeDtypeStruct(x.shape, jnp.bfloat16, TILE), plgpu.ShapeDtypeStruct(x.shape, jnp.float32, TILE)),
+    )
+    def convert(_, x):
+        i32, f32 = ir.IntegerType.get_signless(32), ir.F32Type.get()
+        pairs = ir.VectorType.get((2,), ir.BF16Type.get())
+        constant = lambda value: arith.constant(i32, value)
+        narrow, wide = np.empty_like(x.registers), np.empty_like(x.registers)
+        for n, pair in np.ndenumerate(x.registers):
+            both = [vector.extract(pair, dynamic_position=[], static_position=[i]) for i in (1, 0)]
+            bits = llvm.inline_asm(i32, both, 'cvt.rn.bf16x2.f32 $0, $1, $2;', '=r,f,f')
+            halves = arith.shli(bits, constant(16)), arith.andi(bits, constant(-0x10000))
+            narrow[n] = llvm.bitcast(pairs, bits)
+            wide[n] = vector.from_elements(pair.type, [llvm.bitcast(f32, half) for half in halves])
+        return tuple(mgpu.FragmentedArray(_registers=y, _layout=x.layout, _is_signed=None) for y in (narrow, wide))
+
+    return convert(x)
+
+
 def any_not_finite(row):
     """Whether a warpgroup's float32 row vector holds NaN or Inf anywhere: int32 0 or 1, the same in all its threads."""
 

@@ -120,7 +120,7 @@ def _sweep(q, k, v, strength, inverse, decay, channels, state, reverse, every, s
             cols = pl.ds(part * width + wg * 64, 64)
             wide = lambda x: x.astype(jnp.float32)
 
-            split = functools.partial(accumulate.split, terms=terms, dtype=dtype)
+            split = functools.partial(accumulate.split, terms=terms, dtype=dtype, packed=not interpret)
             products = functools.partial(product, terms=terms, interpret=interpret)
 
             def read_by_all():
