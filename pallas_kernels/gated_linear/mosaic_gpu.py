@@ -135,26 +135,27 @@ def _gated_linear(static, *args):
 
 
 def _run(static, q, k, v, log_decay, initial_state, segment_ids):
-    """The results, and the decays as the sweeps take them."""
+    """The results, and what the backward pass finds: the decays as the sweeps take them, and what pieces start with."""
     scale, exact, interpret = static
     decay = decays.cumulative(decays.steps(log_decay, segment_ids), q.shape[1], log_decay)
     state = None if initial_state is None else pad_state(initial_state)
     q8, k8, v8 = map(pad, (q, k, v))
-    options = {'exact': exact, 'scale': scale, 'interpret': interpret}
+    shared, begun = {'exact': exact, 'interpret': interpret}, None
     if takes(k8.shape[3], v8.shape[3]):
-        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, both=False, **options)
+        begun = begin(k8, v8, decay, state, v8.shape[2], reverse=False, **shared)
+        out, _, states, _, _ = run_twin(q8, k8, v8, decay, state, begun=begun, both=False, scale=scale, **shared)
     else:
-        out, states, _ = run(q8, k8, v8, decay, state, **options)
+        out, states, _ = run(q8, k8, v8, decay, state, scale=scale, **shared)
     out, last = out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
-    return (out, last), decay
+    return (out, last), (decay, begun)
 
 
 def _forward(static, *args):
-    """The residuals are the arguments and decays; `()` in place of None marks a log_decay that wants its gradient."""
+    """The residuals are the arguments and what was found; `()` in place of None marks a log_decay that wants its gradient."""
     q, k, v, log_decay, initial_state, segment_ids = jax.tree.map(lambda x: x.value, args, is_leaf=is_primal)
     wanted = any(x.perturbed for x in jax.tree.leaves(args[3], is_leaf=is_primal))
-    results, decay = _run(static, q, k, v, log_decay, initial_state, segment_ids)
-    return results, (q, k, v, log_decay, initial_state, segment_ids, kept(decay), () if wanted else None)
+    results, found = _run(static, q, k, v, log_decay, initial_state, segment_ids)
+    return results, (q, k, v, log_decay, initial_state, segment_ids, kept(found), () if wanted else None)
 
 
 def is_primal(x) -> bool:
@@ -162,7 +163,7 @@ def is_primal(x) -> bool:
 
 
 def _backward(static, saved, cotangents):
-    q, k, v, log_decay, initial_state, segment_ids, decay, wanted = saved
+    q, k, v, log_decay, initial_state, segment_ids, (decay, begun), wanted = saved
     scale, exact, interpret = static
     do, dlast = cotangents
     T, (K, V) = q.shape[1], (k.shape[3], v.shape[3])
@@ -172,12 +173,14 @@ def _backward(static, saved, cotangents):
     q8, k8, v8, do8 = map(pad, (q, k, v, do))
     grouped = wanted is not None
     transposed, first, met = None if dstate is None else dstate.swapaxes(2, 3), None, None
+    begun = jax.tree.map(lambda x: x.swapaxes(2, 3), begun)
     if exact:
         options = {'grouped': grouped, 'exact': True, 'scale': scale, 'interpret': interpret}
-        (dq, dk, dv), states, dstates = plain_sweeps(q8, k8, v8, do8, decay, state, transposed, **options)
+        (dq, dk, dv), states, dstates = plain_sweeps(q8, k8, v8, do8, decay, state, transposed, begun=begun, **options)
     elif takes(k8.shape[3], v8.shape[3]):
         of = functools.partial(run_twin, grouped=grouped, scale=scale, interpret=interpret)
-        dq, _, states, _, reads = of(do8, v8, k8, decay, state, q8 if grouped else None, both=False, last=False)
+        partner = q8 if grouped else None
+        dq, _, states, _, reads = of(do8, v8, k8, decay, state, partner, begun=begun, both=False, last=False)
         against, started = states if grouped else None, initial_state is not None
         dk, dv, dstates, met, writes = of(v8, do8, q8, decay, transposed, k8, against, reverse=True, last=started)
         if grouped:
@@ -213,10 +216,11 @@ def _backward(static, saved, cotangents):
 _gated_linear.defvjp(_forward, _backward, symbolic_zeros=True)
 
 
-def plain_sweeps(q, k, v, do, decay, state, dstate, *, grouped, **options):
+def plain_sweeps(q, k, v, do, decay, state, dstate, *, grouped, begun=None, **options):
     """The gradients by sweeps without dots.
 
     state, dstate: transposed, [B, N, V, K], before the first token and after the last, or None for zero.
+    begun: transposed, what `begin` found; None: it is found here.
 
     Returns:
       (dq, dk, dv), the states after every chunk, [B, N, chunks, V, K], and their adjoints before it, [B, N, chunks, K, V], of
@@ -224,7 +228,7 @@ def plain_sweeps(q, k, v, do, decay, state, dstate, *, grouped, **options):
     """
     every = functools.partial(run_twin if takes(k.shape[3], v.shape[3]) else run, decay=decay, grouped=grouped, **options)
     if takes(k.shape[3], v.shape[3]):
-        dq, _, states, *_ = every(do, v, k, state=state, both=False)
+        dq, _, states, *_ = every(do, v, k, state=state, begun=begun, both=False)
         dk, dv, dstates, *_ = every(v, do, q, state=dstate, partner=k, reverse=True)
     else:
         dq, states, _ = every(do, v, k, state=state)
@@ -361,6 +365,7 @@ def run_twin(
     partner=None,
     against=None,
     *,
+    begun=None,
     reverse=False,
     grouped=False,
     exact=False,
@@ -368,7 +373,9 @@ def run_twin(
     interpret=False,
     **options,
 ):
-    """`twin` by the schedule that the shape asks for; last: whether the last state is wanted.
+    """`twin` by the schedule that the shape asks for.
+
+    begun: what `begin` found; None: it is found here. last: whether the last state is wanted.
 
     In pieces that one is the chain's, so unless log_decay's gradient is wanted only 16-bit results leave the sweep, and its own
     state is no better: of one term, of two where heads are shared and what is rounded is summed over them.
@@ -381,10 +388,10 @@ def run_twin(
     terms = TERMS if wide else 1 if q.shape[2] == k.shape[2] == v.shape[2] else 2
     options |= shared | {'every': between(grouped, exact), 'precise': grouped and not exact, 'terms': terms}
     if cut.count > 1:
+        state, end = begun or begin(k, v, decay, state, N, **shared)
         decay = cut.cut_decay(decay, B)
         q, k, v, partner = map(cut.cut, (q, k, v, partner))
         against = cut.cut(against, 2, decays.GROUP * CHUNK)
-        state, end = _first_states(cut, N, (k,), (v,), decay, state, **shared)
     out, other, states, met, dots = twin(q, k, v, decay, state, partner, against, **options)
     if cut.count > 1:
         join = lambda x, axis: None if x is None else cut.join(x, axis)
@@ -394,6 +401,16 @@ def run_twin(
     if wide and (against is not None or not grouped):
         states = states[:, :, :1] if reverse else states[:, :, -1:]
     return out, other, states, met, dots
+
+
+def begin(k, v, decay, state, N, **shared):
+    """The state that each piece of `run_twin` starts with, [pieces of the batch, N, K, V], and the last, [B, N, K, V]; None
+    where there is one piece."""
+    (B, T, _, K), V = k.shape, v.shape[3]
+    cut = Pieces(T, pieces(B, T, N, K, V))
+    if cut.count == 1:
+        return None
+    return _first_states(cut, N, (cut.cut(k),), (cut.cut(v),), cut.cut_decay(decay, B), state, **shared)
 
 
 def between(grouped, exact):
