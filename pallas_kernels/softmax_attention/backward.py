@@ -171,41 +171,39 @@ def backward(q, k, v, do, base, shift, lists, ranks, totals, operands, *, spec, 
                             used = jnp.where(keep, p * inverse, 0.0).astype(dtype)
                         else:
                             used = p.astype(dtype)
-                        factor = p if slope is None else p * slope
-                        # Before the wait for dP: the exponentials hide behind that product, what dS takes behind this one.
-                        plgpu.wgmma(dv_acc, used, do_smem.at[slot])
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                        dp = dp_acc[...]
                         if spec.dropout:
                             shift_col = plgpu.load(shift_smem.at[slot], layout=COL, optimized=False)
                             dp = jnp.where(keep, dp * inverse, 0.0) + common.col(shift_col, shape)
-                        return (factor * dp).astype(dtype)
+                        plgpu.wgmma(dv_acc, used, do_smem.at[slot])
+                        ds = p * dp if slope is None else p * dp * slope
+                        return ds.astype(dtype)
 
                     ds = pl.run_scoped(logits, plgpu.ACC(shape, jnp.float32), plgpu.ACC(shape, jnp.float32))
                     ds_smem.at[buffer, mine][...] = ds
                     common.publish()
                     plgpu.barrier_arrive(ds_bar)
+                    plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
                     plgpu.barrier_wait(ds_bar)
-                    out = lax.rem(j, outs)
 
                     def queries(acc):
-                        """dQ before dK, behind whose product it is handed over."""
                         if by_rows:
-                            part = dq_smem.at[out, mine]
                             plgpu.wgmma(acc, ds_smem.at[buffer, :, mine].T, k_smem.at[zero])
                         else:
                             columns = pl.ds(wg * (H // 2), H // 2)
-                            part = dq_smem.at[out, :, columns]
                             plgpu.wgmma(acc, ds_smem.at[buffer].T, k_smem.at[zero, :, columns])
-                        plgpu.wgmma(dk_acc, ds, q_smem.at[slot])
-                        dq = plgpu.wgmma_accumulator_load(acc, wait_n=1)
-                        pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
-                        part[...] = dq
-                        common.publish()
-                        plgpu.barrier_arrive(dq_full.at[out])
+                        return acc[...]
 
-                    pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
-                    plgpu.wgmma_wait(0)
+                    dq = pl.run_scoped(queries, plgpu.ACC(half, jnp.float32))
                     plgpu.barrier_arrive(q_free.at[slot])
+                    out = lax.rem(j, outs)
+                    pl.when(j >= outs)(lambda: plgpu.barrier_wait(dq_free.at[out]))
+                    if by_rows:
+                        dq_smem.at[out, mine][...] = dq
+                    else:
+                        dq_smem.at[out, :, pl.ds(wg * (H // 2), H // 2)][...] = dq
+                    common.publish()
+                    plgpu.barrier_arrive(dq_full.at[out])
                     return following
 
                 lax.fori_loop(0, count, step, entry(0))

@@ -151,12 +151,6 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                 rescale = lambda o: o * common.row(alpha, o.shape)
                 return p, (m_new, l + p.sum(axis=1), e), None if alpha is None else rescale
 
-            def before_wait(sums):
-                """Here the weights are made. ptxas sinks them below the wait for a product that they are to hide behind, but it
-                moves no store across it: this one, of what all of them go into, nobody reads."""
-                _, l, e = sums
-                flags_smem.at[wg][...] = l if e is None else l + e
-
             def used(p, place):
                 """The weights as the value product takes them: made once no product reads the last ones."""
                 if dropout:
@@ -306,7 +300,6 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         s = issue(buffer, slot, last, p, wait_v=False)
                         place = inputs.at(q0, tile_of(name0) * bkv, shape)
                         weights, sums_new, _ = softmax(s, place, nothing_seen, partial > 0, name0)
-                        before_wait(sums_new)
                         plgpu.wgmma_wait(0)
                         p = used(weights, place)
 
@@ -324,7 +317,6 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                             place = inputs.at(q0, tile_of(name) * bkv, shape).ahead()
                             s = issue(buffer, slot, last, p)
                             weights, sums, rescale = softmax(s, place, sums, j < partial, name)
-                            before_wait(sums)
                             plgpu.wgmma_wait(0)
                             plgpu.barrier_arrive(v_free.at[last])
                             p = used(weights, place)
