@@ -10,7 +10,7 @@ import contextlib
 import contextvars
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -87,35 +87,39 @@ class Seen(NamedTuple):
     out: Any
 
 
-_observed = contextvars.ContextVar('observed', default=None)
+_observed: contextvars.ContextVar[tuple[list[Seen], tuple[str, ...]] | None] = contextvars.ContextVar('observed', default=None)
 
 
 @contextlib.contextmanager
-def observe():
-    """Within: what every op is given and returns is appended to the list that is yielded; tracers under `jax.jit`."""
+def observe(figures: Collection[str] = ()):
+    """Within: what every op is given and returns is appended to the list that is yielded; tracers under `jax.jit`.
+
+    Args:
+      figures: names of what ops may return beside, for `observe` alone to see.
+    """
     seen: list[Seen] = []
-    token = _observed.set(seen)
+    token = _observed.set((seen, tuple(figures)))
     try:
         yield seen
     finally:
         _observed.reset(token)
 
 
-def observed() -> bool:
-    """Whether `observe` sees this call: an op may then return more for it to see."""
-    return _observed.get() is not None
+def figures() -> tuple[str, ...]:
+    """What `observe`, if it sees this call, asks of ops beside what their callers do."""
+    return (_observed.get() or ((), ()))[1]
 
 
 def shown(op: str, forms: Mapping[str, Callable], args: tuple, kwargs: Mapping[str, Any], call: Callable):
     """`call()`, as the op call that `observe` sees; the ops inside it are its own affair."""
-    if (seen := _observed.get()) is None:
+    if (observed := _observed.get()) is None:
         return call()
     token = _observed.set(None)
     try:
         out = call()
     finally:
         _observed.reset(token)
-    seen.append(Seen(op, dict(zip(inspect.signature(forms['reference']).parameters, args)) | dict(kwargs), out))
+    observed[0].append(Seen(op, dict(zip(inspect.signature(forms['reference']).parameters, args)) | dict(kwargs), out))
     return out
 
 

@@ -18,7 +18,7 @@ from attnx.ops import tiles
 from pallas_kernels import blocks, elementwise
 from pallas_kernels import dropout as drop
 from pallas_kernels.elementwise import Index, Operand
-from pallas_kernels.statistics import of_rows
+from pallas_kernels.statistics import asked, of_rows
 
 
 def accumulator(dtype):
@@ -44,8 +44,10 @@ def largest(s):
 
 
 def returned(out, lse, rows, sinks, return_lse, return_stats):
-    """What the op returns. rows: largest logit and mean of the logits under the weights, where statistics are asked for."""
-    results = [out, *([lse] if return_lse else []), *([of_rows(lse, *rows, sinks)] if return_stats else [])]
+    """What the op returns. rows: largest logit and, for the entropy, mean of the logits under the weights."""
+    stats = asked(return_stats)
+    top, mean = (*rows, None, None)[:2]
+    results = [out, *([lse] if return_lse else []), *([of_rows(stats, lse, top, mean, sinks)] if stats else [])]
     return tuple(results) if len(results) > 1 else out
 
 
@@ -55,7 +57,7 @@ class _Static(NamedTuple):
     bq: int
     bk: int
     scale: float
-    stats: bool
+    stats: tuple[str, ...]
 
 
 def _block(n, limit):
@@ -91,7 +93,7 @@ def attend(
     block_sizes=None,
 ):
     B, T, N, _ = query.shape
-    st, arrays = _arranged(query, key, value, mask, score, scale, sinks, dropout, return_stats, block_sizes)
+    st, arrays = _arranged(query, key, value, mask, score, scale, sinks, dropout, asked(return_stats), block_sizes)
     out, *rows = with_forward_mode(functools.partial(_attend, st), functools.partial(_forward, st))(*arrays)
     out = jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(B, -1, N, out.shape[-1])[:, :T]
     lse, *rows = (jnp.moveaxis(x, 0, 3).reshape(B, N, -1)[..., :T] for x in rows)
@@ -114,7 +116,7 @@ def backward(query, key, value, *, seen, mask, score, scale, dropout):
     return pull(cotangents)
 
 
-def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats=False, block_sizes=None):
+def _arranged(query, key, value, mask, score, scale, sinks, dropout, stats=(), block_sizes=None):
     """(what is static, what `_attend` takes)."""
     (B, T, N, H), (_, S, K, _) = query.shape, key.shape
     bq, bk = block_sizes or _block_sizes(B, N, T, S)
@@ -239,7 +241,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
             p = jnp.exp(tile.s - shift[..., None])
             decay = jnp.exp(top - shift)
             total = total * decay + p.sum(-1)
-            if st.stats:
+            if mean:
                 mean = [mean[0] * decay + (p * jnp.where(tile.s == -jnp.inf, 0, tile.s)).sum(-1)]
             if dropout is not None:
                 p = jnp.where(drop.keep(dropout.seed, *tile.index[:4], dropout.rate), p, 0)
@@ -252,7 +254,8 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
             return new, total, acc * decay[..., None] + read.reshape(B, N, bq, Hv), *mean
 
         rows = (B, N, bq)
-        start = [(rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype), *([(rows, 0, dtype)] * st.stats)]
+        means = [(rows, 0, dtype)] * ('entropy' in st.stats)
+        start = [(rows, -jnp.inf, dtype), (rows, 0, dtype), ((*rows, Hv), 0, dtype), *means]
         top, total, acc, *mean = visit(step, _fresh(q, *start))
         empty = top == -jnp.inf
         shift = jnp.where(empty, 0, top)
@@ -266,7 +269,7 @@ def _forward(st, q, k, v, poison_q, poison_k, visits, mask, score, sinks, dropou
         keep = 1.0 if dropout is None else dropout.inverse_keep
         out = jnp.where(empty[..., None], 0, acc * (keep / total)[..., None]).astype(v.dtype)
         lse = jnp.where(empty, -jnp.inf, shift + jnp.log(total))
-        rows = [lse, *([top, mean[0] / total] if st.stats else [])]
+        rows = [lse, *([top] if st.stats else []), *(x / total for x in mean)]
         return carry, (out.reshape(B, K, G, bq, Hv), *(x.reshape(B, K, G, bq) for x in rows))
 
     return _over_queries(visits, (), (q, poison_q), row)[1]

@@ -191,7 +191,7 @@ def _before(i, count, key):
 
 
 def _segments(i, query_id, key_id):
-    return (query_id == key_id) & (query_id > 0)
+    return jnp.where(query_id > 0, query_id, -1) == jnp.maximum(key_id, 0)  # of pairs one comparison: ids are vectors
 
 
 def _value(i, visible):

@@ -24,7 +24,7 @@ from attnx import dispatch, sharding
 from attnx.ops import parallel, scores
 from attnx.ops.blockwise import accumulator, attend, clean, hidden, largest, returned
 from pallas_kernels import dropout as drop
-from pallas_kernels import elementwise
+from pallas_kernels import elementwise, statistics
 from pallas_kernels.dropout import Dropout
 from pallas_kernels.elementwise import Index, as_mask, as_score
 from pallas_kernels.statistics import Statistics
@@ -63,7 +63,8 @@ def softmax_attention(
       impl: 'reference': quadratic, plain autodiff, every derivative. 'xla': blockwise, first-order derivatives in
         forward and reverse mode. A kernel's name. 'auto': a kernel where one takes the call, else 'xla'.
       return_lse: also returns the log-sum-exp of each row's visible logits and sink.
-      return_stats: also returns `Statistics` per head: largest logit, entropy, sink mass.
+      return_stats: also returns `Statistics` per head: largest logit, entropy, sink mass; or those of these names alone, as in
+        ('max_logit',). The entropy takes a kernel an operation a logit, the others nothing.
 
     Returns:
       [B, T, N, Hv] in value's dtype; with `return_lse` or `return_stats` a tuple of it, lse float32 [B, N, T] (float64 for
@@ -75,11 +76,13 @@ def softmax_attention(
     """
     options = _checked(query, key, value, mask, score, bias, scale, sinks, dropout)
     forms = {'reference': _reference, 'xla': attend}
-    watched = dispatch.observed() and sharding.active() is None  # statistics for `attnx.train.health`, from the same pass
-    kwargs = {**options, 'return_lse': return_lse or watched, 'return_stats': return_stats or watched}
+    asked = statistics.asked(return_stats)
+    watched = dispatch.figures() if sharding.active() is None else ()  # for `attnx.train.health`, from the same pass
+    stats = statistics.asked((*asked, *watched))
+    kwargs = {**options, 'return_lse': return_lse or bool(watched), 'return_stats': stats}
     found = parallel.run('softmax_attention', impl, forms, (query, key, value), kwargs)
     if watched:
-        kept = [x for x, asked in zip(found, (True, return_lse, return_stats)) if asked]
+        kept = [x for x, wanted in zip(found, (True, return_lse, asked)) if wanted]
         found = tuple(kept) if len(kept) > 1 else kept[0]
     return found
 
@@ -206,7 +209,7 @@ def _reference(query, key, value, *, mask, score, bias=None, scale, sinks, dropo
         total += jnp.exp(jnp.where(empty, -jnp.inf, sink - top))
     total = jnp.where(empty, 1, total)
     weights /= total
-    rows = (s.max(-1), (weights * jnp.where(s == -jnp.inf, 0, s)).sum(-1)) if return_stats else None
+    rows = (s.max(-1), (weights * jnp.where(s == -jnp.inf, 0, s)).sum(-1)) if return_stats else ()
     if dropout is not None:
         kept = drop.keep(dropout.seed, *i[:4], dropout.rate)
         weights = jnp.where(kept, weights * dropout.inverse_keep, 0)

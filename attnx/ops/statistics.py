@@ -68,14 +68,17 @@ def softmax(query, key, *, mask=None, score=None, scale=1.0, sinks=None) -> dict
 
 
 def of_op(out, query, key, *, mask=None, score=None, scale=1.0) -> dict[str, jax.Array]:
-    """The same figures from what the op itself returns with `return_lse` and `return_stats`, without its products: of each
-    row only the first key that it sees is looked at again, for `sink_mass`.
+    """The same figures, those that the op was asked for, from what it itself returns with `return_lse` and `return_stats`,
+    without its products: of each row only the first key that it sees is looked at again, for `sink_mass`.
 
     Args:
       out: the op's output, lse [B, N, T] and `Statistics`.
       query, key, mask, score, scale: as for `softmax`.
     """
     _, lse, stats = out
+    found = {name: value for name, value in stats._asdict().items() if value is not None}
+    if 'sink_mass' not in found:
+        return found
     (B, T, N, _), (_, S, K, _) = query.shape, key.shape
     block = max(1, min(T, PAIRS // (B * S)))
     count = -(-T // block)
@@ -97,7 +100,7 @@ def of_op(out, query, key, *, mask=None, score=None, scale=1.0) -> dict[str, jax
     x = jnp.moveaxis(lax.map(rows, jnp.arange(count) * block), 0, 2).reshape(B, N, -1)[..., :T]
     real = lse != -jnp.inf
     mass = jnp.where(real, jnp.exp(x - jnp.where(real, lse, 0)), 0).sum((0, 2)) / jnp.maximum(real.sum((0, 2)), 1)
-    return {'max_logit': stats.max_logit, 'entropy': stats.entropy, 'sink_mass': stats.sink_mass + mass}
+    return found | {'sink_mass': stats.sink_mass + mass}
 
 
 def _apply(value, i: Index, *x):

@@ -5,8 +5,8 @@ With S_h the largest logit of head h over the batch of the update, after it, and
     gamma_h = min(1, c / S_h)      eta_k = min over its heads sqrt(gamma_h)      W_q,h *= gamma_h / eta_k      W_k,k *= eta_k
 
 so that products of queries and keys shrink by gamma_h; with a key head of its own each side takes sqrt(gamma_h), as in the
-paper. S comes from the op's own pass (`return_stats`). Departures: one more forward pass after the update gives S, so that
-the limit holds for the parameters as they are; key heads may be shared.
+paper. S comes from the op's own pass (`return_stats`), which has it for nothing. Departures: one more forward pass after
+the update gives S, so that the limit holds for the parameters as they are; key heads may be shared.
 """
 
 from collections.abc import Callable, Mapping
@@ -63,7 +63,7 @@ def hook(config: ModelConfig, shapes: Mapping[str, Any], trace: Callable, limit:
         )
 
     def clip(params, batch, step):
-        figures = health.figures(trace(params, batch, None, step), only=('softmax_attention',))
+        figures = health.figures(trace(params, batch, None, step), only=('softmax_attention',), names=('max_logit',))
         largest = {name: figures.get(f'{name}/softmax_attention/max_logit') for name in where}
         factors = {}
         for name, place in where.items():

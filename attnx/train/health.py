@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from attnx import dispatch
 from attnx.ops import statistics
+from pallas_kernels.statistics import Statistics
 
 # Operands of ops that are [B, T, heads, …]. States are [B, heads, …].
 PER_HEAD = ('query', 'key', 'value', 'beta', 'log_decay', 'out')
@@ -25,9 +26,9 @@ class Tensor(NamedTuple):
     heads: int | None = None
 
 
-def _calls(trace: Iterator) -> Iterator[tuple[str, Any, list[tuple[str, dispatch.Seen]]]]:
+def _calls(trace: Iterator, figures: Collection[str] = ()) -> Iterator[tuple[str, Any, list[tuple[str, dispatch.Seen]]]]:
     """(name, activation, [(name of an op call on the way to it, the call)]) of a trace, in order."""
-    with dispatch.observe() as seen:
+    with dispatch.observe(figures) as seen:
         for name, value in trace:
             calls = []
             for call in seen:
@@ -65,10 +66,15 @@ FIGURES: dict[str, Callable[[dispatch.Seen], Mapping[str, jax.Array]]] = {
 }
 
 
-def figures(trace: Iterator, only: Collection[str] = FIGURES) -> dict[str, jax.Array]:
-    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every call of an op of `only`."""
+def figures(
+    trace: Iterator, only: Collection[str] = FIGURES, names: Collection[str] = Statistics._fields
+) -> dict[str, jax.Array]:
+    """'layer_3/softmax_attention/entropy' -> float32 [heads], for every call of an op of `only`.
+
+    names: which figures ops of softmax attention are asked for.
+    """
     found = {}
-    for _, _, calls in _calls(trace):
+    for _, _, calls in _calls(trace, names):
         for where, call in calls:
             if call.op in only:
                 found |= {f'{where}/{name}': value for name, value in FIGURES[call.op](call).items()}

@@ -27,7 +27,7 @@ SPREAD = {'bfloat16': 120.0, 'float16': 16.0}  # of logits, over which weights a
 FLOOR = -1e30  # the running maximum's start: finite, so that a row that has seen nothing yields exp2(-inf - FLOOR) = 0
 
 
-def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scale, stats=False):
+def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scale, stats=()):
     """softmax(score(scale * q k^T), masked) v.
 
     Args:
@@ -40,11 +40,11 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
       sinks: float32 [N], or None.
       spec: `functions.Spec`, static.
       tiles: `tiles.Forward`, static.
-      stats: also give each row's largest logit and mean logit.
+      stats: names of `statistics.Statistics`; 'max_logit': also give each row's largest logit; 'entropy': its mean logit.
 
     Returns:
-      out [B, T', N, Hv] and the base-2 log-sum-exp [B, N, padded T] in float32; with `stats` the largest visible logit
-      and the sum of weight times logit over keys, likewise in base 2, else None twice.
+      out [B, T', N, Hv] and the base-2 log-sum-exp [B, N, padded T] in float32; the largest visible logit and the
+      sum of weight times logit over keys, likewise in base 2, each None where it is not asked for.
     """
     B, T, N, H = q.shape
     S, K, Hv = k.shape[1], k.shape[2], v.shape[3]
@@ -57,9 +57,10 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
     shape = (64, bkv)
     split = bkv // 64  # parts of a key tile, for each of which a consumer knows whether it sees all, some or nothing of it
     c = scale * LOG2E
+    with_top, with_mean = 'max_logit' in stats, 'entropy' in stats
     # Logits that cannot leave a small range need no running maximum.
     low, high = spec.extent
-    fixed = (low + high) / 2 * LOG2E if high - low < SPREAD[str(dtype)] and not stats else None
+    fixed = (low + high) / 2 * LOG2E if high - low < SPREAD[str(dtype)] and not (with_top or with_mean) else None
     piece = 128 if H % 128 == 0 and Hv % 128 == 0 else 64  # columns that leave, or are cleaned, at a time
 
     def kernel(q_ref, k_ref, v_ref, bounds_ref, order_ref, lists_ref, operand_refs, sinks_ref, *rest):
@@ -92,7 +93,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
         def _consume():
             plgpu.set_max_registers(tiles.registers[0], action='increase')
             least = FLOOR if fixed is None else fixed
-            nothing_seen = (common.filled(64, least), common.filled(64, 0.0), common.filled(64, 0.0) if stats else None)
+            nothing_seen = (common.filled(64, least), common.filled(64, 0.0), common.filled(64, 0.0) if with_mean else None)
 
             def turn_wait():
                 if tiles.turns:
@@ -128,7 +129,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     s, factor, shift = place.score_by_rows(s, scale)
                     factor *= LOG2E
                 if mask:
-                    hidden = max(100 * FLOOR / factor, -3e38) if stats else -jnp.inf  # finite: times a weight of 0 it is 0
+                    hidden = max(100 * FLOOR / factor, -3e38) if with_mean else -jnp.inf  # finite: times a weight of 0 it is 0
                     if name is None:
                         s = place.masked(s, hidden)
                     else:
@@ -143,7 +144,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     base = fixed if isinstance(shift, float) else common.row(fixed - shift, s.shape)
                 x = s * factor - base
                 p = common.exp2(x, min(tiles.polynomial, s.shape[1] // 2))
-                if stats:
+                if with_mean:
                     e = alpha * (e + (m - m_new) * l) + (p * (jnp.maximum(x, FLOOR) if score else x)).sum(axis=1)
                 l = l if alpha is None else l * alpha
 
@@ -159,7 +160,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
             def closed(h, sums):
                 """What to multiply the output with; log-sum-exp, largest and mean logit."""
                 m, l, e = sums
-                empty, top, alpha, mean = l == 0, m, common.filled(64, 1.0), e + m * l if stats else None
+                empty, top, alpha, mean = l == 0, m, common.filled(64, 1.0), e + m * l if with_mean else None
                 if sinks_ref is not None:
                     sink = sinks_ref[h] * LOG2E
                     total = jnp.maximum(m, sink)
@@ -167,7 +168,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                     l, m = l * alpha + jnp.exp2(sink - total), total
                 lse = jnp.where(empty, -jnp.inf, m + jnp.log2(l))
                 weight = alpha * jnp.where(empty, 0.0, 1.0 / l)
-                extra = (jnp.where(empty, -jnp.inf, top), mean * weight) if stats else (None, None)
+                extra = jnp.where(empty, -jnp.inf, top) if with_top else None, mean * weight if with_mean else None
                 return weight * dropout.inverse_keep if dropout else weight, (lse, *extra)
 
             def write(item, out, rows):
@@ -208,21 +209,21 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
                         rows, keys = pl.ds(q0, 64), pl.ds(k0, 64)
 
                         def products(acc):
-                            bad_q, bad_k = common.filled(64, 0.0), common.filled(64, 0.0)
-                            for at in range(0, H, piece):
-                                x, bad = clean(q_ref.at[b, rows, h, pl.ds(at, piece)])
-                                bad_q += bad
-                                y, bad = clean(k_ref.at[b, keys, g, pl.ds(at, piece)])
-                                bad_k += bad
+                            def part(n, bad):
+                                columns = pl.ds(n * piece, piece)
+                                x, bad_q = clean(q_ref.at[b, rows, h, columns])
+                                y, bad_k = clean(k_ref.at[b, keys, g, columns])
                                 place_in_memory(y)
                                 plgpu.wgmma(acc, x, o_smem.at[wg].T)
                                 plgpu.wgmma_wait(0)
-                            return acc[...], bad_q, bad_k
+                                return bad[0] + bad_q, bad[1] + bad_k
+
+                            bad = lax.fori_loop(0, H // piece, part, (common.filled(64, 0.0),) * 2)
+                            return acc[...], *bad
 
                         s, bad_q, bad_k = pl.run_scoped(products, plgpu.ACC(small, jnp.float32))
                         values = lambda at: clean(v_ref.at[b, keys, g, pl.ds(at, piece)])
-                        for at in range(0, Hv, piece):
-                            bad_k += values(at)[1]
+                        bad_k = lax.fori_loop(0, Hv // piece, lambda n, bad: bad + values(n * piece)[1], bad_k)
                         flags_smem.at[wg][...] = bad_k
                         plgpu.commit_smem()
                         bad_k = plgpu.load(flags_smem.at[wg], layout=COL, optimized=False)
@@ -435,7 +436,7 @@ def forward(q, k, v, bounds, order, lists, operands, sinks, *, spec, tiles, scal
     entry_point.__name__ = 'softmax_forward'  # what profilers show
     return plgpu.kernel(
         entry_point,
-        out_type=(jax.ShapeDtypeStruct((B, T, N, Hv), dtype), row, *((row, row) if stats else (None, None))),
+        out_type=(jax.ShapeDtypeStruct((B, T, N, Hv), dtype), row, row if with_top else None, row if with_mean else None),
         grid=(bounds.shape[0] - 1,),
         grid_names=('block',),
         num_threads=W + 1,

@@ -139,7 +139,7 @@ def softmax_attention(
       sinks: [N] logits of a key without value that every query sees.
       dropout: `pallas_kernels.dropout.Dropout`.
       return_lse: also return the log-sum-exp of the logits, float32 [B, N, T].
-      return_stats: also return `statistics.Statistics`, last.
+      return_stats: also return `statistics.Statistics`, last: True, or the names of those that are wanted.
 
     Raises:
       ValueError: `unsupported` has a reason.
@@ -150,10 +150,11 @@ def softmax_attention(
     _, query, scale = positive(query, scale)
     mask, score, dropout = ew.as_mask(mask), _with_bias(score, bias), _seeded(dropout)
     sinks = None if sinks is None else sinks.astype(jnp.float32)
-    out, lse, rows = _attention(scale, return_stats, query, key, value, mask, score, sinks, dropout)
+    stats = statistics.asked(return_stats)
+    out, lse, rows = _attention(scale, stats, query, key, value, mask, score, sinks, dropout)
     results = [out, *([lse] if return_lse else [])]
-    if return_stats:
-        results.append(statistics.of_rows(lse, *rows, sinks))
+    if stats:
+        results.append(statistics.of_rows(stats, lse, *rows, sinks))
     return tuple(results) if len(results) > 1 else out
 
 
@@ -214,7 +215,7 @@ def _forward(scale, stats, q, k, v, mask, score, sinks, dropout):
     run = functools.partial(forward_kernel.forward, spec=spec, tiles=shape, scale=scale, stats=stats)
     out, *rows = run(q8, k8, v8, *todo, lists, operands, sinks)
     out, (lse2, *rows) = kept_once((out[:, :T, :, :Hv], [x if x is None else x[..., :T] for x in rows]))
-    rows = [x * common.LN2 for x in rows] if stats else None
+    rows = [x if x is None else x * common.LN2 for x in rows]
     return (out, lse2 * common.LN2, rows), (q, k, v, mask, score, sinks, dropout, out, lse2)
 
 

@@ -15,8 +15,6 @@ that hold such a thing. Rows of q or do that do have no weight or lse NaN; which
 whose blocks own them.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -79,7 +77,9 @@ def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, sp
                 found_ref[b, h, 2 * i + wg] = found
 
             def accumulate(acc):
-                def step(careful, j, tile):
+                careful = unclean_ref[b, h, 0] > 0
+
+                def step(j, tile):
                     then = entry(jnp.minimum(j + 1, count - 1))
                     one, two = (lax.rem(j, n) for n in stages)
                     zero = common.opaque_zero()
@@ -115,14 +115,15 @@ def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, sp
                         plgpu.barrier_wait(cleaned)
 
                     plgpu.barrier_wait(full[0].at[one])
-                    if careful:
+
+                    @pl.when(careful)
+                    def _look():
                         plgpu.barrier_wait(full[1].at[two])
                         pl.when(unclean_ref[b, h, tile + 1] > 0)(scrub)
 
                     def products(s_acc, *dp_acc):
                         plgpu.wgmma(s_acc, own_smem[0].at[zero, mine], streamed_smem[0].at[one].T)
-                        if not careful:
-                            plgpu.barrier_wait(full[1].at[two])
+                        pl.when(jnp.logical_not(careful))(lambda: plgpu.barrier_wait(full[1].at[two]))
                         if with_dp:
                             plgpu.wgmma(dp_acc[0], own_smem[1].at[zero, mine], streamed_smem[1].at[two].T)
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1 if with_dp else 0)
@@ -145,10 +146,7 @@ def sweep(which, q, k, v, do, lse, delta, unclean, lists, order, operands, *, sp
                         plgpu.barrier_arrive(free[1].at[two])
                     return then
 
-                usual = jnp.where(unclean_ref[b, h, 0] > 0, 0, count)
-                # Apart, as a branch between two products would keep them from overlapping.
-                lax.fori_loop(0, usual, functools.partial(step, False), entry(0))
-                lax.fori_loop(usual, count, functools.partial(step, True), entry(0))
+                lax.fori_loop(0, count, step, entry(0))
                 return acc[...]
 
             out = pl.run_scoped(accumulate, plgpu.ACC((64, width), jnp.float32))

@@ -465,5 +465,9 @@ def test_statistics(sinks):
         np.testing.assert_allclose(lse, plain[1])
         for a, b in zip(found, want):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+        for name in found._fields:
+            alone = jax.jit(lambda *a, f=form, n=name: f(*a, mask=mask, sinks=sinks, return_stats=(n,))[1])(q, k, v)
+            assert [x for x in alone._fields if getattr(alone, x) is not None] == [name]
+            np.testing.assert_allclose(getattr(alone, name), getattr(found, name), rtol=1e-5, atol=1e-6)
         pull = jax.jit(jax.grad(lambda q, f=form: f(q, k, v, mask=mask, sinks=sinks, return_stats=True)[0].sum()))
         assert np.isfinite(pull(q)).all()

@@ -70,6 +70,19 @@ def test_refused_where_it_would_do_nothing():
         step.Config(qk_clip_every=2)
 
 
+def test_an_op_is_asked_for_what_is_read_alone():
+    _, model = made(num_layers=1, pattern=('a',), mixers={'a': GQA})
+    params = large(model.init(jax.random.key(0)))
+    every = health.figures(model.trace(params, BATCH, None))
+    for names in (('max_logit',), ('entropy', 'sink_mass')):
+        found = health.figures(model.trace(params, BATCH, None), names=names)
+        assert found.keys() == {f'layer_0/softmax_attention/{name}' for name in names}
+        for name, value in found.items():
+            np.testing.assert_allclose(value, every[name], rtol=1e-5)
+    calls = [call for _, _, calls in health._calls(model.trace(params, BATCH, None)) for _, call in calls]
+    assert not any(call.inputs['return_stats'] for call in calls)
+
+
 def test_figures_are_of_the_ops_own_pass(monkeypatch):
     _, model = made(num_layers=1, pattern=('a',), mixers={'a': GQA})
     params = large(model.init(jax.random.key(0)))
