@@ -29,7 +29,19 @@ CUBIC = (0.99992807, 0.69326099, 0.24261113, 0.05517167)  # 2^f, relative error 
 def lowered_once(*static: str):
     """A kernel's function that is traced and lowered once a program for all calls of the same shapes and the same `static`
     arguments, by name: Mosaic takes a second or more a kernel, and layers, recomputation and both passes call the same ones."""
-    return functools.partial(jax.jit, static_argnames=static)
+
+    def decorate(function):
+        once = jax.jit(function, static_argnames=static)
+
+        @functools.wraps(function)
+        def call(*args, **options):
+            found = once(*args, **options)
+            # The interpreter calls back to Python, where it may wait for what was dispatched after it, which waits for it.
+            return jax.block_until_ready(found) if options.get('interpret') else found
+
+        return call
+
+    return decorate
 
 
 def cdiv(a: int, b: int) -> int:

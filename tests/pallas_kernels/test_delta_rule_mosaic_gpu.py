@@ -14,7 +14,7 @@ from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
 from tests.pallas_kernels.emulation import emulated
-from tests.pallas_kernels.test_gated_linear_mosaic_gpu import plain_gradient, plain_sweep
+from tests.pallas_kernels.test_gated_linear_mosaic_gpu import in_two_parts, plain_gradient, plain_sweep
 
 
 def plain_delta(
@@ -227,6 +227,15 @@ def test_interpreted_with_race_detection(precision):
     error = lambda x, y: np.linalg.norm(np.float32(x) - np.float32(y)) / np.linalg.norm(np.float32(y))
     assert error(out, want) < 4e-3
     assert error(last, want_last) < (2e-7 if precision else check.FLOORS['state'])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('precision', [None, 'highest'])
+def test_interpreted_in_two_calls(precision):
+    """As good as in one, gradients too."""
+    case = check.Case('two calls', T=90, N=1, K=64, V=64, decay='token', precision=precision)
+    good, errors = check.check(case, interpret=True, kernel=in_two_parts(mosaic_gpu.delta_rule, 37))
+    assert good, errors
 
 
 @pytest.mark.slow

@@ -233,6 +233,26 @@ def test_interpreted_with_race_detection(width, precision):
     assert good, errors
 
 
+def in_two_parts(kernel, at: int):
+    """The kernel on the tokens before `at`, then on the others, from the state that it came to."""
+
+    def run(*arrays, initial_state, **options):
+        part = lambda tokens: [x if x is None or x.ndim < 2 else x[:, tokens] for x in arrays]
+        first, state = kernel(*part(slice(at)), initial_state=initial_state, **options)
+        second, state = kernel(*part(slice(at, None)), initial_state=state, **options)
+        return jnp.concatenate([first, second], axis=1), state
+
+    return run
+
+
+@pytest.mark.parametrize('decay', ['token', pytest.param('head', marks=pytest.mark.slow)])
+def test_interpreted_in_two_calls(decay):
+    """As good as in one, gradients too."""
+    case = check.Case('two calls', T=90, N=1, K=64, V=64, decay=decay)
+    good, errors = check.check(case, interpret=True, kernel=in_two_parts(mosaic_gpu.gated_linear, 37))
+    assert good, errors
+
+
 @pytest.mark.parametrize(
     'T, N, parts, X, decay, first',
     [(600, 3, (2, 1), 64, 'token', True), (70, 4, (1, 1), 1, 'token', False), (1024, 1, (1, 2), 40, 'head', True)],
