@@ -25,6 +25,7 @@ from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear.accumulate import WHOLE
 from pallas_kernels.gated_linear.felt import felt
 from pallas_kernels.gated_linear.log_decay import gradient
+from pallas_kernels.gated_linear.pieces import Pieces, number
 from pallas_kernels.gated_linear.sweep import CHUNK
 from pallas_kernels.kept import kept_once
 
@@ -145,7 +146,7 @@ def _prepare(terms, interpret, arrays, beta, log_decay, segment_ids):
 def schedule(beta, decay, K, V, faintest=FAINTEST[TERMS]):
     """How the sequence is cut; the strengths and the decays of the parts."""
     B, T, N = beta.shape
-    cut = linear.Pieces(T + -T % CHUNK, linear.pieces(B, T, N, K, V))
+    cut = Pieces(T + -T % CHUNK, number(B, T, N, K, V))
     strength = jnp.stack(strengths(jnp.maximum(beta.astype(jnp.float32), faintest)), axis=2)
     strength = cut.cut(jnp.pad(strength, [(0, 0), (0, -T % CHUNK), (0, 0), (0, 0)]))
     strength = strength.reshape(-1, cut.size // CHUNK, CHUNK, 2, N)

@@ -19,6 +19,7 @@ from pallas_kernels.delta_rule import sweep as sweeps
 from pallas_kernels.gated_linear import decays, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
+from pallas_kernels.gated_linear import sweep as linear_sweep
 from pallas_kernels.gated_linear.sweep import CHUNK
 
 
@@ -73,9 +74,8 @@ def _gradients(static, made, q, k, v, beta, log_decay, initial_state, segment_id
     u, states = sweeps.write(None, reads[0], v8, *write, state, **every)
     w, dstates = sweeps.reach(query[0], enters[0], do8, *reach, dstate, **every)
     # Without what a token has from itself: that knows no decay, and is added below.
-    sweep = functools.partial(
-        linear.sweep, scales=scales, by_columns=True, strict=True, precise=True, wide=True, scale=scale, interpret=interpret
-    )
+    options = {'by_columns': True, 'strict': True, 'precise': True, 'wide': True, 'scale': scale, 'interpret': interpret}
+    sweep = functools.partial(linear_sweep.sweep, scales=scales, **options)
     dq, _, own = sweep(do8, u, enters, decay, turn(state), own=True)
     read = sweep(w, u, enters, decay, turn(state))[0]
     entered = sweep(u, do8, query, decay, turn(dstate), reverse=True)[0]

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 
-from pallas_kernels.gated_linear import decays, scaling
+from pallas_kernels.gated_linear import decays, pieces, scaling
 from pallas_kernels.gated_linear import mosaic_gpu as shared
 from pallas_kernels.gated_linear.sweep import CHUNK
 
@@ -101,7 +101,7 @@ def _by_chunks(static, made, q, k, v, log_decay, initial_state, segment_ids):
     (scale, interpret), (qd, kd, between) = static, made
     resets = decays.cumulative(decays.steps(None, segment_ids), q.shape[1])
     state = None if initial_state is None else shared.pad_state(initial_state)
-    out, states, _ = shared.run(qd[0], kd, shared.pad(v), resets, state, scales=between, scale=scale, interpret=interpret)
+    out, states, _ = pieces.run(qd[0], kd, shared.pad(v), resets, state, scales=between, scale=scale, interpret=interpret)
     return out[:, : q.shape[1], :, : v.shape[3]], states[:, :, -1, : k.shape[3], : v.shape[3]]
 
 
@@ -112,7 +112,7 @@ def _gradients(static, made, q, k, v, log_decay, initial_state, segment_ids, do,
     turn = lambda x: None if x is None else x.swapaxes(2, 3)
     state = None if initial_state is None else shared.pad_state(initial_state)
     dstate, do8, v8 = shared.pad_state(dlast) / scale, shared.pad(do), shared.pad(v)
-    run = functools.partial(shared.run, scales=between, scale=scale, interpret=interpret)
+    run = functools.partial(pieces.run, scales=between, scale=scale, interpret=interpret)
     of_keys = functools.partial(run, by_columns=True, strict=True, precise=True, wide=True)
     dqd, states, own = of_keys(do8, v8, kd, resets, turn(state), grouped=True, own=True)
     of_values = functools.partial(run, kd[0], qd, do8, resets, dstate, reverse=True)

@@ -13,6 +13,7 @@ from pallas_kernels.gated_linear import accumulate, decays, scaling
 from pallas_kernels.gated_linear import check as linear_check
 from pallas_kernels.gated_linear import mosaic_gpu as linear
 from pallas_kernels.gated_linear import per_channel as channel
+from pallas_kernels.gated_linear import sweep as linear_sweep
 from tests.pallas_kernels.emulation import emulated
 from tests.pallas_kernels.test_gated_linear_mosaic_gpu import in_two_parts, plain_gradient, plain_sweep
 
@@ -124,7 +125,7 @@ def plain_joint(
     ids=lambda c: c.name,
 )
 def test_derivatives(monkeypatch, case):
-    monkeypatch.setattr(linear, 'sweep', plain_sweep)
+    monkeypatch.setattr(linear_sweep, 'sweep', plain_sweep)
     monkeypatch.setattr(linear, 'refuse', lambda *_: None)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))

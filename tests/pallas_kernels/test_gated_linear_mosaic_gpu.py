@@ -16,6 +16,7 @@ from pallas_kernels.gated_linear import (
     log_decay,
     mosaic_gpu,
     per_channel,
+    pieces,
     scaling,
     states,
     sweep,
@@ -49,7 +50,7 @@ def plain_sweep(
     """What `sweep` promises, token by token in float64."""
     del interpret, precise, exact, wide
     exact = lambda terms: sum(np.asarray(x, np.float64) for x in terms) if terms else None
-    q, k, v = (exact(mosaic_gpu.terms_of(x)) for x in (q, k, v))
+    q, k, v = (exact(sweep.terms_of(x)) for x in (q, k, v))
     (B, T, _, K), V = k.shape, v.shape[3]
     N = max(heads, *(x.shape[2] for x in (q, k, v) if x is not None))
     repeat = lambda x: np.repeat(np.asarray(x, np.float64), N // x.shape[2], 2)
@@ -132,11 +133,11 @@ def plain_gradient(reads, writes, first, met, decay, *, T, scale=1.0, interpret=
 def plain(monkeypatch):
     """Sweeps without a kernel; gradients anchored, and pieces cut, at every chunk."""
     monkeypatch.setattr(decays, 'GROUP', 1)
-    monkeypatch.setattr(mosaic_gpu, 'sweep', plain_sweep)
-    monkeypatch.setattr(mosaic_gpu, 'twin', plain_twin)
+    monkeypatch.setattr(pieces, 'sweep', plain_sweep)
+    monkeypatch.setattr(pieces, 'twin', plain_twin)
     monkeypatch.setattr(mosaic_gpu, 'gradient', plain_gradient)
     last = lambda k, v, decay, **options: plain_sweep(None, k, v, decay, None, **options)[1]
-    monkeypatch.setattr(mosaic_gpu.of_pieces, 'states', last)
+    monkeypatch.setattr(pieces.of_pieces, 'states', last)
     monkeypatch.setattr(apart, 'choose', lambda chosen, one, other: one() if chosen else other())
     monkeypatch.setattr(per_channel, 'choose', lambda chosen, one, other, *args: one(*args) if chosen else other(*args))
     monkeypatch.setattr(mosaic_gpu, 'refuse', lambda *_, **__: None)
@@ -205,9 +206,9 @@ def test_terms_add_up(terms, bits):
 
 
 def test_pieces_fill_the_chip_only_where_it_is_empty():
-    assert mosaic_gpu.pieces(8, 2048, 16, 128, 128) == 1
-    assert mosaic_gpu.pieces(1, 65536, 16, 128, 128) == 8
-    assert mosaic_gpu.pieces(1, 1024, 1, 128, 128) == 2
+    assert pieces.number(8, 2048, 16, 128, 128) == 1
+    assert pieces.number(1, 65536, 16, 128, 128) == 8
+    assert pieces.number(1, 1024, 1, 128, 128) == 2
 
 
 @pytest.mark.quick('True-head', 'False-channel', 'True-none', 'True-channel', 'False-token')
@@ -288,7 +289,7 @@ def test_interpreted_in_pieces(monkeypatch, decay, trained):
     monkeypatch.setattr(decays, 'GROUP', 1)
     resets = 0.02 if trained else 0.0
     case = check.Case('pieces', T=128, N=1, K=64, V=64, decay=decay, resets=resets, scale=0.5, trained=trained)
-    assert mosaic_gpu.pieces(1, case.T, 1, 64, 64) == 2
+    assert pieces.number(1, case.T, 1, 64, 64) == 2
     good, errors = check.check(case, interpret=True)
     assert good, errors
 
