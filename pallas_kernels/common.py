@@ -35,13 +35,22 @@ def lowered_once(*static: str):
 
         @functools.wraps(function)
         def call(*args, **options):
-            found = once(*args, **options)
-            # The interpreter calls back to Python, where it may wait for what was dispatched after it, which waits for it.
-            return jax.block_until_ready(found) if options.get('interpret') else found
+            return waited(once(*args, **options), options.get('interpret'))
 
         return call
 
     return decorate
+
+
+def interpreted(interpret) -> dict:
+    """What `plgpu.kernel` is told so."""
+    return {'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+
+
+def waited(found, interpret):
+    """A kernel's results, there already if they are interpreted: the interpreter calls back to Python, where it may wait for
+    what was dispatched after it, which waits for it."""
+    return jax.block_until_ready(found) if interpret else found
 
 
 def cdiv(a: int, b: int) -> int:
@@ -174,7 +183,7 @@ def launch(kernel, out_type, grid: dict[str, int], warpgroups: int, interpret: b
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
         ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **interpreted(interpret),
     )
 
 
@@ -201,6 +210,12 @@ def together():
     barrier()
 
 
+def of_registers(registers, layout, signed=None):
+    """A tile of a thread's registers, inside `plgpu.inline_mgpu`. Pallas has no public way: run with jax 0.11.2, lowered with
+    0.11.2 and 0.12."""
+    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+
+
 def toeplitz(strip, shape):
     """The tile whose entry (i, j) is strip[M - 1 + j - i], of M + N - 1 numbers in memory: a thread loads each number once.
 
@@ -224,7 +239,7 @@ def toeplitz(strip, shape):
         pair = lambda n: vector.from_elements(layout.registers_element_type(entry(n).type), [entry(n), entry(n + 1)])
         registers = np.empty(layout.registers_shape(shape), object)
         registers.flat[:] = [pair(j - i) for i, j in offsets]
-        return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=signed)
+        return of_registers(registers, layout, signed)
 
     return load(strip)
 
@@ -247,7 +262,7 @@ def rounded(x):
             halves = arith.shli(bits, constant(16)), arith.andi(bits, constant(-0x10000))
             narrow[n] = llvm.bitcast(pairs, bits)
             wide[n] = vector.from_elements(pair.type, [llvm.bitcast(f32, half) for half in halves])
-        return tuple(mgpu.FragmentedArray(_registers=y, _layout=x.layout, _is_signed=None) for y in (narrow, wide))
+        return tuple(of_registers(y, x.layout) for y in (narrow, wide))
 
     return convert(x)
 

@@ -1,7 +1,6 @@
 """Rows of 512 numbers, a warp each: what needs a number's neighbours, which Mosaic GPU has no word for.
 
-A thread has 16 neighbours of a row, so that a sum over what follows is 15 additions, then one of 32 lanes by shuffles. Made of
-registers and MLIR operations, for which Pallas has no public way: run with jax 0.11.2, lowered with 0.11.2 and 0.12.
+A thread has 16 neighbours of a row, so that a sum over what follows is 15 additions, then one of 32 lanes by shuffles.
 """
 
 import jax.numpy as jnp
@@ -11,6 +10,8 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, memref, nvvm, vector
+
+from pallas_kernels import common
 
 ROWS, LENGTH, MINE = 4, 512, 16  # of a tile, of a row, of a thread
 _tiled = lambda *tiles, **dims: plgpu.Layout.TILED(plgpu.Tiling(tiles), **dims, vector_dim=-1)
@@ -124,4 +125,4 @@ def _tile(numbers, shape):
     registers, size = np.empty(layout.registers_shape(shape), object), layout.vector_length
     kind = layout.registers_element_type(numbers[0].type)
     registers.flat[:] = [vector.from_elements(kind, numbers[i : i + size]) for i in range(0, len(numbers), size)]
-    return mgpu.FragmentedArray(_registers=registers, _layout=layout, _is_signed=None)
+    return common.of_registers(registers, layout)

@@ -33,8 +33,8 @@ def asked(return_stats: bool | Collection[str]) -> tuple[str, ...]:
     """
     fields = Statistics._fields
     names = (fields if return_stats else ()) if isinstance(return_stats, bool) else return_stats
-    if unknown := [name for name in names if name not in fields]:
-        raise ValueError(f'return_stats: expected True, False or some of {fields}, given {unknown}')
+    if isinstance(names, str) or any(name not in fields for name in names):
+        raise ValueError(f'return_stats: expected True, False or some of {fields}, given {return_stats!r}')
     return tuple(name for name in fields if name in names)
 
 

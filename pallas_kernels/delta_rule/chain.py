@@ -67,5 +67,5 @@ def chain(transitions, written, first, *, reverse=False, interpret=False):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # two a store; `bar` stands between writing a slot, reading it, and writing again
         ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **common.interpreted(interpret),
     )(transitions, written, first)

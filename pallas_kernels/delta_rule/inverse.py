@@ -149,5 +149,5 @@ def inverses(k, strength, decay, k_low=None, other=None, other_low=None, *, term
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,
         ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **common.interpreted(interpret),
     )(*keys, strength, decay)

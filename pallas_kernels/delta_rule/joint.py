@@ -300,5 +300,5 @@ def joint(
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # two a store; `read_by_all` stands where threads must wait
         ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **common.interpreted(interpret),
     )(queries, keys, values, decay, state, partner, base)

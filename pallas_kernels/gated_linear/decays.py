@@ -1,7 +1,6 @@
-"""Decays of tokens and heads as the sweeps take them, and the gradient of their logarithms."""
+"""Decays of tokens and heads as the sweeps take them."""
 
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from pallas_kernels import common
@@ -53,14 +52,3 @@ def cumulative(step, T: int, log_decay=None):
     step = jnp.broadcast_to(step, (step.shape[0], 2, T, step.shape[3]))
     step = jnp.moveaxis(jnp.pad(step, [(0, 0), (0, 0), (0, -T % CHUNK), (0, 0)]), 3, 1)
     return jnp.cumsum(jnp.moveaxis(step.reshape(*step.shape[:3], -1, CHUNK), 2, 3), axis=-1)
-
-
-def bridge(heard, T: int):
-    """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
-
-    heard: [.., groups, tokens], whether no step from the first up to this one is silent.
-    """
-    groups, size = heard.shape[-2:]
-    place = np.arange(groups * size).reshape(groups, size)
-    length = (heard & (place < T)).sum(-1, keepdims=True)
-    return jnp.where(heard, jnp.maximum(length - place[0], 0) / jnp.maximum(length, 1), 0.0)

@@ -116,7 +116,7 @@ def step(static, query, key, value, beta, log_decay, state):
         lax.fori_loop(0, count, compute, vectors(0))
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    return plgpu.kernel(
+    run = plgpu.kernel(
         one_token,
         out_type=(jax.ShapeDtypeStruct((B, N, V), value.dtype), jax.ShapeDtypeStruct((B, N, K, V), jnp.float32)),
         scratch_types=(
@@ -126,12 +126,9 @@ def step(static, query, key, value, beta, log_decay, state):
         grid=(blocks,),
         grid_names=('block',),
         compiler_params=plgpu.CompilerParams(approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),
-        **interpreted(interpret),
-    )(query, key, value, f32(beta), f32(log_decay), state)
-
-
-def interpreted(interpret) -> dict:
-    return {'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+        **common.interpreted(interpret),
+    )
+    return common.waited(run(query, key, value, f32(beta), f32(log_decay), state), interpret)
 
 
 def _exp(x):

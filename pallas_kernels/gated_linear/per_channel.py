@@ -14,6 +14,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from pallas_kernels.gated_linear import decays, pieces, scaling
@@ -68,6 +69,17 @@ def _resets(segment_ids):
     return jnp.pad(segment_ids[:, 1:] != segment_ids[:, :-1], [(0, 0), (1, 0)]).astype(jnp.int32)
 
 
+def _bridge(heard, T: int):
+    """1 at each group's first token, less and less until the last of the T that is heard of there: [.., groups, tokens].
+
+    heard: [.., groups, tokens], whether no step from the first up to this one is silent.
+    """
+    groups, size = heard.shape[-2:]
+    place = np.arange(groups * size).reshape(groups, size)
+    length = (heard & (place < T)).sum(-1, keepdims=True)
+    return jnp.where(heard, jnp.maximum(length - place[0], 0) / jnp.maximum(length, 1), 0.0)
+
+
 def chained(within, anchors, segment_ids, T: int):
     """As `log_decay.gradient`, of T tokens whose sums within chunks are given, where only resets are silent.
 
@@ -91,7 +103,7 @@ def chained(within, anchors, segment_ids, T: int):
         chunks.append(within[:, :, c] + (felt if silence is None else jnp.where(silence[:, :, c] == 0, felt, 0.0)))
         following = chunks[-1][:, :, 0]
     each = jnp.stack(chunks[::-1], axis=2).reshape(B, groups, -1, N, H)
-    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * decays.bridge(heard, T)[..., None, None]
+    each += (anchors[:, :-1] - each[:, :, 0])[:, :, None] * _bridge(heard, T)[..., None, None]
     each = each.reshape(B, -1, N, H)[:, :T]
     return each if segment_ids is None else jnp.where(_resets(segment_ids)[..., None, None] > 0, 0.0, each)
 

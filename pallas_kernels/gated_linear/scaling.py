@@ -77,7 +77,7 @@ def _halves(chunk, decay_ref):
 
 def _call(body, name, out_type, B, chunks, N, K, interpret):
     body.__name__ = name  # what profilers show
-    return plgpu.kernel(
+    run = plgpu.kernel(
         body,
         out_type=out_type,
         grid=(B, chunks, N, K // PART),
@@ -87,8 +87,9 @@ def _call(body, name, out_type, B, chunks, N, K, interpret):
             lowering_semantics=plgpu.LoweringSemantics.Lane,
             unsafe_no_auto_barriers=True,  # two a store; no thread reads what another writes
         ),
-        **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+        **common.interpreted(interpret),
     )
+    return lambda *arrays: common.waited(run(*arrays), interpret)
 
 
 def scaled(log_decay, wanted, *, interpret=False):

@@ -218,7 +218,7 @@ class _Part:
                 lowering_semantics=plgpu.LoweringSemantics.Lane,
                 unsafe_no_auto_barriers=True,  # no thread reads what another writes
             ),
-            **({'interpret': plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}),
+            **common.interpreted(interpret),
         )
 
 

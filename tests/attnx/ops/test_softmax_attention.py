@@ -471,3 +471,9 @@ def test_statistics(sinks):
             np.testing.assert_allclose(getattr(alone, name), getattr(found, name), rtol=1e-5, atol=1e-6)
         pull = jax.jit(jax.grad(lambda q, f=form: f(q, k, v, mask=mask, sinks=sinks, return_stats=True)[0].sum()))
         assert np.isfinite(pull(q)).all()
+
+
+@pytest.mark.parametrize('wrong', ['entropy', ('entropy', 'top')])
+def test_unknown_statistics(wrong):
+    with pytest.raises(ValueError, match=r"some of \('max_logit', .* given .*entropy"):
+        softmax_attention(*(jnp.ones((1, 4, 1, 8)),) * 3, return_stats=wrong)
